@@ -1,0 +1,25 @@
+"""Errors that are the user's to fix: one clear message, no traceback, a fixed exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SppError(Exception):
+    """The work could not be done (exit code 1): a broken file, an adapter for another model, a failed proof."""
+
+    exit_code = 1
+
+
+class UsageError(SppError):
+    """The request itself is wrong (exit code 2): a missing path, a malformed pattern, a full output folder."""
+
+    exit_code = 2
+
+
+def raise_problems(problems: Sequence[str], kind: type[SppError] = UsageError) -> None:
+    """Raise one `kind` that lists every problem; return where there is none."""
+    if len(problems) == 1:
+        raise kind(problems[0])
+    if problems:
+        raise kind(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))

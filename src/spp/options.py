@@ -1,0 +1,198 @@
+"""Every option, defined once: the command line, recipe files and the Python API all read these models.
+
+The module imports neither torch nor transformers, so that `spp --help` is instant. Options are frozen; pydantic
+checks all of them at once, and `build` turns what it finds into one `UsageError` that lists every problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from spp.errors import UsageError, raise_problems
+from spp.patterns import parse_pattern
+
+
+def _checked_pattern(text: str) -> str:
+    try:
+        return str(parse_pattern(text))
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+
+
+PatternText = Annotated[str, AfterValidator(_checked_pattern)]
+Criterion = Literal["magnitude", "wanda", "sparsegpt"]
+
+
+class Options(BaseModel):
+    """Base of all option sets: frozen, and an unknown name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any]) -> Self:
+        """Make the options from plain values.
+
+        Raises:
+            UsageError: names every unknown option and every bad value, with the value seen.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            problems = [_describe(problem) for problem in error.errors()]
+            raise_problems(problems)
+            raise AssertionError("a validation error without a problem") from error
+
+
+def _describe(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"]) or "options"
+    if problem["type"] == "extra_forbidden":
+        return f"{name}: no such option"
+    if problem["type"] == "missing":
+        return f"{name}: is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":  # our own words, which show the value already
+        return f"{name}: {message}"
+    return f"{name}: {message[0].lower()}{message[1:]}, but it is {problem['input']!r}"
+
+
+class LoadingOptions(Options):
+    """How models are loaded."""
+
+    device: str = Field("auto", description="where to compute: auto, cpu, cuda, cuda:1, mps")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="dtype to compute in; auto is the checkpoint's own on an accelerator and float32 on a CPU, "
+        "where it is faster and holds bfloat16 weights exactly",
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that the model's repository brings along")
+
+
+class OutputOptions(Options):
+    """What happens to an output folder that exists."""
+
+    overwrite: bool = Field(False, description="replace the output folder if it is not empty")
+
+
+class PruningSettings(Options):
+    """What to remove and by which criterion."""
+
+    pattern: PatternText = Field(
+        "2:4", description="what to keep: N:M keeps N of every M consecutive weights (2:4, 4:8, 2:8); 50%% removes half"
+    )
+    criterion: Criterion = Field("wanda", description="how weights are chosen")
+    calibration: str | None = Field(
+        None, description="text for wanda and sparsegpt: a file or datasets id (default: python-stdlib)"
+    )
+    samples: int = Field(128, ge=1, description="calibration windows")
+    skip_indivisible: bool = Field(
+        False, description="leave a layer dense, and say so, where M does not divide its input dimension"
+    )
+
+
+class AdapterSettings(Options):
+    """The SPP adapter: W' = W + scale * W * A[group] * B."""
+
+    rank: int = Field(16, ge=1, description="row groups R: A has R rows, shared by groups of output rows")
+    scale: float = Field(2.0, gt=0, description="factor s of the update s * W * A[group] * B")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter branch; above 0 costs one more GEMM")
+    target_modules: str = Field(
+        "all-linear", description="modules to adapt: all-linear, or names separated by commas (q_proj,v_proj)"
+    )
+
+
+class TrainingSettings(AdapterSettings):
+    """How the adapter is trained. `recipes/paper.yaml` has the published values."""
+
+    learning_rate: float = Field(2e-2, gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay on A and B")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps over which the rate rises")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="how the rate falls after warm-up")
+    epochs: float = Field(1.0, gt=0, description="passes over the training data")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps, whatever the epochs")
+    batch_size: int = Field(8, ge=1, description="sequences per optimiser step, over all processes")
+    device_batch_size: int | None = Field(
+        None, ge=1, description="sequences computed at once on a device (default: batch-size, at most 8)"
+    )
+    packing: bool | None = Field(
+        None,
+        description="join documents and cut them into full windows "
+        "(default: where documents are longer than a window on average)",
+    )
+    completion_only: bool = Field(False, description="loss on answers alone (prompt/completion and Alpaca data)")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
+    save_steps: int = Field(100, ge=1, description="optimiser steps between checkpoints to resume from")
+
+
+class TextSettings(Options):
+    """Windows and randomness, shared by calibration, training and evaluation."""
+
+    window: int | None = Field(
+        None, ge=2, description="tokens per window (default: 2048, or the model's context if shorter)"
+    )
+    seed: int = Field(0, ge=0, description="seed of sampling, initialisation and order")
+
+
+class PruneOptions(PruningSettings, TextSettings, LoadingOptions, OutputOptions):
+    """`spp prune MODEL OUT`: remove weights from a dense model."""
+
+    model: str = Field(description="dense model: a folder or a hub id")
+    out: Path = Field(description="folder for the pruned model")
+
+
+class TrainOptions(TrainingSettings, TextSettings, LoadingOptions, OutputOptions):
+    """`spp train MODEL OUT --data FILE`: fine-tune a sparse model with SPP."""
+
+    model: str = Field(description="sparse model, whoever pruned it: a folder or a hub id")
+    out: Path = Field(description="folder for the adapter")
+    data: str = Field("python-stdlib", description="training data: a file, a datasets id, or python-stdlib")
+
+
+class MergeOptions(OutputOptions):
+    """`spp merge MODEL ADAPTER OUT`: fold an adapter into its model and prove that the zeros stayed."""
+
+    model: str = Field(description="the sparse model that the adapter was trained on: a folder or a hub id")
+    adapter: Path = Field(description="folder of the SPP adapter")
+    out: Path = Field(description="folder for the merged model")
+
+
+class VerifyOptions(Options):
+    """`spp verify BASE OTHER`: prove that every zero of BASE is an exact +0.0 in OTHER."""
+
+    base: str = Field(description="the model whose zeros count: a folder or a hub id")
+    other: str = Field(description="the model to check: a folder or a hub id")
+    pattern: PatternText | None = Field(None, description="also check that the sparse weights of OTHER obey this pattern")
+
+
+class EvalOptions(TextSettings, LoadingOptions):
+    """`spp eval MODEL --text FILE`: perplexity of a model, with or without an adapter."""
+
+    model: str = Field(description="a folder or a hub id")
+    adapter: Path | None = Field(None, description="folder of an adapter to evaluate on top of the model")
+    text: str = Field("python-stdlib", description="evaluation text: a file, a datasets id, or python-stdlib")
+    per_document: bool | None = Field(
+        None,
+        description="score each document by itself instead of windows over the joined text "
+        "(default: for .jsonl, .json, .parquet and datasets ids)",
+    )
+    limit: int | None = Field(None, ge=1, description="use the first so many documents only")
+
+
+class InspectOptions(Options):
+    """`spp inspect MODEL`: sparsity and detected pattern of every weight matrix."""
+
+    model: str = Field(description="a folder or a hub id")
+
+
+class RunOptions(PruningSettings, TrainingSettings, TextSettings, LoadingOptions, OutputOptions):
+    """`spp run`: prune, fine-tune, merge, verify, evaluate, report."""
+
+    model: str | None = Field(None, description="dense model: a folder or a hub id (default: the bundled one)")
+    train: str = Field("python-stdlib", description="training data: a file, a datasets id, or python-stdlib")
+    eval: str = Field("python-stdlib", description="evaluation text: a file, a datasets id, or python-stdlib")
+    per_document: bool | None = EvalOptions.model_fields["per_document"]
+    limit: int | None = EvalOptions.model_fields["limit"]
+    out: Path | None = Field(None, description="output folder (default: runs/<date-time>)")

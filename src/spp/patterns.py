@@ -1,0 +1,158 @@
+"""Sparsity patterns: which weights of a matrix are kept, with exact counts.
+
+Shapes: O output features, I input features (the dimension that a pattern runs along).
+
+A pattern is written as users write it: `"50%"` removes half of every row, `"2:4"` keeps 2 of every 4 consecutive
+weights along the input dimension (N:M is always N *kept* of M). The module needs no torch to parse a pattern,
+so that a command line can check one before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spp.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Remove the same share of every row, at free positions.
+
+    Attributes:
+        sparsity: share of weights removed, strictly between 0 and 1.
+    """
+
+    sparsity: float
+
+    def __str__(self) -> str:
+        return f"{self.sparsity * 100:.10g}%"
+
+    def fits(self, in_features: int) -> bool:
+        """Every row length can be pruned to any ratio."""
+        return True
+
+    def removed_of(self, count: int) -> int:
+        """How many of `count` compared weights go: int(count * sparsity), the published exact count."""
+        # The small term undoes binary rounding: 0.7 * 10 is 6.999..., and 7 is meant.
+        return int(count * self.sparsity + 1e-9)
+
+    def keep_mask(self, scores: Tensor) -> Tensor:
+        """True for the weights to keep: in each row, all but the `int(I * sparsity)` lowest scores.
+
+        Args:
+            scores: (O, I), any float dtype; a NaN counts as the highest score.
+
+        Returns:
+            (O, I) bool. Ties go by position (stable sort), never by a threshold, so the count is exact.
+        """
+        return _keep_all_but_lowest(scores, self.removed_of(scores.shape[-1]))
+
+    def violations(self, weight: Tensor) -> int:
+        """Rows of a (O, I) weight with fewer zeros than the pattern demands."""
+        zeros = (weight == 0).sum(dim=-1)
+        return int((zeros < self.removed_of(weight.shape[-1])).sum())
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep `n` of every `m` consecutive weights along the input dimension.
+
+    Attributes:
+        n: weights kept of each group, 1 <= n < m.
+        m: group length.
+    """
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights removed: 1 - n / m."""
+        return 1 - self.n / self.m
+
+    def fits(self, in_features: int) -> bool:
+        """Whether `m` divides the input dimension."""
+        return in_features % self.m == 0
+
+    def keep_mask(self, scores: Tensor) -> Tensor:
+        """True for the `n` highest scores of every group of `m` along the last dimension.
+
+        Args:
+            scores: (O, I) with I a multiple of m, any float dtype; a NaN counts as the highest score.
+
+        Returns:
+            (O, I) bool; ties go by position.
+
+        Raises:
+            UsageError: m does not divide I.
+        """
+        if not self.fits(scores.shape[-1]):
+            raise UsageError(
+                f"pattern {self} needs an input dimension divisible by {self.m}, but this weight has "
+                f"{scores.shape[-1]}; choose another pattern or pass --skip-indivisible to leave such layers dense"
+            )
+        groups = scores.unflatten(-1, (-1, self.m))
+        return _keep_all_but_lowest(groups, self.m - self.n).flatten(-2)
+
+    def violations(self, weight: Tensor) -> int:
+        """Groups of a (O, I) weight that keep more than `n` weights; all of them where m does not divide I."""
+        if not self.fits(weight.shape[-1]):
+            return weight.numel() // self.m or 1
+        kept = (weight.unflatten(-1, (-1, self.m)) != 0).sum(dim=-1)
+        return int((kept > self.n).sum())
+
+
+Pattern = Unstructured | NM
+
+# What a matrix is checked against when its pattern is not known: the stricter of equal sparsity first.
+KNOWN_NM = (NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Read `"2:4"`, `"50%"` or `"0.5"`.
+
+    Raises:
+        UsageError: `text` is none of these, or asks for nothing or for everything to be removed.
+    """
+    if found := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text):
+        n, m = int(found[1]), int(found[2])
+        if 1 <= n < m:
+            return NM(n, m)
+        raise UsageError(f"pattern {text!r}: N:M keeps N of every M weights, so it needs 1 <= N < M, as in 2:4")
+    if found := re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(%?)\s*", text):
+        sparsity = float(found[1]) / (100 if found[2] else 1)
+        if 0 < sparsity < 1:
+            return Unstructured(sparsity)
+        raise UsageError(
+            f"pattern {text!r}: the share of weights to remove must be above 0 and below 100 %, as in 50% or 0.5"
+        )
+    raise UsageError(f"pattern {text!r} is not understood; write N:M (N kept of M) as in 2:4, or a share as in 50%")
+
+
+def detect_pattern(weight: Tensor) -> Pattern | None:
+    """The pattern a (O, I) weight has: a known N:M that it obeys, else its unstructured ratio, else None if dense.
+
+    A matrix of which under 1 % is zero counts as dense. The N:M answer is the strictest known one.
+    """
+    sparsity = float((weight == 0).sum()) / max(weight.numel(), 1)
+    if not 0.01 <= sparsity < 1:
+        return None
+    for pattern in KNOWN_NM:
+        if sparsity >= pattern.sparsity - 1e-9 and pattern.fits(weight.shape[-1]) and not pattern.violations(weight):
+            return pattern
+    return Unstructured(round(sparsity, 4))
+
+
+def _keep_all_but_lowest(scores: Tensor, count: int) -> Tensor:
+    """True everywhere but at the `count` lowest scores of the last dimension (stable order)."""
+    order = scores.argsort(dim=-1, stable=True)
+    keep = scores.new_ones(scores.shape, dtype=bool)  # pyright: ignore[reportArgumentType]
+    return keep.scatter(-1, order[..., :count], False)
