@@ -81,7 +81,7 @@ class PruningSettings(Options):
     """What to remove and by which criterion."""
 
     pattern: PatternText = Field(
-        "2:4", description="what to keep: N:M keeps N of every M consecutive weights (2:4, 4:8, 2:8); 50%% removes half"
+        "2:4", description="what to keep: N:M keeps N of every M consecutive weights (2:4, 4:8, 2:8); 50% removes half"
     )
     criterion: Criterion = Field("wanda", description="how weights are chosen")
     calibration: str | None = Field(
@@ -136,6 +136,17 @@ class TextSettings(Options):
     seed: int = Field(0, ge=0, description="seed of sampling, initialisation and order")
 
 
+class ScoringSettings(Options):
+    """How text is scored."""
+
+    per_document: bool | None = Field(
+        None,
+        description="score each document by itself instead of windows over the joined text "
+        "(default: for .jsonl, .json, .parquet and datasets ids)",
+    )
+    limit: int | None = Field(None, ge=1, description="use the first so many documents only")
+
+
 class PruneOptions(PruningSettings, TextSettings, LoadingOptions, OutputOptions):
     """`spp prune MODEL OUT`: remove weights from a dense model."""
 
@@ -164,21 +175,17 @@ class VerifyOptions(Options):
 
     base: str = Field(description="the model whose zeros count: a folder or a hub id")
     other: str = Field(description="the model to check: a folder or a hub id")
-    pattern: PatternText | None = Field(None, description="also check that the sparse weights of OTHER obey this pattern")
+    pattern: PatternText | None = Field(
+        None, description="also check that the sparse weights of OTHER obey this pattern"
+    )
 
 
-class EvalOptions(TextSettings, LoadingOptions):
+class EvalOptions(ScoringSettings, TextSettings, LoadingOptions):
     """`spp eval MODEL --text FILE`: perplexity of a model, with or without an adapter."""
 
     model: str = Field(description="a folder or a hub id")
     adapter: Path | None = Field(None, description="folder of an adapter to evaluate on top of the model")
     text: str = Field("python-stdlib", description="evaluation text: a file, a datasets id, or python-stdlib")
-    per_document: bool | None = Field(
-        None,
-        description="score each document by itself instead of windows over the joined text "
-        "(default: for .jsonl, .json, .parquet and datasets ids)",
-    )
-    limit: int | None = Field(None, ge=1, description="use the first so many documents only")
 
 
 class InspectOptions(Options):
@@ -187,12 +194,10 @@ class InspectOptions(Options):
     model: str = Field(description="a folder or a hub id")
 
 
-class RunOptions(PruningSettings, TrainingSettings, TextSettings, LoadingOptions, OutputOptions):
+class RunOptions(PruningSettings, TrainingSettings, ScoringSettings, TextSettings, LoadingOptions, OutputOptions):
     """`spp run`: prune, fine-tune, merge, verify, evaluate, report."""
 
     model: str | None = Field(None, description="dense model: a folder or a hub id (default: the bundled one)")
     train: str = Field("python-stdlib", description="training data: a file, a datasets id, or python-stdlib")
     eval: str = Field("python-stdlib", description="evaluation text: a file, a datasets id, or python-stdlib")
-    per_document: bool | None = EvalOptions.model_fields["per_document"]
-    limit: int | None = EvalOptions.model_fields["limit"]
     out: Path | None = Field(None, description="output folder (default: runs/<date-time>)")

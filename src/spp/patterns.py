@@ -154,5 +154,5 @@ def detect_pattern(weight: Tensor) -> Pattern | None:
 def _keep_all_but_lowest(scores: Tensor, count: int) -> Tensor:
     """True everywhere but at the `count` lowest scores of the last dimension (stable order)."""
     order = scores.argsort(dim=-1, stable=True)
-    keep = scores.new_ones(scores.shape, dtype=bool)  # pyright: ignore[reportArgumentType]
-    return keep.scatter(-1, order[..., :count], False)
+    everything = order >= 0
+    return everything.scatter(-1, order[..., :count], False)

@@ -1,0 +1,237 @@
+"""Folders of safetensors on disk: find them, read them tensor by tensor, and make new ones whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from spp.errors import SppError, UsageError
+
+MANIFEST = "spp.json"
+"""Side file in every folder that we write: what made it and from what. Never part of `config.json`."""
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What a checkpoint needs besides its weights; never pickles, never code that was not asked for.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def is_float(tensor: Tensor) -> bool:
+    """Whether a tensor holds weights in one of the dtypes that zeros can be proved in (fp16, bf16, fp32, fp64)."""
+    return tensor.dtype in _FLOATS
+
+
+def canonical_zeros(tensor: Tensor) -> Tensor:
+    """The same tensor with every -0.0 written as +0.0; all other bits, NaN payloads too, stay as they are.
+
+    Engines that test a weight's bits for zero misread -0.0, and a fixed-count N:M packing breaks on it.
+    """
+    return torch.where(tensor == 0, torch.zeros_like(tensor), tensor) if is_float(tensor) else tensor
+
+
+def resolve_model(model: str) -> Path:
+    """The folder of a model given as a local folder or as a hub id (downloaded through huggingface_hub).
+
+    Raises:
+        UsageError: there is no such folder, and the hub does not have it or cannot be reached.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UsageError(f"model {model!r} is a file; give the folder that holds config.json and the weights")
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise UsageError(f"model {model!r}: no such folder")
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise UsageError(f"model {model!r}: no such folder, and the hub has no such model") from error
+    except Exception as error:  # whatever the network stack raises, the user can do the same thing about it
+        raise UsageError(
+            f"model {model!r}: no such folder, and the hub cannot be reached ({type(error).__name__}); "
+            "give a local folder, or download the model where there is a network"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of one model folder, read lazily.
+
+    Attributes:
+        folder: where it is.
+        files: tensor name -> the file that holds it, in the order of the files.
+    """
+
+    folder: Path
+    files: dict[str, Path]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read the index of a single-file or sharded checkpoint, and the header of every shard.
+
+        Raises:
+            UsageError: the folder holds no safetensors model.
+            SppError: a shard is missing, truncated, or not what the index says.
+        """
+        if (folder / _INDEX).is_file():
+            index = read_json(folder / _INDEX).get("weight_map", {})
+            paths = [folder / name for name in sorted(set(index.values()))]
+        elif (folder / _SINGLE).is_file():
+            index, paths = None, [folder / _SINGLE]
+        else:
+            pickles = " (there are .bin files: load and save the model with transformers to convert them)"
+            hint = pickles if any(folder.glob("*.bin")) else ""
+            raise UsageError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there{hint}")
+        files = {name: path for path in paths for name in _header(path)}
+        if index is not None and (lacking := sorted(set(index) - set(files))):
+            raise SppError(f"{folder}: {_INDEX} lists {len(lacking)} tensors that no shard holds, e.g. {lacking[0]}")
+        return cls(folder, files)
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return list(self.files)
+
+    @property
+    def shards(self) -> dict[Path, list[str]]:
+        """File -> names of the tensors in it."""
+        shards: dict[Path, list[str]] = {}
+        for name, path in self.files.items():
+            shards.setdefault(path, []).append(name)
+        return shards
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json."""
+        return read_json(self.folder / "config.json")
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Our side file, or an empty dict where someone else made the model."""
+        path = self.folder / MANIFEST
+        return read_json(path) if path.is_file() else {}
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor, and only this one."""
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        with safe_open(self.files[name], framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, one in memory at a time."""
+        for path, names in self.shards.items():
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    yield name, file.get_tensor(name)
+
+
+def _header(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except FileNotFoundError:
+        raise SppError(f"{path}: the index names this shard, but it is not there") from None
+    except SafetensorError as error:
+        raise SppError(
+            f"{path}: not a whole safetensors file ({error}); it is truncated or damaged: copy or download it again"
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UsageError: there is no such file.
+        SppError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except ValueError as error:  # malformed JSON and malformed UTF-8
+        raise SppError(f"{path}: not valid JSON ({error})") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside `path` and rename it into place, so that a reader never sees half a file."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text beside `path` and rename it into place."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def check_output(out: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse, before any work, an output folder that would cost the user something.
+
+    Raises:
+        UsageError: `out` is a file, holds something and `overwrite` is off, or is or holds one of `inputs`.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"output {out} is a file; name a folder")
+    for source in inputs:
+        if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
+            raise UsageError(f"output {out} is or holds the input {source}; name another folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise UsageError(f"output folder {out} is not empty; name another one, or pass --overwrite to replace it")
+
+
+@contextmanager
+def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Make `out` whole or not at all: yields a hidden sibling that is synced and renamed when the block succeeds.
+
+    Raises:
+        UsageError: see `check_output`.
+    """
+    check_output(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, replaced = (out.with_name(f".{out.name}.{state}") for state in ("partial", "replaced"))
+    # What a killed run left behind is never a finished result.
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        if out.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            out.rename(replaced)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync(out.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Make a file or a folder's entries survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,116 @@
+"""Models and tokenizers through transformers, with one clear error for everything that can be wrong with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from spp.checkpoint import Checkpoint, resolve_model
+from spp.errors import SppError, UsageError
+from spp.options import LoadingOptions
+
+_DEFAULT_WINDOW = 2048
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that `auto` or a name stands for: an accelerator where there is one, else the CPU.
+
+    Raises:
+        UsageError: the device is unknown or not on this machine.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device {device!r} is unknown; use auto, cpu, cuda, cuda:1 or mps") from None
+    known = picked.type == "cpu" or (accelerator is not None and picked.type == accelerator.type)
+    if not known or (picked.type != "cpu" and (picked.index or 0) >= torch.accelerator.device_count()):
+        raise UsageError(f"device {device!r} is not on this machine; pass --device auto or cpu")
+    return picked
+
+
+def compute_dtype(asked: str, device: torch.device) -> str | torch.dtype:
+    """What transformers gets as `dtype`: the asked one; for `auto` fp32 on a CPU, else the checkpoint's own.
+
+    Every bf16 and fp16 weight is exact in fp32, and most CPUs multiply fp32 several times faster.
+    """
+    if asked != "auto":
+        return getattr(torch, asked)
+    return torch.float32 if device.type == "cpu" else "auto"
+
+
+def load_model(
+    model: str, options: LoadingOptions, *, dtype: str | torch.dtype | None = None, device: str | None = None
+) -> PreTrainedModel:
+    """Load a causal LM in eval mode.
+
+    Args:
+        model: folder or hub id with safetensors weights.
+        options: device, dtype, trust_remote_code.
+        dtype: instead of the options' dtype; "auto" keeps the checkpoint's own.
+        device: instead of the options' device.
+
+    Raises:
+        UsageError: no such model, no weights, or not a causal LM.
+        SppError: damaged or incomplete weights.
+    """
+    folder = resolve_model(model)
+    Checkpoint.open(folder)  # names a truncated shard, which transformers reports without its file name
+    target = pick_device(device or options.device)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or compute_dtype(options.dtype, target),
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise SppError(f"model {model!r} cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise SppError(f"model {model!r} lacks {len(missing)} weights, e.g. {missing[0]}; the checkpoint is incomplete")
+    return loaded.to(target).eval()
+
+
+def load_tokenizer(model: str, options: LoadingOptions) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model(model), trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"model {model!r} has no usable tokenizer: {_first_line(error)}") from error
+
+
+def load_config(model: str, options: LoadingOptions) -> Any:
+    """Load a model's configuration alone.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve_model(model), trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"model {model!r} has no usable config.json: {_first_line(error)}") from error
+
+
+def context_window(config: Any, asked: int | None) -> int:
+    """Tokens per window: the asked number, else 2048 or the model's context where that is shorter.
+
+    Raises:
+        UsageError: more was asked for than the model has positions.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if asked is not None and positions is not None and asked > positions:
+        raise UsageError(f"window {asked} is longer than the model's context of {positions} tokens; pass --window")
+    return asked or min(_DEFAULT_WINDOW, positions or _DEFAULT_WINDOW)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
