@@ -2,7 +2,7 @@
 
 Shapes: O output features, I input features (the dimension that a pattern runs along).
 
-A pattern is written as users write it: `"50%"` removes half of every row, `"2:4"` keeps 2 of every 4 consecutive
+A pattern is written as users write it: `"50%"` removes half of every matrix, `"2:4"` keeps 2 of every 4 consecutive
 weights along the input dimension (N:M is always N *kept* of M). The module needs no torch to parse a pattern,
 so that a command line can check one before anything heavy is imported.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from spp.errors import UsageError
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Remove the same share of every row, at free positions.
+    """Remove the same share of every matrix, at free positions.
+
+    Which weights compete for removal is the criterion's choice: those of a row (magnitude, Wanda), or those of a
+    block of columns (SparseGPT).
 
     Attributes:
         sparsity: share of weights removed, strictly between 0 and 1.
@@ -30,7 +34,8 @@ class Unstructured:
     sparsity: float
 
     def __str__(self) -> str:
-        return f"{self.sparsity * 100:.10g}%"
+        # Never in exponent notation, which `parse_pattern` does not read.
+        return f"{Decimal(f'{self.sparsity * 100:.15g}'):f}%"
 
     def fits(self, in_features: int) -> bool:
         """Every row length can be pruned to any ratio."""
@@ -38,8 +43,8 @@ class Unstructured:
 
     def removed_of(self, count: int) -> int:
         """How many of `count` compared weights go: int(count * sparsity), the published exact count."""
-        # The small term undoes binary rounding: 0.7 * 10 is 6.999..., and 7 is meant.
-        return int(count * self.sparsity + 1e-9)
+        # The small factor undoes binary rounding: 0.29 * 100 is 28.999..., and 29 is meant.
+        return int(count * self.sparsity * (1 + 1e-12))
 
     def keep_mask(self, scores: Tensor) -> Tensor:
         """True for the weights to keep: in each row, all but the `int(I * sparsity)` lowest scores.
@@ -53,9 +58,9 @@ class Unstructured:
         return _keep_all_but_lowest(scores, self.removed_of(scores.shape[-1]))
 
     def violations(self, weight: Tensor) -> int:
-        """Rows of a (O, I) weight with fewer zeros than the pattern demands."""
-        zeros = (weight == 0).sum(dim=-1)
-        return int((zeros < self.removed_of(weight.shape[-1])).sum())
+        """How many zeros a (O, I) weight lacks of O * int(I * sparsity), the least that any criterion makes."""
+        demanded = weight.shape[:-1].numel() * self.removed_of(weight.shape[-1])
+        return max(demanded - int((weight == 0).sum()), 0)
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,14 @@ class NM:
         """Whether `m` divides the input dimension."""
         return in_features % self.m == 0
 
+    def require_fit(self, in_features: int) -> None:
+        """Raise a UsageError where `m` does not divide the input dimension."""
+        if not self.fits(in_features):
+            raise UsageError(
+                f"pattern {self} needs an input dimension divisible by {self.m}, but this weight has {in_features}; "
+                "choose another pattern or pass --skip-indivisible to leave such layers dense"
+            )
+
     def keep_mask(self, scores: Tensor) -> Tensor:
         """True for the `n` highest scores of every group of `m` along the last dimension.
 
@@ -94,11 +107,7 @@ class NM:
         Raises:
             UsageError: m does not divide I.
         """
-        if not self.fits(scores.shape[-1]):
-            raise UsageError(
-                f"pattern {self} needs an input dimension divisible by {self.m}, but this weight has "
-                f"{scores.shape[-1]}; choose another pattern or pass --skip-indivisible to leave such layers dense"
-            )
+        self.require_fit(scores.shape[-1])
         groups = scores.unflatten(-1, (-1, self.m))
         return _keep_all_but_lowest(groups, self.m - self.n).flatten(-2)
 
@@ -128,11 +137,12 @@ def parse_pattern(text: str) -> Pattern:
             return NM(n, m)
         raise UsageError(f"pattern {text!r}: N:M keeps N of every M weights, so it needs 1 <= N < M, as in 2:4")
     if found := re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(%?)\s*", text):
-        sparsity = float(found[1]) / (100 if found[2] else 1)
+        sparsity = float(Decimal(found[1]) / (100 if found[2] else 1))
         if 0 < sparsity < 1:
             return Unstructured(sparsity)
+        hint = f"; did you mean {text.strip()}%?" if not found[2] and 1 < sparsity < 100 else ""
         raise UsageError(
-            f"pattern {text!r}: the share of weights to remove must be above 0 and below 100 %, as in 50% or 0.5"
+            f"pattern {text!r}: the share of weights to remove must be above 0 and below 100 %, as in 50% or 0.5{hint}"
         )
     raise UsageError(f"pattern {text!r} is not understood; write N:M (N kept of M) as in 2:4, or a share as in 50%")
 
@@ -143,7 +153,7 @@ def detect_pattern(weight: Tensor) -> Pattern | None:
     A matrix of which under 1 % is zero counts as dense. The N:M answer is the strictest known one.
     """
     sparsity = float((weight == 0).sum()) / max(weight.numel(), 1)
-    if not 0.01 <= sparsity < 1:
+    if sparsity < 0.01:
         return None
     for pattern in KNOWN_NM:
         if sparsity >= pattern.sparsity - 1e-9 and pattern.fits(weight.shape[-1]) and not pattern.violations(weight):
