@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spp.errors import SppError, UsageError
+from spp.layout import stores_transposed
 
 MANIFEST = "spp.json"
 """Side file in every folder that we write: what made it and from what. Never part of `config.json`."""
@@ -125,6 +126,10 @@ class Checkpoint:
         """Our side file, or an empty dict where someone else made the model."""
         path = self.folder / MANIFEST
         return read_json(path) if path.is_file() else {}
+
+    def transposed(self, name: str) -> bool:
+        """Whether a weight matrix is stored as (I, O), as GPT-2's Conv1D does, instead of (O, I)."""
+        return stores_transposed(self.config.get("model_type", ""), name)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor, and only this one."""

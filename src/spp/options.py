@@ -127,12 +127,17 @@ class TrainingSettings(AdapterSettings):
     save_steps: int = Field(100, ge=1, description="optimiser steps between checkpoints to resume from")
 
 
-class TextSettings(Options):
-    """Windows and randomness, shared by calibration, training and evaluation."""
+class WindowSettings(Options):
+    """Windows of text, for calibration, training and evaluation."""
 
     window: int | None = Field(
         None, ge=2, description="tokens per window (default: 2048, or the model's context if shorter)"
     )
+
+
+class SeedSettings(Options):
+    """Randomness."""
+
     seed: int = Field(0, ge=0, description="seed of sampling, initialisation and order")
 
 
@@ -147,14 +152,14 @@ class ScoringSettings(Options):
     limit: int | None = Field(None, ge=1, description="use the first so many documents only")
 
 
-class PruneOptions(PruningSettings, TextSettings, LoadingOptions, OutputOptions):
+class PruneOptions(PruningSettings, WindowSettings, SeedSettings, LoadingOptions, OutputOptions):
     """`spp prune MODEL OUT`: remove weights from a dense model."""
 
     model: str = Field(description="dense model: a folder or a hub id")
     out: Path = Field(description="folder for the pruned model")
 
 
-class TrainOptions(TrainingSettings, TextSettings, LoadingOptions, OutputOptions):
+class TrainOptions(TrainingSettings, WindowSettings, SeedSettings, LoadingOptions, OutputOptions):
     """`spp train MODEL OUT --data FILE`: fine-tune a sparse model with SPP."""
 
     model: str = Field(description="sparse model, whoever pruned it: a folder or a hub id")
@@ -180,7 +185,7 @@ class VerifyOptions(Options):
     )
 
 
-class EvalOptions(ScoringSettings, TextSettings, LoadingOptions):
+class EvalOptions(ScoringSettings, WindowSettings, LoadingOptions):
     """`spp eval MODEL --text FILE`: perplexity of a model, with or without an adapter."""
 
     model: str = Field(description="a folder or a hub id")
@@ -194,7 +199,9 @@ class InspectOptions(Options):
     model: str = Field(description="a folder or a hub id")
 
 
-class RunOptions(PruningSettings, TrainingSettings, ScoringSettings, TextSettings, LoadingOptions, OutputOptions):
+class RunOptions(
+    PruningSettings, TrainingSettings, ScoringSettings, WindowSettings, SeedSettings, LoadingOptions, OutputOptions
+):
     """`spp run`: prune, fine-tune, merge, verify, evaluate, report."""
 
     model: str | None = Field(None, description="dense model: a folder or a hub id (default: the bundled one)")

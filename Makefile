@@ -1,0 +1,37 @@
+# Everything a fresh machine needs: Python >= 3.11, make, and the package index.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test test-slow test-peft lint clean
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## make the virtual environment and install spp with its development tools
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED)  ## run the main job on the bundled model: prune, SPP fine-tune, merge, verify, evaluate, report
+	$(BIN)/spp run --out runs/demo
+
+test: $(INSTALLED)  ## run the test-suite
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)  ## run the slow tests as well
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-peft: $(INSTALLED)  ## run PEFT's own test-suite with SPP added to it
+	$(BIN)/python scripts/test_peft.py
+
+lint: $(INSTALLED)  ## style, types, and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+clean:  ## remove what the targets above made, except results in runs/
+	rm -rf $(VENV) build dist

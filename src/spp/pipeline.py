@@ -1,0 +1,223 @@
+"""`spp run`: the stages in order. Each one leaves a folder and a JSON record; a run resumes after the last record."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+from spp.checkpoint import MANIFEST, check_output, read_json, resolve_model, write_json
+from spp.errors import UsageError
+from spp.options import (
+    EvalOptions,
+    MergeOptions,
+    Options,
+    PruneOptions,
+    RunOptions,
+    TrainOptions,
+    VerifyOptions,
+)
+from spp.stages.doctor import environment, versions
+from spp.stages.evaluate import evaluate
+from spp.stages.merge import merge
+from spp.stages.prune import prune
+from spp.stages.report import write_report
+from spp.stages.train import train
+from spp.stages.verify import verify
+
+logger = logging.getLogger("spp")
+
+RESULTS, REPORT = "results.json", "report.html"
+_RUN, _RECORDS = "run.json", "stages"
+_WRITTEN = ("pruned", "adapter", "adapter.checkpoints", "merged", _RECORDS, _RUN, RESULTS, REPORT)
+# Options that may differ when a run is resumed: they say where and how, not what.
+_FREE_ON_RESUME = {"overwrite", "out", "device"}
+
+StageOptions = TypeVar("StageOptions", bound=Options)
+
+
+def bundled_model() -> Path:
+    """Folder of the small Llama that comes with the package."""
+    return Path(str(files("spp") / "bundled" / "model"))
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The result of `run`: the folder, and what its results.json holds."""
+
+    out: Path
+    results: dict[str, Any]
+
+    @property
+    def verified(self) -> bool:
+        """Whether the zeros were proved kept."""
+        return self.results["verified"]
+
+
+def run(options: RunOptions) -> RunReport:
+    """Prune, fine-tune, merge, verify, evaluate and report.
+
+    A half-finished run with the same options is resumed stage by stage.
+
+    Raises:
+        UsageError: a wrong option, or an output folder that holds something else.
+        SppError: a stage failed; finished stages are kept.
+    """
+    model = options.model or str(bundled_model())
+    resolve_model(model)
+    out = options.out or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    _open_run(out, options)
+    logger.info("results go to %s", out)
+    records = _Records(out / _RECORDS)
+
+    def of(kind: type[StageOptions], **values: Any) -> StageOptions:
+        shared = {name: value for name, value in options if name in kind.model_fields}
+        return kind.build({**shared, **values})
+
+    pruned, adapter, merged = (out / name for name in ("pruned", "adapter", "merged"))
+    # The folder of a stage without a record can only be what a killed run left behind, so a stage may replace it.
+    new = {"overwrite": True}
+    stages: dict[str, Callable[[], Any]] = {
+        "evaluate_dense": lambda: evaluate(of(EvalOptions, model=model, text=options.eval)),
+        "prune": lambda: prune(of(PruneOptions, model=model, out=pruned, **new)),
+        "evaluate_pruned": lambda: evaluate(of(EvalOptions, model=str(pruned), text=options.eval)),
+        "train": lambda: train(of(TrainOptions, model=str(pruned), out=adapter, data=options.train, **new)),
+        "merge": lambda: merge(of(MergeOptions, model=str(pruned), adapter=adapter, out=merged, **new)),
+        "verify": lambda: verify(of(VerifyOptions, base=str(pruned), other=str(merged))),
+        "evaluate_spp": lambda: evaluate(of(EvalOptions, model=str(merged), text=options.eval)),
+    }
+    for name, stage in stages.items():
+        records.keep(name, stage)
+
+    results = _results(options, model, records, read_json(pruned / MANIFEST))
+    write_json(out / RESULTS, results)
+    write_report(results, out / REPORT)
+    return RunReport(out, results)
+
+
+class _Records:
+    """What finished stages reported, one JSON file each; a stage with a file is not run again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(self, name: str, stage: Callable[[], Any]) -> None:
+        """Run a stage and record its report, its seconds and the process's peak memory, unless that is done."""
+        path = self._path(name)
+        if path.is_file():
+            logger.info("%s: done before", name)
+            return
+        logger.info("%s ...", name)
+        start = time.perf_counter()
+        report = stage()
+        record = {
+            "report": asdict(report),
+            "seconds": time.perf_counter() - start,
+            "peak_rss_bytes": _peak_rss_bytes(),
+        }
+        write_json(path, record)
+
+    def report(self, name: str) -> dict[str, Any]:
+        return read_json(self._path(name))["report"]
+
+    def every(self, key: str) -> dict[str, Any]:
+        """One entry of every record, by stage, in the order that they ran in."""
+        paths = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+        return {path.stem: read_json(path)[key] for path in paths}
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
+
+
+def gap_closed(dense: float, pruned: float, spp: float) -> float | None:
+    """Share of the loss that pruning cost and fine-tuning won back, from three perplexities.
+
+    (log ppl_pruned - log ppl_spp) / (log ppl_pruned - log ppl_dense): 0 is the pruned model, 1 the dense one. It
+    is above 1 where fine-tuning also taught something new. None where pruning did not cost anything.
+    """
+    cost = math.log(pruned) - math.log(dense)
+    return (math.log(pruned) - math.log(spp)) / cost if cost > 0 else None
+
+
+def _open_run(out: Path, options: RunOptions) -> None:
+    """Start a run in `out`, or go on with the one that is there if its options are the same."""
+    asked = options.model_dump(mode="json", exclude=_FREE_ON_RESUME)
+    if options.overwrite:
+        for name in _WRITTEN:
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif (out / _RUN).is_file():
+        before = read_json(out / _RUN)
+        changed = [
+            f"{name} was {before.get(name)!r} and is {value!r} now"
+            for name, value in asked.items()
+            if before.get(name) != value
+        ]
+        if changed:
+            raise UsageError(
+                f"{out} holds a run with other options ({'; '.join(changed)}); "
+                "repeat its options to resume it, name another folder, or pass --overwrite to start over"
+            )
+        return
+    else:
+        check_output(out, overwrite=False)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / _RUN, asked)
+
+
+def _results(options: RunOptions, model: str, records: _Records, manifest: dict[str, Any]) -> dict[str, Any]:
+    scores = {name: records.report(f"evaluate_{name}") for name in ("dense", "pruned", "spp")}
+    perplexity = {name: score["perplexity"] for name, score in scores.items()}
+    verification = records.report("verify")
+    return {
+        "perplexity": perplexity,
+        "gap_closed": gap_closed(**perplexity),
+        "verified": verification["verified"],
+        "seconds": records.every("seconds"),
+        "peak_rss_bytes": max(records.every("peak_rss_bytes").values()),
+        "protocol": {
+            "model": options.model or "bundled",
+            "pattern": options.pattern,
+            "criterion": options.criterion,
+            "calibration": manifest["calibration"],
+            "train": options.train,
+            "evaluation": {key: value for key, value in scores["dense"].items() if key not in {"perplexity", "nll"}},
+            "seed": options.seed,
+        },
+        "versions": versions(),
+        "environment": environment(),
+        "options": options.model_dump(mode="json"),
+        "command": _command(options),
+        "training": records.report("train"),
+        "sparsity": {"overall": manifest["sparsity"], "tensors": manifest["tensors"], "skipped": manifest["skipped"]},
+        "verification": verification,
+    }
+
+
+def _command(options: RunOptions) -> str:
+    """A command line that repeats the run: every option that differs from its default."""
+    words = ["spp", "run"]
+    for name, value in options.model_dump(mode="json", exclude_defaults=True, exclude={"overwrite"}).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag.removeprefix("--"))
+        else:
+            words += [flag, str(value)]
+    return shlex.join(words)
+
+
+def _peak_rss_bytes() -> int:
+    """Largest resident set of this process so far; Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

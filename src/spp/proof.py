@@ -1,0 +1,64 @@
+"""What a fine-tuned weight owes its pruned base, counted: pure functions on pairs of tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorProof:
+    """How a tensor compares with the base tensor that it came from; all fields but the last are counts of entries.
+
+    Attributes:
+        zeros: zeros of the base (of either sign).
+        offenders: zeros of the base that are anything but an exact +0.0 now; the zeros are kept where this is 0.
+        negative_zeros: those of the offenders that are -0.0.
+        survivors: non-zeros of the base.
+        underflowed: survivors that became zero (rounding); the base's zeros are kept all the same.
+        unchanged: survivors with the same value as before, for instance because rounding swallowed their change.
+        sign_flips: survivors that changed sign.
+        non_finite: NaN or infinity where the base was finite.
+        largest_relative_change: largest |other - base| / |base| over finite survivors.
+    """
+
+    zeros: int
+    offenders: int
+    negative_zeros: int
+    survivors: int
+    underflowed: int
+    unchanged: int
+    sign_flips: int
+    non_finite: int
+    largest_relative_change: float
+
+    @property
+    def holds(self) -> bool:
+        """Zeros kept, and no NaN or infinity came in."""
+        return self.offenders == 0 and self.non_finite == 0
+
+
+def compare(base: Tensor, other: Tensor) -> TensorProof:
+    """Count what became of a base tensor's zeros and survivors in `other` (same shape, any float dtypes)."""
+    zero = base == 0
+    negative_zero = zero & (other == 0) & torch.signbit(other)
+    offender = (zero & (other != 0)) | negative_zero
+    finite = torch.isfinite(base)
+    survivor = ~zero & finite & torch.isfinite(other)
+    # fp32 holds fp16 and bf16 exactly; fp64 stays as it is.
+    wide = torch.promote_types(torch.promote_types(base.dtype, other.dtype), torch.float32)
+    before, after = base.to(wide), other.to(wide)
+    change = torch.where(survivor, (after - before).abs() / before.abs(), torch.zeros((), dtype=wide))
+    return TensorProof(
+        zeros=int(zero.sum()),
+        offenders=int(offender.sum()),
+        negative_zeros=int(negative_zero.sum()),
+        survivors=int((~zero).sum()),
+        underflowed=int((~zero & (other == 0)).sum()),
+        unchanged=int((~zero & (before == after)).sum()),
+        sign_flips=int((survivor & (before.sign() * after.sign() < 0)).sum()),
+        non_finite=int((finite & ~torch.isfinite(other)).sum()),
+        largest_relative_change=float(change.max()) if change.numel() else 0.0,
+    )

@@ -1,0 +1,242 @@
+"""Fold an SPP adapter into its base, shard by shard, and prove in the same pass that the zeros stayed.
+
+The result is what engines expect: the base's own files with other numbers in them. No model is built; memory is
+one shard. A failed proof leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spp import __version__
+from spp.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    canonical_zeros,
+    check_output,
+    new_folder,
+    read_json,
+    resolve_model,
+    write_json,
+)
+from spp.errors import SppError, UsageError, raise_problems
+from spp.ops.reference import merged_weight
+from spp.options import MergeOptions
+from spp.progress import track
+from spp.proof import TensorProof, compare
+from spp.stages.verify import failures
+
+logger = logging.getLogger("spp")
+
+# Files of a model folder that are not weights and belong to the merged model too.
+_COMPANIONS = {".json", ".model", ".txt", ".jinja", ".py", ".tiktoken"}
+_KEY_PREFIX = "base_model.model."
+_UNCHANGED_WORTH_A_WARNING = 0.5
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The trained factors of one weight: `A` (R, I), `B` (O, 1) and the scale s."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    def stored_shape(self, transposed: bool) -> tuple[int, int]:
+        """The shape of the weight that they fit, (O, I), or (I, O) where it is stored transposed."""
+        out_features, in_features = self.B.shape[0], self.A.shape[1]
+        return (in_features, out_features) if transposed else (out_features, in_features)
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """W' = W + s * W * A[group] * B (paper eq. 5), in fp32, rounded once to W's dtype; zeros are +0.0."""
+        return merged_weight(weight, self.A, self.B, self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """The result of `merge`.
+
+    Attributes:
+        verified: always True; a merge that fails its proof raises and writes nothing.
+        zeros: zeros of the base in adapted tensors, every one of them +0.0 in the result.
+        tensors: proof of each adapted tensor.
+        underflowed: survivors that rounding turned into zeros.
+        unchanged_share: share of survivors whose change was lost in rounding.
+    """
+
+    verified: bool
+    out: Path
+    zeros: int
+    tensors: dict[str, TensorProof]
+    underflowed: int
+    unchanged_share: float
+    seconds: float
+
+
+def merge(options: MergeOptions) -> MergeReport:
+    """Write `options.out`: the base with the adapter folded in, loadable without spp.
+
+    Raises:
+        UsageError: a folder is missing, the output is not empty, or the adapter is not an SPP adapter.
+        SppError: the adapter belongs to another model, a file is damaged, or the proof failed.
+    """
+    start = time.perf_counter()
+    base = Checkpoint.open(resolve_model(options.model))
+    check_output(options.out, options.overwrite, inputs=(base.folder, options.adapter))
+    if "quantization_config" in base.config:
+        raise UsageError(f"{options.model} is quantised; merge into the sparse model before quantisation")
+    factors = _match(base, read_adapter(options.adapter), options.adapter)
+
+    proofs: dict[str, TensorProof] = {}
+    with new_folder(options.out, overwrite=options.overwrite) as folder:
+        for path, names in track(base.shards.items(), "merging", total=len(base.shards)):
+            shard = {}
+            for name in names:
+                before = base.tensor(name)
+                if name in factors:
+                    shard[name] = _merge(factors[name], before, base.transposed(name))
+                    proofs[name] = compare(before, shard[name])
+                else:
+                    shard[name] = canonical_zeros(before)
+            save_file(shard, folder / path.name, metadata={"format": "pt"})
+        problems = [problem for name, proof in proofs.items() for problem in failures(name, proof)]
+        raise_problems([f"{problem}; nothing was written" for problem in problems], SppError)
+        _write_companions(base, folder)
+        report = _report(options.out, proofs, time.perf_counter() - start)
+        write_json(folder / MANIFEST, _manifest(base, options, report))
+    _warn(report)
+    return report
+
+
+def _merge(factors: Factors, weight: Tensor, transposed: bool) -> Tensor:
+    return factors.merge(weight.T).T.contiguous() if transposed else factors.merge(weight)
+
+
+def read_adapter(folder: Path) -> dict[str, Factors]:
+    """Read a saved SPP adapter: module name -> factors.
+
+    Raises:
+        UsageError: no adapter is there, or it is of another method.
+        SppError: the file is damaged or holds more than SPP factors.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"adapter {folder}: no such folder")
+    config = read_json(folder / "adapter_config.json")
+    if config.get("peft_type") != "SPP":
+        raise UsageError(f"adapter {folder} is of type {config.get('peft_type')!r}, and only SPP adapters merge here")
+    tensors = _adapter_tensors(folder)
+    modules = {name.removesuffix(".spp_A.weight") for name in tensors if name.endswith(".spp_A.weight")}
+    wanted = {f"{module}.spp_{factor}.weight" for module in modules for factor in "AB"}
+    if not modules or wanted != set(tensors):
+        odd = sorted(wanted.symmetric_difference(tensors)) or ["no factors at all"]
+        raise SppError(
+            f"adapter {folder} does not consist of pairs of SPP factors ({odd[0]}); if it trained other modules as "
+            "well, merge it with PeftModel.merge_and_unload"
+        )
+    return {
+        module.removeprefix(_KEY_PREFIX): Factors(
+            A=tensors[f"{module}.spp_A.weight"],
+            B=tensors[f"{module}.spp_B.weight"],
+            scale=config["scale"],
+        )
+        for module in sorted(modules)
+    }
+
+
+def _adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UsageError(f"adapter {folder}: adapter_model.safetensors is missing")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise SppError(f"{path}: not a whole safetensors file ({error}); it is truncated or damaged") from error
+
+
+def _match(base: Checkpoint, adapter: dict[str, Factors], folder: Path) -> dict[str, Factors]:
+    """Tensor name in the checkpoint -> factors; every one must fit."""
+    matched: dict[str, Factors] = {}
+    problems = []
+    for module, factors in adapter.items():
+        name = _tensor_name(base, module)
+        if name is None:
+            problems.append(f"it has no weight for {module}")
+        elif base.shape(name) != (wanted := factors.stored_shape(base.transposed(name))):
+            problems.append(f"its {name} is {base.shape(name)}, the adapter's {wanted}")
+        else:
+            matched[name] = factors
+    if problems:
+        raise SppError(
+            f"adapter {folder} was trained for another model than {base.folder}: {len(problems)} of {len(adapter)} "
+            f"weights do not fit; first of them: {problems[0]}"
+        )
+    return matched
+
+
+def _tensor_name(base: Checkpoint, module: str) -> str | None:
+    """The checkpoint's name of a module's weight; a checkpoint of the bare base model lacks the first components."""
+    parts = f"{module}.weight".split(".")
+    candidates = (".".join(parts[start:]) for start in range(len(parts) - 1))
+    return next((name for name in candidates if name in base.files), None)
+
+
+def _write_companions(base: Checkpoint, folder: Path) -> None:
+    for path in sorted(base.folder.iterdir()):
+        weights_of_others = path.name.endswith(".bin.index.json")
+        if path.is_file() and path.suffix in _COMPANIONS and path.name != MANIFEST and not weights_of_others:
+            shutil.copyfile(path, folder / path.name)
+    # Engines refuse a model that announces a sparse format; the merged weights are plain.
+    if "sparsity_config" in base.config:
+        write_json(folder / "config.json", {k: v for k, v in base.config.items() if k != "sparsity_config"})
+
+
+def _report(out: Path, proofs: dict[str, TensorProof], seconds: float) -> MergeReport:
+    survivors = sum(proof.survivors for proof in proofs.values())
+    return MergeReport(
+        verified=True,
+        out=out,
+        zeros=sum(proof.zeros for proof in proofs.values()),
+        tensors=proofs,
+        underflowed=sum(proof.underflowed for proof in proofs.values()),
+        unchanged_share=sum(proof.unchanged for proof in proofs.values()) / max(survivors, 1),
+        seconds=seconds,
+    )
+
+
+def _manifest(base: Checkpoint, options: MergeOptions, report: MergeReport) -> dict[str, Any]:
+    inherited = {key: base.manifest[key] for key in ("pattern", "criterion") if key in base.manifest}
+    return {
+        "tool": "spp",
+        "version": __version__,
+        "kind": "merged",
+        **inherited,
+        "base": options.model,
+        "adapter": str(options.adapter),
+        "verification": {
+            "verified": report.verified,
+            "zeros": report.zeros,
+            "underflowed": report.underflowed,
+            "unchanged_share": report.unchanged_share,
+            "tensors": {name: asdict(proof) for name, proof in report.tensors.items()},
+        },
+    }
+
+
+def _warn(report: MergeReport) -> None:
+    if report.underflowed:
+        logger.warning("%d survivors were so small that rounding made them zero", report.underflowed)
+    if report.unchanged_share > _UNCHANGED_WORTH_A_WARNING:
+        logger.warning(
+            "%.0f %% of the survivors are unchanged: their updates are smaller than the checkpoint's dtype can show; "
+            "train longer or at a higher learning rate, or convert the base to float32 before merging",
+            100 * report.unchanged_share,
+        )
