@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 _DECODER = {
     "hidden_size": 32,
@@ -65,6 +67,42 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
         return AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character, within the tiny models' 96 tokens; BOS in front of every text."""
+    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    characters = [chr(code) for code in range(32, 127) if chr(code) not in "^`~{"]
+    vocabulary = {token: index for index, token in enumerate(special + characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path, tiny_model, tiny_tokenizer) -> Path:
+    """Folder of a dense tiny Llama in bf16 with its tokenizer."""
+    folder = tmp_path / "dense"
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def stories(tmp_path) -> Path:
+    """A .jsonl file of 200 short, repetitive documents that a tiny model can learn."""
+    animals, verbs = ("cat", "dog", "owl", "hen", "fox"), ("sat", "ran", "saw", "hid")
+    lines = [
+        json.dumps({"text": f"The {animals[i % 5]} {verbs[i % 4]}. The {animals[(i + 1) % 5]} {verbs[i % 4]} too."})
+        for i in range(200)
+    ]
+    path = tmp_path / "stories.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,14 @@ def test_all_problems_are_reported_at_once_with_the_values_seen():
         RunOptions.build({"pattern": "5:4", "rank": "many", "dropout": 1.0, "colour": "red"})
     message = str(caught.value)
     assert message.startswith("4 problems")
-    for part in ("'5:4'", "rank: input should be a valid integer", "'many'", "dropout", "1.0", "colour: no such option"):
+    for part in (
+        "'5:4'",
+        "rank: input should be a valid integer",
+        "'many'",
+        "dropout",
+        "1.0",
+        "colour: no such option",
+    ):
         assert part in message
 
 

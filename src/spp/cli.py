@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted; finished work is kept, and the same command with the same output folder resumes it")
         return _INTERRUPTED
-    _present(report, as_json)
+    _present(name, report, as_json)
     return 0 if getattr(report, "verified", True) else 1
 
 
@@ -197,9 +197,9 @@ def _execute(command: Command, given: dict[str, Any]) -> Any:
     return stage() if command.options is opt.Options else stage(options)
 
 
-def _present(report: Any, as_json: bool) -> None:
+def _present(command: str, report: Any, as_json: bool) -> None:
     if as_json:
-        value = asdict(report)
+        value = getattr(report, "results", None) or asdict(report)
         sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
         return
     from rich.console import Console
@@ -207,7 +207,7 @@ def _present(report: Any, as_json: bool) -> None:
     from spp.presentation import describe
 
     console = Console()
-    for part in describe(report):
+    for part in describe(command, report):
         console.print(part, soft_wrap=isinstance(part, str), markup=False, highlight=False)
 
 

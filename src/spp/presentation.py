@@ -1,0 +1,111 @@
+"""What commands print for people. One function per command; `--json` bypasses them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
+    from rich.console import RenderableType
+
+    from spp.pipeline import RunReport
+    from spp.stages.doctor import DoctorReport
+    from spp.stages.evaluate import EvalReport
+    from spp.stages.inspection import InspectReport
+    from spp.stages.merge import MergeReport
+    from spp.stages.prune import PruneReport
+    from spp.stages.train import TrainReport
+    from spp.stages.verify import VerifyReport
+
+
+def describe(command: str, report: Any) -> Iterable[RenderableType]:
+    """The parts to print for a command's report, in order."""
+    return _DESCRIPTIONS[command](report)
+
+
+def _run(report: RunReport) -> Iterable[RenderableType]:
+    from spp.stages.report import summary_table
+
+    yield summary_table(report.results)
+    yield f"everything is in {report.out}: open report.html, load merged/ with any engine"
+
+
+def _prune(report: PruneReport) -> Iterable[RenderableType]:
+    yield f"{report.sparsity:.2%} of {len(report.tensors)} matrices are zero now ({report.criterion}, {report.pattern})"
+    if report.skipped:
+        yield f"left dense, because the pattern does not divide them: {', '.join(report.skipped)}"
+    yield f"written to {report.out}; next: spp train {report.out} ADAPTER --data FILE"
+
+
+def _train(report: TrainReport) -> Iterable[RenderableType]:
+    yield (
+        f"{report.steps} steps, {report.tokens:,} tokens in {report.seconds:.0f} s "
+        f"({report.tokens_per_second:,.0f} tokens/s), {report.trainable_parameters:,} trainable parameters, "
+        f"peak memory {_size(report.peak_memory_bytes)}"
+    )
+    yield f"written to {report.out}; next: spp merge MODEL {report.out} OUT"
+
+
+def _merge(report: MergeReport) -> Iterable[RenderableType]:
+    yield f"proved: all {report.zeros:,} zeros of {len(report.tensors)} merged matrices are +0.0"
+    yield f"{report.underflowed:,} survivors underflowed; rounding left {report.unchanged_share:.1%} of them unchanged"
+    yield f"written to {report.out}"
+
+
+def _verify(report: VerifyReport) -> Iterable[RenderableType]:
+    if report.verified:
+        pattern = f", and the pattern {report.pattern} holds" if report.pattern else ""
+        yield f"verified: all {report.zeros:,} zeros of {report.base} are +0.0 in {report.other}{pattern}"
+    else:
+        yield f"NOT verified: {len(report.problems)} problems"
+        yield from report.problems
+    if underflowed := sum(proof.underflowed for proof in report.tensors.values()):
+        yield f"note: {underflowed:,} non-zeros of BASE are zero in OTHER"
+
+
+def _eval(report: EvalReport) -> Iterable[RenderableType]:
+    table = Table(show_header=False, box=None)
+    how = "each document by itself" if report.per_document else f"stride {report.stride}, tail dropped"
+    for label, value in (
+        ("perplexity", f"{report.perplexity:.4f}"),
+        ("per token", f"{report.nll:.5f} nats over {report.tokens:,} tokens"),
+        ("text", report.source),
+        ("protocol", f"window {report.window}, {how}, {report.dtype}"),
+    ):
+        table.add_row(label, value)
+    yield table
+
+
+def _inspect(report: InspectReport) -> Iterable[RenderableType]:
+    from spp.stages.inspection import inspection_table
+
+    yield inspection_table(report)
+
+
+def _doctor(report: DoctorReport) -> Iterable[RenderableType]:
+    from spp.stages.doctor import doctor_table
+
+    yield doctor_table(report)
+
+
+_DESCRIPTIONS: dict[str, Callable[[Any], Iterable[RenderableType]]] = {
+    "run": _run,
+    "prune": _prune,
+    "train": _train,
+    "merge": _merge,
+    "verify": _verify,
+    "eval": _eval,
+    "inspect": _inspect,
+    "doctor": _doctor,
+}
+
+
+def _size(count: int) -> str:
+    """Bytes in the unit that people read."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024  # pyright: ignore[reportAssignmentType]
+    return f"{count:.2f} GiB"

@@ -1,0 +1,231 @@
+"""Merging on disk: exact numbers, byte-identical rest, zeros proved, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spp.checkpoint import MANIFEST, Checkpoint, read_json, write_json
+from spp.errors import SppError, UsageError
+from spp.options import MergeOptions
+from spp.patterns import NM
+from spp.stages import merge as merge_stage
+from spp.stages.merge import merge, read_adapter
+
+MODULES = ("self_attn.q_proj", "mlp.down_proj")
+
+
+def sparse_model(folder: Path, tiny_model, *, dtype=torch.bfloat16, family="llama", **save) -> Path:
+    model = tiny_model(family, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and ("proj" in name or "c_" in name):
+                matrix = parameter.T if family == "gpt2" else parameter
+                matrix.masked_fill_(~NM(2, 4).keep_mask(matrix.float().abs()), 0.0)
+    model.save_pretrained(folder, **save)
+    return folder
+
+
+def adapter_for(
+    folder: Path, base: Path, modules: list[str], *, scale: float = 2.0, rank: int = 4, size: float = 0.5
+) -> Path:
+    """Factors as the tuner saves them, for the named modules of a checkpoint."""
+    folder.mkdir()
+    checkpoint = Checkpoint.open(base)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for module in modules:
+        out_features, in_features = checkpoint.shape(f"{module}.weight")
+        if checkpoint.transposed(f"{module}.weight"):
+            out_features, in_features = in_features, out_features
+        key = f"base_model.model.{module}"
+        tensors[f"{key}.spp_A.weight"] = torch.randn(rank, in_features, generator=generator) * size
+        tensors[f"{key}.spp_B.weight"] = torch.randn(out_features, 1, generator=generator) * size
+    save_file(tensors, folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", {"peft_type": "SPP", "r": rank, "scale": scale})
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path, tiny_model) -> Path:
+    return sparse_model(tmp_path / "base", tiny_model)
+
+
+@pytest.fixture
+def adapter(tmp_path, base) -> Path:
+    return adapter_for(tmp_path / "adapter", base, [f"model.layers.{i}.{name}" for i in (0, 1) for name in MODULES])
+
+
+def naive_merge(weight, A, B, scale):
+    """W' = W + s * W * A[group] * B, written out element by element."""
+    merged = weight.double().clone()
+    out_features, rank = weight.shape[0], A.shape[0]
+    for i in range(out_features):
+        for j in range(weight.shape[1]):
+            w = weight[i, j].double()
+            merged[i, j] = w + scale * w * A[i * rank // out_features, j].double() * B[i, 0].double()
+    return merged
+
+
+def test_numbers_are_the_formula_rounded_once(tmp_path, base, adapter):
+    report = merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    factors = read_adapter(adapter)
+    assert set(report.tensors) == {f"{module}.weight" for module in factors}
+    for module, factor in factors.items():
+        name = f"{module}.weight"
+        expected = naive_merge(before[name], factor.A, factor.B, factor.scale).to(torch.bfloat16)
+        torch.testing.assert_close(after[name], expected, rtol=2**-8, atol=0)
+        zero = before[name] == 0
+        assert torch.equal(after[name].view(torch.int16)[zero], torch.zeros_like(before[name]).view(torch.int16)[zero])
+    untouched = set(before) - set(report.tensors)
+    assert untouched and all(torch.equal(before[n].view(torch.int16), after[n].view(torch.int16)) for n in untouched)
+
+
+def test_the_result_is_a_plain_complete_model(tmp_path, base, adapter):
+    out = tmp_path / "merged"
+    report = merge(MergeOptions(model=str(base), adapter=adapter, out=out))
+    assert {path.name for path in out.iterdir()} == {path.name for path in base.iterdir()} | {MANIFEST}
+    assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    manifest = read_json(out / MANIFEST)
+    assert manifest["kind"] == "merged"
+    assert manifest["verification"]["verified"] is True
+    assert manifest["verification"]["zeros"] == report.zeros > 0
+    from transformers import AutoModelForCausalLM
+
+    _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+
+def test_shards_stay_shards(tmp_path, tiny_model):
+    base = sparse_model(tmp_path / "base", tiny_model, max_shard_size="20KB")
+    adapter = adapter_for(tmp_path / "adapter", base, ["model.layers.1.mlp.up_proj"])
+    merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
+    shards = sorted(path.name for path in base.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors")) == shards
+    assert Checkpoint.open(tmp_path / "merged").names == Checkpoint.open(base).names
+
+
+def test_conv1d_weights_are_merged_in_their_own_orientation(tmp_path, tiny_model):
+    base = sparse_model(tmp_path / "base", tiny_model, family="gpt2", dtype=torch.float32)
+    module = "transformer.h.0.attn.c_attn"
+    adapter = adapter_for(tmp_path / "adapter", base, [module])
+    merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
+    before, after = (Checkpoint.open(folder).tensor(f"{module}.weight") for folder in (base, tmp_path / "merged"))
+    factor = read_adapter(adapter)[module]
+    expected = naive_merge(before.T, factor.A, factor.B, factor.scale).T
+    torch.testing.assert_close(after.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_negative_zeros_of_the_base_become_positive(tmp_path, base, adapter):
+    tensors = load_file(base / "model.safetensors")
+    names = ("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight")
+    for name in names:
+        tensors[name][0, :4] = -0.0
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for name in names:
+        assert merged[name][0, :4].view(torch.int16).tolist() == [0] * 4
+
+
+def test_underflow_is_counted_and_warned_about(tmp_path, tiny_model, caplog, monkeypatch):
+    base = sparse_model(tmp_path / "base", tiny_model, dtype=torch.float16)
+    module = "model.layers.0.mlp.up_proj"
+    tensors = load_file(base / "model.safetensors")
+    tensors[f"{module}.weight"][0, 0] = 6e-8  # the smallest fp16 denormal
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = adapter_for(tmp_path / "adapter", base, [module], rank=1)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    key = f"base_model.model.{module}"
+    factors[f"{key}.spp_A.weight"].fill_(-0.4)
+    factors[f"{key}.spp_B.weight"].fill_(1.0)
+    save_file(factors, adapter / "adapter_model.safetensors")
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    report = merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
+    assert report.verified
+    assert report.underflowed >= 1
+    assert "rounding made them zero" in caplog.text
+
+
+def test_swallowed_updates_are_warned_about(tmp_path, base, caplog):
+    adapter = adapter_for(tmp_path / "adapter", base, ["model.layers.0.mlp.up_proj"], size=1e-3)
+    report = merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
+    assert report.unchanged_share == 1
+    assert "unchanged" in caplog.text
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_broken_adapter_leaves_nothing(tmp_path, base, adapter, poison):
+    factors = load_file(adapter / "adapter_model.safetensors")
+    next(iter(factors.values())).fill_(poison)
+    save_file(factors, adapter / "adapter_model.safetensors")
+    with pytest.raises(SppError, match="turned NaN or infinite; nothing was written"):
+        merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_merge_that_loses_a_zero_is_caught(tmp_path, base, adapter, monkeypatch):
+    def leaky(weight, *_):
+        return weight + 1e-3
+
+    monkeypatch.setattr(merge_stage, "merged_weight", leaky)
+    with pytest.raises(SppError, match=r"q_proj\.weight: \d+ of \d+ zeros of BASE are not \+0\.0"):
+        merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path, base, tiny_model):
+    other = sparse_model(
+        tmp_path / "other", lambda *args, **kw: tiny_model("llama", intermediate_size=64, **kw_dtype(kw))
+    )
+    adapter = adapter_for(
+        tmp_path / "adapter", other, ["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"]
+    )
+    with pytest.raises(SppError, match=r"trained for another model.*1 of 2 weights.*up_proj\.weight is \(48, 32\)"):
+        merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
+    deeper = sparse_model(
+        tmp_path / "deeper", lambda *args, **kw: tiny_model("llama", num_hidden_layers=3, **kw_dtype(kw))
+    )
+    adapter = adapter_for(tmp_path / "adapter-deeper", deeper, ["model.layers.2.mlp.up_proj"])
+    with pytest.raises(SppError, match=r"no weight for model\.layers\.2\.mlp\.up_proj"):
+        merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
+
+
+def kw_dtype(kw):
+    return {"dtype": kw["dtype"]}
+
+
+def test_requests_that_cannot_be_met_are_refused(tmp_path, base, adapter):
+    out = tmp_path / "merged"
+
+    def attempt(**changes):
+        merge(MergeOptions(**{"model": str(base), "adapter": adapter, "out": out, **changes}))
+
+    with pytest.raises(UsageError, match="no such folder"):
+        attempt(adapter=tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="is or holds the input"):
+        attempt(out=base, overwrite=True)
+    config = read_json(adapter / "adapter_config.json")
+    write_json(adapter / "adapter_config.json", config | {"peft_type": "LORA"})
+    with pytest.raises(UsageError, match="type 'LORA'"):
+        attempt()
+    write_json(adapter / "adapter_config.json", config)
+    weights = adapter / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    with pytest.raises(SppError, match="truncated"):
+        attempt()
+    weights.write_bytes(whole)
+    save_file(load_file(weights) | {"base_model.model.lm_head.weight": torch.ones(1)}, weights)
+    with pytest.raises(SppError, match="merge_and_unload"):
+        attempt()
+    (base / "config.json").write_text(json.dumps(read_json(base / "config.json") | {"quantization_config": {}}))
+    with pytest.raises(UsageError, match="quantised"):
+        attempt()
+    assert not out.exists()
