@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from spp.errors import UsageError
 from spp.patterns import NM, Pattern, Unstructured, detect_pattern, parse_pattern
-from torch import Tensor
 
 seeds = st.integers(0, 2**31 - 1)
 nm_patterns = st.integers(2, 12).flatmap(lambda m: st.builds(NM, st.integers(1, m - 1), st.just(m)))

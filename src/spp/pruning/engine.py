@@ -122,9 +122,8 @@ def _prune_linear(name: str, module: nn.Module, method: Method, statistic: Stati
     # The cast comes before the canonical zeros: a tiny negative survivor may round to -0.0.
     rounded = canonical_zeros(pruned.weight.to(weight.dtype))
     if not torch.isfinite(rounded).all():
-        raise SppError(
-            f"{name}: an updated weight is NaN, or too large for {weight.dtype}; compute in float32 (--dtype)"
-        )
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise SppError(f"{name}: an updated weight is NaN, or too large for {dtype}; compute in float32 (--dtype)")
     weight.copy_(rounded)
 
 

@@ -1,0 +1,241 @@
+"""Criteria against literal implementations of the published formulas, and against sums done by hand."""
+
+from __future__ import annotations
+
+import math
+
+import naive_pruning as naive
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spp.errors import SppError, UsageError
+from spp.patterns import NM, Pattern, parse_pattern
+from spp.pruning import magnitude, sparsegpt, wanda
+from spp.pruning.criteria import CRITERIA
+from spp.pruning.result import Pruned
+from spp.pruning.statistics import Gram, InputNorm
+
+PATTERNS = [parse_pattern(text) for text in ("50%", "75%", "2:4", "4:8", "2:8", "1:4")]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def layer(rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """A weight (O, I) and correlated inputs (T, I) with features of different size."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    sizes = torch.rand(columns, generator=generator) * 3
+    inputs = torch.randn(4 * columns, columns, generator=generator) @ mixing * sizes
+    return weight.to(dtype), inputs.to(dtype)
+
+
+def run(criterion: str, weight: Tensor, inputs: Tensor, pattern: Pattern) -> Pruned:
+    """Prune as the engine does, with the inputs arriving in uneven batches."""
+    method = CRITERIA[criterion]  # type: ignore[index]
+    value = None
+    if method.statistic is not None:
+        statistic = method.statistic()
+        for batch in inputs.split([1, len(inputs) // 3, len(inputs) - len(inputs) // 3 - 1]):
+            statistic.update(batch[None])
+        value = statistic.value()
+    return method.prune(weight, value, pattern)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_magnitude_equals_the_formula(pattern: Pattern, dtype: torch.dtype) -> None:
+    weight, inputs = layer(24, 40, dtype=dtype)
+    pruned = run("magnitude", weight, inputs, pattern)
+    assert pruned.mask.equal(naive.magnitude(weight, pattern))
+    assert pruned.weight.equal(torch.where(pruned.mask, weight, 0))
+    assert pruned.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_wanda_equals_the_formula(pattern: Pattern, dtype: torch.dtype) -> None:
+    weight, inputs = layer(24, 40, dtype=dtype)
+    pruned = run("wanda", weight, inputs, pattern)
+    assert pruned.mask.equal(naive.wanda(weight, inputs, pattern))
+    assert pruned.weight.equal(torch.where(pruned.mask, weight, 0))
+    assert not pruned.mask.equal(naive.magnitude(weight, pattern))
+
+
+@pytest.mark.parametrize("columns", [40, 256, 296])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_sparsegpt_equals_the_formula(pattern: Pattern, columns: int) -> None:
+    weight, inputs = layer(32, columns)
+    pruned = run("sparsegpt", weight, inputs, pattern)
+    expected, mask = naive.sparsegpt(weight, inputs, pattern)
+    assert pruned.mask.eq(mask).double().mean() >= 0.999
+    rows = pruned.mask.eq(mask).all(dim=1)  # a tie decided otherwise changes the rest of its row
+    assert rows.double().mean() >= 0.9
+    torch.testing.assert_close(pruned.weight[rows].double(), expected[rows], rtol=1e-4, atol=1e-4)
+    assert pruned.note is None
+
+
+def test_sparsegpt_blocks_hold_whole_groups() -> None:
+    weight, inputs = layer(8, 270)
+    pattern = NM(2, 5)  # 128 is no multiple of 5: blocks of 125
+    pruned = run("sparsegpt", weight, inputs, pattern)
+    expected, mask = naive.sparsegpt(weight, inputs, pattern)
+    assert pruned.mask.equal(mask)
+    torch.testing.assert_close(pruned.weight.double(), expected, rtol=1e-4, atol=1e-4)
+    long_groups = run("sparsegpt", *layer(4, 300), NM(60, 150))
+    assert (long_groups.mask.unflatten(1, (2, 150)).sum(dim=-1) == 60).all()
+
+
+def test_sparsegpt_unstructured_total_is_exact_over_blocks() -> None:
+    weight, inputs = layer(3, 300)
+    pattern = parse_pattern("29%")
+    assert int((~run("sparsegpt", weight, inputs, pattern).mask).sum()) == 3 * 300 * 29 // 100
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_beats_magnitude_on_the_layer_output(criterion: str) -> None:
+    weight, inputs = layer(32, 64)
+
+    def error(name: str) -> float:
+        return float((inputs @ (run(name, weight, inputs, NM(2, 4)).weight - weight).T).square().sum())
+
+    assert error(criterion) < error("magnitude")
+    assert error("sparsegpt") <= error("wanda")
+
+
+def test_wanda_by_hand() -> None:
+    weight = torch.tensor([[1.0, -2.0, 3.0, 4.0], [-4.0, 3.0, 2.0, 1.0]])
+    norms = torch.tensor([5.0, 2.0, 1.0, 0.5])  # scores 5 4 3 2 and 20 6 2 0.5
+    pruned = wanda.prune(weight, norms, NM(2, 4))
+    assert pruned.weight.tolist() == [[1, -2, 0, 0], [-4, 3, 0, 0]]
+
+
+def test_sparsegpt_by_hand() -> None:
+    """Two columns of correlated inputs: the survivor takes over what it can, w2 += w1 * H12 / H22."""
+    hessian = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    pruned = sparsegpt.prune(torch.tensor([[1.0, 3.0]]), hessian, NM(1, 2))
+    # Damping adds 0.02 to the diagonal.
+    assert pruned.mask.tolist() == [[False, True]]
+    assert pruned.weight[0].tolist() == pytest.approx([0.0, 3 + 1 / 2.02])
+    # The second column has nothing after it that could make up for it.
+    last = sparsegpt.prune(torch.tensor([[3.0, 1.0]]), hessian, NM(1, 2))
+    assert last.weight.tolist() == [[3.0, 0.0]]
+
+
+def test_magnitude_over_the_whole_matrix() -> None:
+    weight = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+    half = parse_pattern("50%")
+    assert magnitude.prune_whole_matrix(weight, None, half).mask.tolist() == [[False] * 4, [True] * 4]
+    assert magnitude.prune(weight, None, half).mask.tolist() == [[False, False, True, True]] * 2
+    assert magnitude.prune_whole_matrix(weight, None, NM(2, 4)).mask.tolist() == [[False, False, True, True]] * 2
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_zeros_stay_and_go_first(criterion: str, pattern: Pattern) -> None:
+    weight, inputs = layer(16, 64)
+    already = torch.rand(16, 64, generator=torch.Generator().manual_seed(1)) < 0.4
+    weight[already] = 0
+    weight[already & (torch.arange(64) % 2 == 0)] = -0.0
+    pruned = run(criterion, weight, inputs, pattern)
+    assert not pruned.weight[already].any()
+    assert not pruned.mask[already].any()
+    assert pattern.violations(pruned.weight) == 0
+    if isinstance(pattern, NM):  # a group loses no more than the pattern asks for, unless it had more zeros
+        before = (~already).unflatten(1, (-1, pattern.m)).sum(dim=-1)
+        assert pruned.mask.unflatten(1, (-1, pattern.m)).sum(dim=-1).equal(before.clamp(max=pattern.n))
+    zeros = pruned.weight[pruned.weight == 0]
+    assert not torch.signbit(zeros).any()
+
+
+def test_wanda_removes_a_zero_before_a_weight_without_input() -> None:
+    pruned = wanda.prune(torch.tensor([[5.0, 1.0, 0.0, 1.0]]), torch.tensor([0.0, 1.0, 1.0, 1.0]), parse_pattern("25%"))
+    assert pruned.weight.tolist() == [[5, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_sparsegpt_removes_dead_columns(pattern: Pattern) -> None:
+    weight, inputs = layer(16, 64)
+    inputs[:, [3, 40, 41]] = 0
+    pruned = run("sparsegpt", weight, inputs, pattern)
+    assert not pruned.weight[:, [3, 40, 41]].any()
+    assert torch.isfinite(pruned.weight).all()
+    expected, _ = naive.sparsegpt(weight, inputs, pattern)
+    torch.testing.assert_close(pruned.weight.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sparsegpt_with_no_input_at_all_removes_everything() -> None:
+    weight, inputs = layer(4, 8)
+    assert not run("sparsegpt", weight, inputs * 0, NM(2, 4)).weight.any()
+
+
+def test_sparsegpt_says_when_it_took_more_damping() -> None:
+    # An eigenvalue of -0.05 against a damping of 0.01 * mean diagonal = 0.01, and of 0.1 on the retry.
+    hessian = torch.diag(torch.tensor([2.0, 2.0, 0.025, -0.025]))
+    pruned = sparsegpt.prune(torch.ones(1, 4), hessian, NM(2, 4))
+    assert pruned.note is not None
+    assert "10 times the usual damping" in pruned.note
+    assert torch.isfinite(pruned.weight).all()
+
+
+def test_sparsegpt_raises_instead_of_guessing() -> None:
+    hessian = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0]))
+    with pytest.raises(SppError, match="cannot invert the Hessian"):
+        sparsegpt.prune(torch.ones(1, 4), hessian, NM(2, 4))
+
+
+def test_sparsegpt_handles_fewer_tokens_than_features() -> None:
+    weight, inputs = layer(16, 64)
+    pruned = run("sparsegpt", weight, inputs[:8], NM(2, 4))
+    expected, _ = naive.sparsegpt(weight, inputs[:8], NM(2, 4))
+    torch.testing.assert_close(pruned.weight.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
+def test_indivisible_dimension_is_refused(criterion: str) -> None:
+    with pytest.raises(UsageError, match="divisible by 4"):
+        run(criterion, *layer(4, 10), NM(2, 4))
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_calibrated_criteria_need_their_statistic(criterion: str) -> None:
+    with pytest.raises(ValueError, match="needs"):
+        CRITERIA[criterion].prune(torch.ones(1, 4), None, NM(2, 4))  # type: ignore[index]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(0, 1000))
+def test_statistics_do_not_depend_on_the_batches(sizes: list[int], seed: int) -> None:
+    inputs = torch.randn(sum(sizes), 6, generator=torch.Generator().manual_seed(seed))
+    norm, gram = InputNorm(), Gram()
+    for batch in inputs.split(sizes):
+        norm.update(batch)
+        gram.update(batch)
+    assert norm.tokens == len(inputs)
+    if len(inputs):
+        torch.testing.assert_close(norm.value(), inputs.norm(dim=0) / math.sqrt(len(inputs)))
+        torch.testing.assert_close(gram.value(), 2 / len(inputs) * inputs.T @ inputs)
+    else:
+        with pytest.raises(ValueError, match="no input"):
+            norm.value()
+
+
+def test_statistics_of_half_precision_inputs_are_fp32() -> None:
+    inputs = torch.full((300, 2), 3.0, dtype=torch.bfloat16)
+    norm = InputNorm()
+    for batch in inputs.split(1):
+        norm.update(batch)
+    assert norm.value().dtype == torch.float32
+    torch.testing.assert_close(norm.value(), torch.full((2,), 3.0))
+
+
+def test_gram_restores_the_precision_that_the_user_set() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        Gram().update(torch.ones(2, 2))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
