@@ -7,21 +7,20 @@ one shard. A failed proof leaves nothing behind.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from spp import __version__
 from spp.checkpoint import (
     MANIFEST,
     Checkpoint,
-    canonical_zeros,
     check_output,
     new_folder,
     read_json,
@@ -31,14 +30,12 @@ from spp.checkpoint import (
 from spp.errors import SppError, UsageError, raise_problems
 from spp.ops.reference import merged_weight
 from spp.options import MergeOptions
-from spp.progress import track
 from spp.proof import TensorProof, compare
+from spp.rewriting import rewrite, tensor_name
 from spp.stages.verify import failures
 
 logger = logging.getLogger("spp")
 
-# Files of a model folder that are not weights and belong to the merged model too.
-_COMPANIONS = {".json", ".model", ".txt", ".jinja", ".py", ".tiktoken"}
 _KEY_PREFIX = "base_model.model."
 _UNCHANGED_WORTH_A_WARNING = 0.5
 
@@ -97,20 +94,16 @@ def merge(options: MergeOptions) -> MergeReport:
     factors = _match(base, read_adapter(options.adapter), options.adapter)
 
     proofs: dict[str, TensorProof] = {}
+
+    def merged(name: str, before: Tensor) -> Tensor:
+        after = _merge(factors[name], before, base.transposed(name))
+        proofs[name] = compare(before, after)
+        return after
+
     with new_folder(options.out, overwrite=options.overwrite) as folder:
-        for path, names in track(base.shards.items(), "merging", total=len(base.shards)):
-            shard = {}
-            for name in names:
-                before = base.tensor(name)
-                if name in factors:
-                    shard[name] = _merge(factors[name], before, base.transposed(name))
-                    proofs[name] = compare(before, shard[name])
-                else:
-                    shard[name] = canonical_zeros(before)
-            save_file(shard, folder / path.name, metadata={"format": "pt"})
+        rewrite(base, folder, {name: partial(merged, name) for name in factors}, "merging")
         problems = [problem for name, proof in proofs.items() for problem in failures(name, proof)]
         raise_problems([f"{problem}; nothing was written" for problem in problems], SppError)
-        _write_companions(base, folder)
         report = _report(options.out, proofs, time.perf_counter() - start)
         write_json(folder / MANIFEST, _manifest(base, options, report))
     _warn(report)
@@ -167,7 +160,7 @@ def _match(base: Checkpoint, adapter: dict[str, Factors], folder: Path) -> dict[
     matched: dict[str, Factors] = {}
     problems = []
     for module, factors in adapter.items():
-        name = _tensor_name(base, module)
+        name = tensor_name(base, module)
         if name is None:
             problems.append(f"it has no weight for {module}")
         elif base.shape(name) != (wanted := factors.stored_shape(base.transposed(name))):
@@ -180,23 +173,6 @@ def _match(base: Checkpoint, adapter: dict[str, Factors], folder: Path) -> dict[
             f"weights do not fit; first of them: {problems[0]}"
         )
     return matched
-
-
-def _tensor_name(base: Checkpoint, module: str) -> str | None:
-    """The checkpoint's name of a module's weight; a checkpoint of the bare base model lacks the first components."""
-    parts = f"{module}.weight".split(".")
-    candidates = (".".join(parts[start:]) for start in range(len(parts) - 1))
-    return next((name for name in candidates if name in base.files), None)
-
-
-def _write_companions(base: Checkpoint, folder: Path) -> None:
-    for path in sorted(base.folder.iterdir()):
-        weights_of_others = path.name.endswith(".bin.index.json")
-        if path.is_file() and path.suffix in _COMPANIONS and path.name != MANIFEST and not weights_of_others:
-            shutil.copyfile(path, folder / path.name)
-    # Engines refuse a model that announces a sparse format; the merged weights are plain.
-    if "sparsity_config" in base.config:
-        write_json(folder / "config.json", {k: v for k, v in base.config.items() if k != "sparsity_config"})
 
 
 def _report(out: Path, proofs: dict[str, TensorProof], seconds: float) -> MergeReport:
