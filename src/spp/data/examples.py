@@ -1,0 +1,82 @@
+"""Training examples: token ids and the labels that the loss is taken on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from transformers import PreTrainedTokenizerBase
+
+from spp.data.records import Record
+from spp.data.tokens import cut, documents, encode, with_end
+from spp.errors import UsageError
+
+IGNORED = -100
+"""Label of a token that the loss leaves out, as torch and transformers have it."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sequence to train on; `labels[i]` is `input_ids[i]` or IGNORED (the model shifts them)."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def teaches(self) -> bool:
+        """Whether any token is predicted; the first never is."""
+        return any(label != IGNORED for label in self.labels[1:])
+
+
+def whole_examples(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, completion_only: bool
+) -> list[Example]:
+    """One example of full length per record, with the end-of-text token where the tokenizer has one.
+
+    Args:
+        records: of one kind.
+        tokenizer: the model's. A chat template ends a conversation itself, so that nothing is added to messages.
+        completion_only: take the loss on completions alone.
+
+    Raises:
+        UsageError: `completion_only` for records without prompts.
+    """
+    ids = documents(records, tokenizer)
+    if not any("messages" in record for record in records):
+        ids = [with_end(one, tokenizer) for one in ids]
+    if not completion_only:
+        return [Example(one, one) for one in ids]
+    if not all("prompt" in record for record in records):
+        raise UsageError("--completion-only needs data with prompt and completion, or instruction and output (Alpaca)")
+    prompts = encode((record["prompt"] for record in records), tokenizer)
+    return [_masked(one, prompt) for one, prompt in zip(ids, prompts, strict=True)]
+
+
+def _masked(ids: list[int], prompt: list[int]) -> Example:
+    """Ignore the prompt: the tokens that it has in common with the whole, as a token can span the boundary."""
+    pairs = zip(ids, prompt, strict=False)
+    common = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(prompt)))
+    return Example(ids, [IGNORED] * common + ids[common:])
+
+
+def truncate(examples: Sequence[Example], window: int) -> list[Example]:
+    """Each example cut off after `window` tokens."""
+    return _teaching(Example(one.input_ids[:window], one.labels[:window]) for one in examples)
+
+
+def pack(examples: Sequence[Example], window: int) -> list[Example]:
+    """Examples joined and cut into windows of exactly `window` tokens.
+
+    The incomplete last window is dropped, unless it is the only one.
+    """
+    ids, labels = (
+        cut(list(chain.from_iterable(getattr(one, name) for one in examples)), window)
+        for name in ("input_ids", "labels")
+    )
+    whole = [Example(list(a), list(b)) for a, b in zip(ids, labels, strict=True)]
+    return _teaching(whole[:-1] if len(whole) > 1 and len(whole[-1].input_ids) < window else whole)
+
+
+def _teaching(examples: Iterable[Example]) -> list[Example]:
+    return [one for one in examples if one.teaches]

@@ -1,0 +1,63 @@
+"""Records as token ids: whole documents, and windows cut from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from spp.data.records import Record
+from spp.errors import UsageError
+
+_AT_ONCE = 1000  # texts per call: the tokenizer's own threads are busy, and memory stays small
+
+
+def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A record as one text: prompt and completion joined, messages through the tokenizer's chat template.
+
+    Raises:
+        UsageError: there are messages, and the tokenizer has no chat template.
+    """
+    if "messages" not in record:
+        return "".join(record.values())
+    if not tokenizer.chat_template:
+        raise UsageError(
+            "the data has messages, but the model's tokenizer has no chat template; "
+            "give data with text, or prompt and completion"
+        )
+    text = tokenizer.apply_chat_template(record["messages"], tokenize=False)
+    assert isinstance(text, str)
+    return text
+
+
+def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, special: bool = True) -> list[list[int]]:
+    """Token ids of every text, with the special tokens that the tokenizer adds unless `special` is off."""
+    rest = iter(texts)
+    ids: list[list[int]] = []
+    while some := list(islice(rest, _AT_ONCE)):
+        ids += tokenizer(some, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]  # pyright: ignore[reportOperatorIssue]
+    return ids
+
+
+def documents(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of every record by itself; a chat template writes its special tokens, else the tokenizer adds them."""
+    special = not any("messages" in record for record in records)
+    return encode((render(record, tokenizer) for record in records), tokenizer, special=special)
+
+
+def join(pieces: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Documents one after the other, with the end-of-text token after each where the tokenizer has one."""
+    return list(chain.from_iterable(with_end(piece, tokenizer) for piece in pieces))
+
+
+def with_end(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids, closed by the end-of-text token where the tokenizer has one and it is not there yet."""
+    end: Any = tokenizer.eos_token_id
+    return list(ids) if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+def cut(ids: Sequence[int], window: int) -> list[Sequence[int]]:
+    """Consecutive windows without overlap; the last one may be shorter."""
+    return [ids[start : start + window] for start in range(0, len(ids), window)]
