@@ -1,0 +1,73 @@
+"""The SPP formula, written to be read: what every faster implementation and the merge are measured against.
+
+    Delta[i, j] = s * W[i, j] * A[g(i), j] * B[i]        g(i) = floor(i * R / O)
+    W'          = W + Delta                              (paper eq. 5)
+
+Zeros of W are +0.0 in Delta and in W', whatever A and B hold. All of it is computed in fp32 (fp64 where an argument
+is fp64) and rounded once.
+
+Shapes: T tokens, O output features, I input features, R row groups. x (..., I), W (O, I), A (R, I), B (O, 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def row_groups(out_features: int, rank: int, device: torch.device | None = None) -> Tensor:
+    """g(i) = floor(i * R / O) of every output row, (O,) int64.
+
+    Where R divides O these are the published groups of O / R consecutive rows; else their sizes differ by at most one.
+    """
+    return torch.arange(out_features, device=device) * rank // out_features
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that the formula is computed in: fp32, or fp64 where any argument is fp64."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def delta_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Delta = s * W * A[g] * B, (O, I) in `wide_dtype`; +0.0 where W is zero.
+
+    Args:
+        weight: (O, I), any float dtype.
+        A: (R, I).
+        B: (O, 1).
+        scale: s.
+    """
+    wide = wide_dtype(weight, A, B)
+    weight = weight.to(wide)
+    multiplier = A.to(wide)[row_groups(len(weight), len(A), weight.device)] * (scale * B.to(wide))
+    # Not the bare product: it is -0.0 where the multiplier is negative, and NaN where it overflows.
+    return torch.where(weight == 0, 0.0, weight * multiplier)
+
+
+def add_delta(weight: Tensor, delta: Tensor) -> Tensor:
+    """W + Delta, (O, I), rounded once to W's dtype; +0.0 where W is zero."""
+    return torch.where(weight == 0, 0.0, weight.to(delta.dtype) + delta).to(weight.dtype)
+
+
+def merged_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """W' = W + s * W * A[g] * B (paper eq. 5), (O, I) in W's dtype. Arguments as for `delta_weight`."""
+    return add_delta(weight, delta_weight(weight, A, B, scale))
+
+
+def spp_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """y = x W'^T + bias, (..., O), by plain autograd.
+
+    Args:
+        x: (..., I).
+        weight, A, B, scale: as for `delta_weight`; W' is rounded once to x's dtype.
+        bias: (O,) or None.
+    """
+    delta = delta_weight(weight, A, B, scale)
+    merged = torch.where(weight == 0, 0.0, weight.to(delta.dtype) + delta)
+    return F.linear(x, merged.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def adapter_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """The adapter branch alone, x Delta^T, (..., O), by plain autograd. Arguments as for `spp_linear`."""
+    return F.linear(x, delta_weight(weight, A, B, scale).to(x.dtype))

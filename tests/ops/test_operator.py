@@ -1,0 +1,255 @@
+"""The operator: the formula by hand, every back-end against it, three GEMMs, nothing of the weight's size saved."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from spp.ops import BACKENDS, adapter_linear, linear, reference, spp_linear
+from spp.patterns import NM
+
+FAST = [name for name in BACKENDS if name != "reference"]
+# (O, I, R): R divides O; it does not; one group; a group per row; more rows than one block of the fast path.
+SIZES = [(8, 12, 4), (7, 5, 3), (5, 9, 1), (6, 4, 6), (2100, 8, 16), (131, 3, 130)]
+
+
+def example(out_features, in_features, rank, *, dtype=torch.float32, tokens=(2, 5), seed=0):
+    """x, sparse W with zeros of both signs, A, B, bias; factors in fp32 (fp64 for fp64)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight = normal(out_features, in_features) * (torch.rand(out_features, in_features, generator=generator) < 0.5)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (
+        normal(*tokens, in_features).to(dtype),
+        weight.to(dtype),
+        normal(rank, in_features).to(wide),
+        normal(out_features, 1).to(wide),
+        normal(out_features).to(dtype),
+    )
+
+
+def gradients(function, x, weight, A, B, bias, scale=1.5):
+    """The result and its gradients with respect to x, A, B and bias, under a fixed random cotangent."""
+    x, A, B, bias = (tensor.clone().requires_grad_() for tensor in (x, A, B, bias))
+    y = function(x, weight, A, B, scale, bias)
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    return [y, *torch.autograd.grad(y, (x, A, B, bias), cotangent)]
+
+
+def test_the_formula_by_hand():
+    weight = torch.tensor([[1.0, 0.0], [2.0, 3.0], [0.0, 4.0]])
+    A = torch.tensor([[0.5, 1.0], [-1.0, 2.0]])
+    B = torch.tensor([[1.0], [2.0], [0.25]])
+    # O = 3, R = 2: g = floor(i * 2 / 3) = 0, 0, 1; s = 2.
+    assert reference.row_groups(3, 2).tolist() == [0, 0, 1]
+    delta = torch.tensor([[2 * 1 * 0.5 * 1, 0], [2 * 2 * 0.5 * 2, 2 * 3 * 1 * 2], [0, 2 * 4 * 2 * 0.25]])
+    assert reference.delta_weight(weight, A, B, 2.0).equal(delta)
+    assert reference.merged_weight(weight, A, B, 2.0).equal(weight + delta)
+    x = torch.tensor([[1.0, -1.0]])
+    bias = torch.tensor([0.5, 0.0, 0.0])
+    by_hand = torch.tensor([[2.0 - 0 + 0.5, 6.0 - 15.0, 0.0 - 8.0]])
+    for backend in BACKENDS:
+        assert spp_linear(x, weight, A, B, 2.0, bias, backend=backend).equal(by_hand)
+        assert adapter_linear(x, weight, A, B, 2.0, backend=backend).equal(x @ delta.T)
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_groups_are_those_of_the_paper_where_r_divides_o_and_nearly_equal_elsewhere(rank, more):
+    out_features = rank + more
+    groups = reference.row_groups(out_features, rank)
+    sizes = groups.bincount(minlength=rank)
+    assert int(sizes.max()) - int(sizes.min()) <= 1
+    assert groups.equal(groups.sort().values)
+    even = reference.row_groups(rank * 3, rank)
+    assert even.equal(torch.arange(rank).repeat_interleave(3))
+    blocks = [piece for block in linear._blocks(out_features, rank) for piece in block]
+    walked = torch.cat([torch.full((rows.stop - rows.start,), group) for group, rows in blocks])
+    assert walked.equal(groups)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("size", SIZES[:4])
+@pytest.mark.parametrize("with_base", [True, False])
+def test_gradcheck(backend, size, with_base):
+    x, weight, A, B, bias = example(*size, dtype=torch.float64)
+    inputs = [tensor.requires_grad_() for tensor in (x, A, B, bias)]
+
+    def call(x, A, B, bias):
+        if with_base:
+            return spp_linear(x, weight, A, B, 0.7, bias, backend=backend)
+        return adapter_linear(x, weight, A, B, 0.7, backend=backend)
+
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("size", SIZES)
+def test_in_float64_it_is_the_reference(backend, size):
+    inputs = example(*size, dtype=torch.float64)
+    fast = gradients(lambda *a: spp_linear(*a, backend=backend), *inputs)
+    for ours, theirs in zip(fast, gradients(reference.spp_linear, *inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_every_dtype_is_near_float64(backend, size, dtype, tolerance):
+    inputs = example(*size, dtype=dtype, tokens=(64,))
+    exact = gradients(reference.spp_linear, *(tensor.double() for tensor in inputs))
+    for ours, theirs in zip(gradients(lambda *a: spp_linear(*a, backend=backend), *inputs), exact, strict=True):
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_fast_path_computes_with_the_bits_of_the_merged_weight(size, dtype):
+    _, weight, A, B, _ = example(*size, dtype=dtype)
+    effective = linear.effective_weight(weight, A, B, 1.3, dtype, with_base=True)
+    merged = reference.merged_weight(weight, A, B, 1.3)
+    assert torch.equal(bits(effective), bits(merged))
+
+
+def bits(tensor):
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.contiguous().view(kind)
+
+
+NASTY = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-40, 3e38, -3e38, 1.0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_nasty_values(seed, dtype):
+    """Zeros of either sign stay +0.0 whatever A and B hold, and the fast path gives NaN and infinity where it must."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.tensor(NASTY)[torch.randint(len(NASTY), shape, generator=generator)]
+
+    weight, A, B = draw(7, 6).to(dtype), draw(3, 6), draw(7, 1)
+    weight[2] = 0.0
+    weight[3] = -0.0
+    merged = reference.merged_weight(weight, A, B, 2.0)
+    assert not bits(merged)[weight == 0].any()
+    effective = linear.effective_weight(weight, A, B, 2.0, dtype, with_base=True)
+    torch.testing.assert_close(effective, merged, rtol=0, atol=0, equal_nan=True)
+    assert not bits(effective)[weight == 0].any()
+
+    x, bias = draw(4, 6).to(dtype), draw(7).to(dtype)
+    ours = gradients(linear.spp_linear, x, weight, A, B, bias)
+    theirs = gradients(reference.spp_linear, x, weight, A, B, bias)
+    for fast, plain in zip(ours[:2], theirs[:2], strict=True):  # y and dX are the same GEMMs of the same bits
+        torch.testing.assert_close(fast, plain, equal_nan=True)
+    for fast, plain in zip(ours[2:], theirs[2:], strict=True):
+        # A BLAS may skip a product with zero that the reference makes NaN, but must not invent a NaN.
+        assert fast[plain.isfinite()].isfinite().all()
+
+
+def test_gradients_of_zeros_are_zero_even_where_the_loss_blew_up():
+    x = torch.full((3, 4), math.inf)
+    weight = torch.zeros(2, 4)
+    A, B = torch.ones(1, 4, requires_grad=True), torch.ones(2, 1, requires_grad=True)
+    y = linear.adapter_linear(x, weight, A, B, 1.0)
+    dA, dB = torch.autograd.grad(y, (A, B), torch.ones_like(y))
+    assert not dA.any() and not dB.any()
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(2, 8)])
+def test_a_pattern_survives_any_factors(pattern):
+    _, weight, A, B, _ = example(16, 32, 4, seed=3)
+    mask = pattern.keep_mask(weight.abs())
+    weight = weight * mask  # half of these zeros are -0.0
+    merged = reference.merged_weight(weight, 100 * A, -B, 2.0)
+    assert not bits(merged)[weight == 0].any()
+    assert pattern.violations(merged) == 0
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_three_gemms(backend):
+    tokens, out_features, in_features = 64, 48, 32
+    x, weight, A, B, bias = example(out_features, in_features, 4, tokens=(tokens,))
+    with FlopCounterMode(display=False) as counter:
+        gradients(lambda *a: spp_linear(*a, backend=backend), x, weight, A, B, bias)
+    gemm = 2 * tokens * out_features * in_features
+    assert 3 * gemm <= counter.get_total_flops() < 3.2 * gemm
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        spp_linear(x, weight, A, B, 1.5, bias, backend=backend)
+    assert counter.get_total_flops() == gemm
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_saved_but_the_arguments(backend, dtype):
+    x, weight, A, B, bias = example(64, 48, 4, dtype=dtype)
+    x, A, B = (tensor.requires_grad_() for tensor in (x, A, B))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        spp_linear(x, weight, A, B, 2.0, bias, backend=backend)
+    arguments = {tensor.data_ptr() for tensor in (x, weight, A, B)}
+    assert saved and {tensor.data_ptr() for tensor in saved} <= arguments
+
+
+def test_without_gradients_none_are_computed():
+    x, weight, A, B, _ = example(12, 8, 3)
+    x.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        linear.spp_linear(x, weight, A, B, 1.0).sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 10 * 12 * 8)  # the forward and dX, no G
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_no_tokens(backend):
+    x, weight, A, B, bias = example(6, 4, 2, tokens=(0,))
+    y, dx, dA, dB, _ = gradients(lambda *a: spp_linear(*a, backend=backend), x, weight, A, B, bias)
+    assert y.shape == (0, 6) and dx.shape == (0, 4) and not dA.any() and not dB.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_transposed_weight(backend):
+    x, weight, A, B, bias = example(10, 6, 4)
+    stored = weight.T.contiguous()  # as GPT-2's Conv1D has it
+    ours = gradients(lambda *a: spp_linear(*a, backend=backend), x, stored.T, A, B, bias)
+    for view, plain in zip(ours, gradients(reference.spp_linear, x, weight, A, B, bias), strict=True):
+        torch.testing.assert_close(view, plain)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_computes_in_its_dtype_with_fp32_factors(backend):
+    x, weight, A, B, bias = example(32, 16, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = gradients(lambda *a: spp_linear(*a, backend=backend), x, weight, A, B, bias)
+    assert ours[0].dtype == torch.bfloat16 and [grad.dtype for grad in ours[1:4]] == [torch.float32] * 3
+    for low, exact in zip(ours[:4], gradients(reference.spp_linear, x, weight, A, B, bias), strict=False):
+        assert (low.float() - exact).norm() / exact.norm() < 0.03
+
+
+def test_a_trained_weight_takes_the_reference():
+    x, weight, A, B, _ = example(6, 4, 2)
+    weight.requires_grad_()
+    spp_linear(x, weight, A, B, 1.0).sum().backward()
+    assert weight.grad is not None and weight.grad.any()
+    with pytest.raises(ValueError, match="gives the weight no gradient"):
+        spp_linear(x, weight, A, B, 1.0, backend="torch")
+
+
+def test_misuse_is_named():
+    x, weight, A, B, _ = example(6, 4, 2)
+    with pytest.raises(ValueError, match=r"A \(2, 5\)"):
+        spp_linear(x, weight, torch.ones(2, 5), B, 1.0)
+    with pytest.raises(ValueError, match=r"B \(1, 6\)"):
+        spp_linear(x, weight, A, B.T, 1.0)
+    with pytest.raises(ValueError, match="R <= O"):
+        spp_linear(x, weight, torch.ones(7, 4), B, 1.0)
+    with pytest.raises(ValueError, match="'gpu' is unknown"):
+        spp_linear(x, weight, A, B, 1.0, backend="gpu")
