@@ -40,11 +40,15 @@ class TensorProof:
         return self.offenders == 0 and self.non_finite == 0
 
 
+def lost_zeros(base: Tensor, other: Tensor) -> int:
+    """How many zeros of `base` (of either sign) are anything but an exact +0.0 in `other`."""
+    return int(((base == 0) & ((other != 0) | torch.signbit(other))).sum())
+
+
 def compare(base: Tensor, other: Tensor) -> TensorProof:
     """Count what became of a base tensor's zeros and survivors in `other` (same shape, any float dtypes)."""
     zero = base == 0
     negative_zero = zero & (other == 0) & torch.signbit(other)
-    offender = (zero & (other != 0)) | negative_zero
     finite = torch.isfinite(base)
     survivor = ~zero & finite & torch.isfinite(other)
     # fp32 holds fp16 and bf16 exactly; fp64 stays as it is.
@@ -53,7 +57,7 @@ def compare(base: Tensor, other: Tensor) -> TensorProof:
     change = torch.where(survivor, (after - before).abs() / before.abs(), torch.zeros((), dtype=wide))
     return TensorProof(
         zeros=int(zero.sum()),
-        offenders=int(offender.sum()),
+        offenders=lost_zeros(base, other),
         negative_zeros=int(negative_zero.sum()),
         survivors=int((~zero).sum()),
         underflowed=int((~zero & (other == 0)).sum()),

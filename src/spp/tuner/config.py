@@ -1,0 +1,72 @@
+"""The settings of an SPP adapter, as PEFT saves them in `adapter_config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+
+@dataclass
+class SppConfig(PeftConfig):
+    """W' = W + scale * W * A[g] * B: zeros of W stay zeros, in training and in merging (SPP, ICML 2024).
+
+    `task_type`, `base_model_name_or_path`, `inference_mode` and `revision` are PEFT's own.
+
+    Raises:
+        ValueError: a field holds what it cannot; all such fields are named at once.
+    """
+
+    r: int = field(default=16, metadata={"help": "row groups R: A has R rows; at most the layer's output features"})
+    scale: float = field(default=2.0, metadata={"help": "factor s of the update; the published runs use 2"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter branch; costs one more GEMM"})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "names, a regular expression, or all-linear, which is what None means"}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "names or a regular expression of modules to leave alone"}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "indices of the layers to adapt; needs target_modules as a list of names"}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "name of the list of layers, where layers_to_transform does not find it"}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "name or regular expression of a module -> its r, instead of r"}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "modules to train whole and to save with the adapter, such as a new head"}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "rows of the embedding to train as well, for tokens that were added"}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "A ~ U(-1/sqrt(I), 1/sqrt(I)) and B = 0; False draws B as well, so that W' != W (for tests)"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType["SPP"]
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+        if problems := list(self._problems()):
+            raise ValueError("SppConfig: " + "; ".join(problems))
+
+    def _problems(self) -> Any:
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}
+        for name, rank in ranks.items():
+            if not isinstance(rank, int) or rank < 1:
+                yield f"{name} must be a positive integer, but it is {rank!r}"
+        if not self.scale > 0:
+            yield f"scale must be above 0, but it is {self.scale!r}"
+        if not 0 <= self.dropout < 1:
+            yield f"dropout must be at least 0 and below 1, but it is {self.dropout!r}"
+        if not isinstance(self.target_modules, set):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    yield f"`{name}` cannot be used when `target_modules` is a str or None; list names instead"

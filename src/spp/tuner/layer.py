@@ -1,0 +1,197 @@
+"""A linear layer with SPP adapters on it.
+
+Shapes: T tokens, O output features, I input features, R row groups.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from spp.errors import SppError
+from spp.models import is_transposed
+from spp.ops import adapter_linear, spp_linear
+from spp.ops.reference import add_delta, delta_weight
+from spp.proof import lost_zeros
+from spp.tuner.config import SppConfig
+
+
+class Factor(nn.Module):
+    """A trained factor. A module, and called as one, so that offloading and sharding hooks see the access."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def forward(self) -> Tensor:
+        """The factor itself."""
+        return self.weight
+
+
+class SppLayer(BaseTunerLayer):
+    """What PEFT needs to know of a layer with SPP adapters: where the factors are, and what belongs to them."""
+
+    adapter_layer_names = ("spp_A", "spp_B")
+    other_param_names = ("r", "scale", "spp_dropout")
+
+
+class SppLinear(nn.Module, SppLayer):
+    """An `nn.Linear` or `Conv1D` with W' = W + s * W * A[g] * B in place of W.
+
+    One active adapter costs three GEMMs; several, or dropout, one more for each of them.
+
+    Args:
+        base_layer: the layer to adapt.
+        adapter_name: of the first adapter.
+        r: its row groups.
+        config: its settings.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, config: SppConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.out_features, self.in_features = self._weight_oi().shape
+        self.r: dict[str, int] = {}
+        self.scale: dict[str, float] = {}
+        self.spp_A = nn.ModuleDict()
+        self.spp_B = nn.ModuleDict()
+        self.spp_dropout = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._weight_before_merge: Tensor | None = None
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, config)
+
+    def update_layer(self, adapter_name: str, r: int, config: SppConfig) -> None:
+        """Add an adapter, or replace the one of this name."""
+        self.r[adapter_name] = min(r, self.out_features)  # a router may have fewer rows than there are groups
+        self.scale[adapter_name] = config.scale
+        self.spp_A[adapter_name] = Factor(self.r[adapter_name], self.in_features)
+        self.spp_B[adapter_name] = Factor(self.out_features, 1)
+        self.spp_dropout[adapter_name] = nn.Dropout(config.dropout)
+        self.reset_spp_parameters(adapter_name, init_weights=config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_spp_parameters(self, adapter_name: str, *, init_weights: bool) -> None:
+        """A ~ U(-1/sqrt(I), 1/sqrt(I)), which is kaiming_uniform(a = sqrt(5)), and B = 0, so that W' = W."""
+        A, B = self.spp_A[adapter_name].weight, self.spp_B[adapter_name].weight
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if init_weights:
+            nn.init.zeros_(B)
+        else:
+            nn.init.normal_(B)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output for x (..., I), with the active adapters unless they are disabled or merged."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [name for name in self.active_adapters if name in self.spp_A]
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        if len(active) == 1 and not self._drops(active[0]):
+            with self._onloaded():
+                return spp_linear(x, self._weight_oi(), *self._factors(active[0]), self.bias)
+        result = self.base_layer(x, *args, **kwargs)
+        with self._onloaded():
+            for name in active:
+                dropped = self.spp_dropout[name](x)
+                result = result + adapter_linear(dropped, self._weight_oi(), *self._factors(name)).to(result.dtype)
+        return result
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Delta = s * W * A[g] * B of the unmerged W, in W's own layout; fp32, or fp64 if W is."""
+        weight = self._unmerged_weight_oi()
+        A, B, scale = self._factors(adapter)
+        delta = delta_weight(weight, A.to(weight.device), B.to(weight.device), scale)
+        return delta.T if is_transposed(self.get_base_layer()) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' Delta to W, rounded once; the zeros of W are proved to be +0.0 afterwards.
+
+        A copy of W is kept on the CPU until `unmerge`: Delta depends on W, so that no subtraction would restore it.
+
+        Args:
+            safe_merge: raise, and change nothing, where the result has NaN or infinity.
+            adapter_names: which adapters; None means the active ones.
+
+        Raises:
+            ValueError: `safe_merge`, and the result is not finite.
+            SppError: a zero was lost; nothing is changed.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spp_A]
+        if not names:
+            return
+        parameter = self.get_base_layer().get_parameter("weight")
+        before = self._unmerged_weight().to(parameter.device)
+        with torch.no_grad():
+            delta = sum(self.get_delta_weight(name) for name in [*self.merged_adapters, *names])
+            merged = add_delta(before, delta)  # pyright: ignore[reportArgumentType]
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        if lost := lost_zeros(before, merged):
+            raise SppError(f"merging {', '.join(names)} would turn {lost} zeros of the weight into something else")
+        if self._weight_before_merge is None:
+            self._weight_before_merge = parameter.detach().to("cpu", copy=True)
+        parameter.data.copy_(merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put back the bits of W from before the first merge."""
+        if self._weight_before_merge is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.get_base_layer().get_parameter("weight").data.copy_(self._weight_before_merge)
+        self._weight_before_merge = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: Delta is a product with W, of full rank."""
+        return False
+
+    def __repr__(self) -> str:
+        return "spp." + super().__repr__()
+
+    def _drops(self, adapter: str) -> bool:
+        return self.training and self.spp_dropout[adapter].p > 0
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
+        return self.spp_A[adapter](), self.spp_B[adapter](), self.scale[adapter]
+
+    def _weight_oi(self) -> Tensor:
+        """W as (O, I): the parameter itself, or a view of it."""
+        layer = self.get_base_layer()
+        weight = layer.get_parameter("weight")
+        return weight.T if is_transposed(layer) else weight
+
+    def _unmerged_weight(self) -> Tensor:
+        """W in its own layout, as it is without any adapter."""
+        if self._weight_before_merge is not None:
+            return self._weight_before_merge
+        return self.get_base_layer().get_parameter("weight").detach()
+
+    def _unmerged_weight_oi(self) -> Tensor:
+        layer = self.get_base_layer()
+        weight = self._unmerged_weight().to(layer.get_parameter("weight").device)
+        return weight.T if is_transposed(layer) else weight
+
+    @contextmanager
+    def _onloaded(self) -> Iterator[None]:
+        """Bring in a base weight that accelerate keeps on the CPU or on disk, as calling the base layer would."""
+        layer = self.get_base_layer()
+        hook = getattr(layer, "_hf_hook", None)
+        if hook is None or not getattr(hook, "offload", False):
+            yield
+            return
+        hook.pre_forward(layer)
+        try:
+            yield
+        finally:
+            hook.post_forward(layer, torch.empty(0))
