@@ -183,7 +183,8 @@ def test_merging_keeps_zeros_and_unmerging_restores_every_bit(sparse_model, dtyp
         assert not torch.signbit(layer.weight[zeros]).any() and not layer.weight[zeros].any()
     if family == "llama":  # what is trained is what is deployed, to the bit; Conv1D multiplies in another order
         assert torch.equal(logits(adapted), expected)
-    torch.testing.assert_close(logits(adapted), expected)
+    near = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(logits(adapted), expected, rtol=near, atol=near)
     adapted.unmerge_adapter()
     for name, parameter in adapted.base_model.model.named_parameters():
         if "spp_" not in name:
