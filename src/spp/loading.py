@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from spp.checkpoint import Checkpoint, resolve_model
 from spp.errors import SppError, UsageError
@@ -62,15 +68,27 @@ def load_model(
     folder = resolve_model(model)
     Checkpoint.open(folder)  # names a truncated shard, which transformers reports without its file name
     target = pick_device(device or options.device)
+    config = load_config(model, options)
+    own_code = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
+        raise UsageError(f"model {model!r} is of type {config.model_type!r}, which is no causal language model")
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loading: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or compute_dtype(options.dtype, target),
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise SppError(f"model {model!r} cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:  # transformers, its back-ends and the model's own code raise anything
+        raise SppError(f"model {model!r} cannot be loaded: {brief(error)}") from error
+    loaded, info = loading
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise SppError(
+            f"model {model!r} does not fit its config.json: {len(mismatched)} weights have another shape, "
+            f"e.g. {name} with {tuple(stored)} instead of {tuple(wanted)}"
+        )
     if missing := sorted(info["missing_keys"]):
         raise SppError(f"model {model!r} lacks {len(missing)} weights, e.g. {missing[0]}; the checkpoint is incomplete")
     return loaded.to(target).eval()
@@ -82,10 +100,15 @@ def load_tokenizer(model: str, options: LoadingOptions) -> PreTrainedTokenizerBa
     Raises:
         UsageError: there is none, or it cannot be read.
     """
+    folder = resolve_model(model)
     try:
-        return AutoTokenizer.from_pretrained(resolve_model(model), trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"model {model!r} has no usable tokenizer: {_first_line(error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise UsageError(f"model {model!r} has no usable tokenizer: {brief(error)}") from error
+    # For some families transformers makes up an empty one where the files are missing.
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
+        raise UsageError(f"model {model!r} has no usable tokenizer: no vocabulary is in {folder}")
+    return tokenizer
 
 
 def load_config(model: str, options: LoadingOptions) -> Any:
@@ -94,10 +117,12 @@ def load_config(model: str, options: LoadingOptions) -> Any:
     Raises:
         UsageError: there is none, or it cannot be read.
     """
+    folder = resolve_model(model)
     try:
-        return AutoConfig.from_pretrained(resolve_model(model), trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"model {model!r} has no usable config.json: {_first_line(error)}") from error
+        return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # every family checks its values with exceptions of its own
+        remedy = "; pass --trust-remote-code if you trust it" if "trust_remote_code" in str(error) else ""
+        raise UsageError(f"model {model!r} has no usable config.json: {brief(error)}{remedy}") from error
 
 
 def context_window(config: Any, asked: int | None) -> int:
@@ -112,5 +137,8 @@ def context_window(config: Any, asked: int | None) -> int:
     return asked or min(_DEFAULT_WINDOW, positions or _DEFAULT_WINDOW)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def brief(error: BaseException) -> str:
+    """What a library's error says, in one line: its first line, and the next where that one only announces it."""
+    text = repr(error) if isinstance(error, KeyError) else str(error)  # a bare key explains nothing
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

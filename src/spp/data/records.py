@@ -24,7 +24,7 @@ STANDARD_LIBRARY = "python-stdlib"
 _FIELDS = frozenset({"text", "prompt", "completion", "instruction", "input", "output", "messages"})
 _EXPECTED = "text, or prompt and completion, or instruction and output (Alpaca), or messages"
 _SHOWN_PROBLEMS = 10
-_DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:]*){0,2}")
+_DATASET_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:]*){0,2}")
 
 
 class _Malformed(ValueError):
@@ -73,7 +73,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: expected UTF-8 text, but byte {error.start} is not; convert the file") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
+        raise UsageError(f"{path}, line {line}: expected UTF-8 text; found byte 0x{byte:02x}; convert it") from error
 
 
 def _read_txt(path: Path) -> list[Record]:
@@ -168,7 +170,8 @@ def _normalise(items: Iterable[tuple[str, Any]], source: str) -> list[Record]:
             problems.append(f"{source}, {where}: kinds are mixed: {kind} here, but {first}")
         records.append(record)
     if len(problems) > _SHOWN_PROBLEMS:
-        problems[_SHOWN_PROBLEMS:] = [f"... and {len(problems) - _SHOWN_PROBLEMS} more"]
+        shown = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS])
+        raise UsageError(f"{len(problems)} problems, the first {_SHOWN_PROBLEMS} of them:\n{shown}")
     raise_problems(problems)
     if not records:
         raise UsageError(f"data {source!r} is empty: there is no record in it")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from spp.data.records import Record
@@ -18,7 +19,7 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
     """A record as one text: prompt and completion joined, messages through the tokenizer's chat template.
 
     Raises:
-        UsageError: there are messages, and the tokenizer has no chat template.
+        UsageError: there are messages, and the tokenizer has no chat template, or one that refuses them.
     """
     if "messages" not in record:
         return "".join(record.values())
@@ -27,7 +28,11 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
             "the data has messages, but the model's tokenizer has no chat template; "
             "give data with text, or prompt and completion"
         )
-    text = tokenizer.apply_chat_template(record["messages"], tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(record["messages"], tokenize=False)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in record["messages"])
+        raise UsageError(f"the tokenizer's chat template refuses messages with the roles {roles}: {error}") from error
     assert isinstance(text, str)
     return text
 

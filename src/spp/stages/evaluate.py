@@ -26,7 +26,7 @@ from spp.data.records import STANDARD_LIBRARY, Record, load_records
 from spp.data.tokens import cut, documents, encode, render
 from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
-from spp.loading import context_window, load_config, load_model, load_tokenizer
+from spp.loading import brief, context_window, load_config, load_model, load_tokenizer
 from spp.options import EvalOptions
 from spp.progress import track
 
@@ -177,12 +177,18 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """
     try:
         with warnings.catch_warnings():
-            # PEFT only warns where the file lacks factors of modules that the model has, and leaves them at their init.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(adapter))
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+        # Again, because only this call tells what did not match: PEFT leaves factors that the file lacks at their
+        # init, and drops those of modules that the model lacks.
+        found = adapted.load_adapter(str(adapter), "default")
     except Exception as error:  # PEFT raises whatever its parts do: KeyError, RuntimeError, SafetensorError, ...
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SppError(f"adapter {adapter} does not load on this model: {reason}") from error
+        raise SppError(f"adapter {adapter} does not load on this model: {brief(error)}") from error
+    if odd := [*found.missing_keys, *found.unexpected_keys]:
+        raise SppError(
+            f"adapter {adapter} was made for another model: {len(odd)} of its tensors do not match, e.g. {odd[0]}"
+        )
+    return adapted
 
 
 def perplexity_of(model: PreTrainedModel | PeftModel, windows: Sequence[Sequence[int]]) -> Score:
@@ -196,10 +202,16 @@ def perplexity_of(model: PreTrainedModel | PeftModel, windows: Sequence[Sequence
         windows: two tokens or more each.
 
     Raises:
+        UsageError: a token id is beyond the model's vocabulary.
         SppError: a log-likelihood is not finite.
     """
     model.eval()
     vocabulary = model.config.get_text_config().vocab_size
+    if (largest := max(map(max, windows))) >= vocabulary:
+        raise UsageError(
+            f"the text holds the token id {largest}, but the model knows {vocabulary} tokens; the tokenizer belongs "
+            "to another model"
+        )
     batches = list(_batches(windows, vocabulary))
     total, tokens = 0.0, 0
     for batch in track(batches, "evaluating"):

@@ -120,7 +120,7 @@ def prune(options: PruneOptions) -> PruneReport:
             calibration=facts,
             seconds=time.perf_counter() - start,
         )
-        write_json(folder / MANIFEST, _manifest(report))
+        write_json(folder / MANIFEST, _manifest(report, options))
     for name in skipped:
         logger.warning("%s stays dense: %s does not divide its input dimension", name, report.pattern)
     logger.info("%.2f %% of the weights of %d layers are zero", 100 * report.sparsity, len(tensors))
@@ -200,6 +200,6 @@ def _measure(written: Checkpoint, names: list[str]) -> tuple[float, dict[str, Te
     return zeros / entries, tensors
 
 
-def _manifest(report: PruneReport) -> dict[str, Any]:
+def _manifest(report: PruneReport, options: PruneOptions) -> dict[str, Any]:
     facts = {name: value for name, value in asdict(report).items() if name not in ("out", "seconds")}
-    return {"tool": "spp", "version": __version__, "kind": "pruned", **facts}
+    return {"tool": "spp", "version": __version__, "kind": "pruned", "base": options.model, **facts}
