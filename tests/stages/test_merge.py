@@ -119,7 +119,8 @@ def test_conv1d_weights_are_merged_in_their_own_orientation(tmp_path, tiny_model
     before, after = (Checkpoint.open(folder).tensor(f"{module}.weight") for folder in (base, tmp_path / "merged"))
     factor = read_adapter(adapter)[module]
     expected = naive_merge(before.T, factor.A, factor.B, factor.scale).T
-    torch.testing.assert_close(after.double(), expected, rtol=1e-6, atol=0)
+    # W and Delta can nearly cancel: what is exact to fp32 is their size, about 0.02, not the sum.
+        torch.testing.assert_close(after.double(), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_negative_zeros_of_the_base_become_positive(tmp_path, base, adapter):
