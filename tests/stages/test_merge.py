@@ -120,7 +120,7 @@ def test_conv1d_weights_are_merged_in_their_own_orientation(tmp_path, tiny_model
     factor = read_adapter(adapter)[module]
     expected = naive_merge(before.T, factor.A, factor.B, factor.scale).T
     # W and Delta can nearly cancel: what is exact to fp32 is their size, about 0.02, not the sum.
-        torch.testing.assert_close(after.double(), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(after.double(), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_negative_zeros_of_the_base_become_positive(tmp_path, base, adapter):
