@@ -220,8 +220,7 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+        sync_folder(partial)
         if out.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             out.rename(replaced)
@@ -231,6 +230,12 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         raise
     _sync(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder and everything in it survive a crash of the machine."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,6 +16,7 @@ from typing import Any, TypeVar
 
 from spp.checkpoint import MANIFEST, check_output, read_json, resolve_model, write_json
 from spp.errors import UsageError
+from spp.memory import peak_rss_bytes
 from spp.options import (
     EvalOptions,
     MergeOptions,
@@ -124,7 +123,7 @@ class _Records:
         record = {
             "report": asdict(report),
             "seconds": time.perf_counter() - start,
-            "peak_rss_bytes": _peak_rss_bytes(),
+            "peak_rss_bytes": peak_rss_bytes(),
         }
         write_json(path, record)
 
@@ -215,9 +214,3 @@ def _command(options: RunOptions) -> str:
         else:
             words += [flag, str(value)]
     return shlex.join(words)
-
-
-def _peak_rss_bytes() -> int:
-    """Largest resident set of this process so far; Linux counts in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

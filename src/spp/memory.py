@@ -1,0 +1,25 @@
+"""How much memory the process has used at most."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far; Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most bytes that tensors held at once on a CUDA device; for others the peak of the resident set."""
+    if device.type != "cuda":
+        return peak_rss_bytes()
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)

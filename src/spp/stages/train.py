@@ -1,0 +1,303 @@
+"""Fine-tune a sparse model with SPP: transformers' Trainer with our examples, operator and checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import ProgressCallback
+
+from spp import __version__
+from spp.checkpoint import MANIFEST, Checkpoint, check_output, new_folder, resolve_model, write_json
+from spp.data.examples import IGNORED, Example, pack, truncate, whole_examples
+from spp.data.records import load_records
+from spp.errors import SppError, UsageError
+from spp.fingerprint import base_fingerprint
+from spp.loading import context_window, load_model, load_tokenizer
+from spp.memory import peak_memory_bytes
+from spp.models import prunable_linears, weight_oi
+from spp.options import TrainingSettings, TrainOptions
+from spp.stages.resuming import Checkpoints
+from spp.stages.watching import Watch
+from spp.tuner import SppConfig
+
+logger = logging.getLogger("spp")
+
+_DENSE_BELOW = 0.01
+_MOST_AT_ONCE = 8
+_KEPT_CHECKPOINTS = 2
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """The result of `train`.
+
+    Attributes:
+        steps: optimiser steps.
+        examples: sequences in the training data, after packing.
+        tokens: tokens trained on, without padding; `seconds` and `tokens_per_second` count since the last resume.
+        trainable_parameters: entries of A and B.
+        sparsity: share of zeros in the adapted weights.
+        peak_memory_bytes: on the device where it is CUDA, else of the process.
+        losses: (step, mean loss of its batch in nats per token), for every step.
+    """
+
+    out: Path
+    data: str
+    steps: int
+    examples: int
+    tokens: int
+    window: int
+    packing: bool
+    seconds: float
+    tokens_per_second: float
+    trainable_parameters: int
+    sparsity: float
+    learning_rate: float
+    batch_size: int
+    peak_memory_bytes: int
+    losses: list[tuple[float, float]]
+
+
+def train(options: TrainOptions) -> TrainReport:
+    """Write `options.out`: an SPP adapter for a sparse model. A killed run with the same options is resumed.
+
+    Checkpoints lie beside `out`, in `<out>.checkpoints`, until the adapter is written.
+
+    Raises:
+        UsageError: a wrong option, a missing model or file, a full output folder, modules that the model lacks.
+        SppError: a damaged model, or a loss that is not finite.
+    """
+    folder = resolve_model(options.model)
+    source = Checkpoint.open(folder)
+    check_output(options.out, options.overwrite, inputs=(folder,))
+    if "quantization_config" in source.config:
+        raise UsageError(f"{options.model} is quantised; give the sparse model as it was before quantisation")
+    sequences, accumulation = _batching(options)
+
+    model = load_model(options.model, options)
+    window = context_window(model.config, options.window)
+    examples, packing = _examples(options, window)
+    targets = _targets(model, options.target_modules)
+    sparsity = _sparsity(targets.values())
+    if sparsity < _DENSE_BELOW:
+        logger.warning(
+            "%s IS DENSE: %.2f %% of its weights are zero. SPP keeps zeros, and there are none to keep; "
+            "prune it first (spp prune), or use LoRA",
+            options.model,
+            100 * sparsity,
+        )
+    set_seed(options.seed)
+    adapted = _with_adapter(model, targets, options)
+
+    checkpoints = Checkpoints(_beside(options.out), _request(options, folder, examples))
+    arguments = _arguments(options, checkpoints.folder, model, sequences, accumulation)
+    watch = Watch()
+    trainer = Trainer(
+        model=adapted,
+        args=arguments,
+        train_dataset=examples,  # pyright: ignore[reportArgumentType]
+        data_collator=collate,
+        callbacks=[watch, checkpoints],
+    )
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    _run(trainer, watch, checkpoints)
+
+    report = TrainReport(
+        out=options.out,
+        data=options.data,
+        steps=trainer.state.global_step,
+        examples=len(examples),
+        tokens=int(trainer.state.num_input_tokens_seen),
+        window=window,
+        packing=packing,
+        seconds=watch.seconds,
+        tokens_per_second=watch.tokens / max(watch.seconds, 1e-9),
+        trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        sparsity=sparsity,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        peak_memory_bytes=peak_memory_bytes(model.device),
+        losses=[(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+    )
+    with new_folder(options.out, overwrite=options.overwrite) as partial:
+        adapted.save_pretrained(str(partial))
+        write_json(partial / MANIFEST, _manifest(options, folder, report))
+    checkpoints.remove()
+    return report
+
+
+def _batching(options: TrainingSettings) -> tuple[int, int]:
+    """Sequences at once on a device, and how many such batches make a step."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    share, rest = divmod(options.batch_size, processes)
+    if rest:
+        raise UsageError(
+            f"batch-size {options.batch_size} does not divide over {processes} processes; make it a multiple of them"
+        )
+    at_once = options.device_batch_size
+    if at_once is None:
+        at_once = max(count for count in range(1, min(share, _MOST_AT_ONCE) + 1) if share % count == 0)
+    if share % at_once:
+        raise UsageError(
+            f"device-batch-size {at_once} does not divide the {share} sequences of a step that each of {processes} "
+            f"process(es) computes (batch-size {options.batch_size}); choose a divisor"
+        )
+    return at_once, share // at_once
+
+
+def _examples(options: TrainOptions, window: int) -> tuple[list[Example], bool]:
+    """What to train on, and whether documents were packed into full windows."""
+    tokenizer = load_tokenizer(options.model, options)
+    records = load_records(options.data, "train")
+    whole = whole_examples(records, tokenizer, completion_only=options.completion_only)
+    packing = options.packing
+    if packing is None:
+        packing = sum(len(one.input_ids) for one in whole) > window * len(whole)
+    examples = pack(whole, window) if packing else truncate(whole, window)
+    if not examples:
+        raise UsageError(f"data {options.data!r} has no example with a token to predict within {window} tokens")
+    how = "packed documents" if packing else "one document each"
+    logger.info("training on %d sequences of up to %d tokens (%s) from %s", len(examples), window, how, options.data)
+    return examples, packing
+
+
+def _targets(model: PreTrainedModel, names: str) -> dict[str, nn.Module]:
+    """Full module name -> linear layer, for `all-linear` or names separated by commas."""
+    linears = prunable_linears(model)
+    if names.strip().lower() == "all-linear":
+        return linears
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+
+    def has(full: str, name: str) -> bool:
+        return full == name or full.endswith(f".{name}")
+
+    if unknown := [name for name in wanted if not any(has(full, name) for full in linears)]:
+        known = ", ".join(sorted({full.rpartition(".")[2] for full in linears}))
+        raise UsageError(f"target-modules: the model has no {', '.join(unknown)}; its linear layers are {known}")
+    if not wanted:
+        raise UsageError("target-modules is empty; name modules, or pass all-linear")
+    return {full: module for full, module in linears.items() if any(has(full, name) for name in wanted)}
+
+
+def _sparsity(modules: Iterable[nn.Module]) -> float:
+    weights = [weight_oi(module) for module in modules]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+def _with_adapter(model: PreTrainedModel, targets: dict[str, nn.Module], options: TrainOptions) -> PeftModel:
+    config = SppConfig(
+        r=options.rank,
+        scale=options.scale,
+        dropout=options.dropout,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    config.base_model_name_or_path = options.model
+    model.config.use_cache = False  # the cache is for generation, and in the way of checkpointing
+    return adapted
+
+
+def _arguments(
+    options: TrainOptions, folder: Path, model: PreTrainedModel, sequences: int, accumulation: int
+) -> TrainingArguments:
+    device = model.device
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=sequences,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        warmup_steps=options.warmup_ratio if options.warmup_ratio < 1 else 1 - 1e-9,  # below 1 it is a share
+        lr_scheduler_type=_SCHEDULES[options.schedule],
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        fp16=model.dtype == torch.float16 and device.type != "cpu",  # scales the loss, which fp16 gradients need
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        save_total_limit=_KEPT_CHECKPOINTS,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        seed=options.seed,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
+    )
+    if device.type != "cpu" and "WORLD_SIZE" not in os.environ:
+        torch.accelerator.set_device_index(device.index or 0)
+        arguments._n_gpu = 1  # else the Trainer spreads the model over every GPU it sees, batch size included
+    return arguments
+
+
+def _run(trainer: Trainer, watch: Watch, checkpoints: Checkpoints) -> None:
+    latest = checkpoints.latest()
+    if latest is not None:
+        logger.info("resuming from %s", latest)
+    try:
+        trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+    except torch.OutOfMemoryError as error:
+        raise SppError(
+            "out of memory: lower --device-batch-size (the result stays the same) or --window, or pass "
+            "--gradient-checkpointing"
+        ) from error
+    finally:
+        watch.close()
+
+
+def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """A batch, padded on the right to its longest example: input_ids, attention_mask and labels, (N, T) int64."""
+    length = max(len(one.input_ids) for one in examples)
+
+    def padded(rows: list[list[int]], filler: int) -> Tensor:
+        return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
+
+    return {
+        "input_ids": padded([one.input_ids for one in examples], 0),
+        "attention_mask": padded([[1] * len(one.input_ids) for one in examples], 0),
+        "labels": padded([one.labels for one in examples], IGNORED),
+    }
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.checkpoints")
+
+
+def _request(options: TrainOptions, folder: Path, examples: list[Example]) -> dict[str, Any]:
+    """All that the adapter depends on; a checkpoint made for anything else is not resumed."""
+    digest = hashlib.sha256()
+    for one in examples:
+        digest.update(json.dumps([one.input_ids, one.labels]).encode())
+    what = options.model_dump(mode="json", exclude={"out", "overwrite", "device", "model", "data", "save_steps"})
+    return {**what, "base": base_fingerprint(folder), "examples": digest.hexdigest(), "version": __version__}
+
+
+def _manifest(options: TrainOptions, folder: Path, report: TrainReport) -> dict[str, Any]:
+    settings = options.model_dump(mode="json", include=set(TrainingSettings.model_fields) | {"window", "seed"})
+    return {
+        "tool": "spp",
+        "version": __version__,
+        "kind": "adapter",
+        "base": {"model": options.model, "fingerprint": base_fingerprint(folder)},
+        "data": options.data,
+        "settings": settings,
+        "steps": report.steps,
+        "tokens": report.tokens,
+    }

@@ -1,0 +1,70 @@
+"""What a person sees of a training run while it goes on, and the stop where it has gone wrong."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from spp.errors import SppError
+
+
+class Watch(TrainerCallback):
+    """A bar with the loss on a terminal, nothing elsewhere; the clock; an error where the loss is not finite.
+
+    Attributes:
+        seconds: time since training began or was resumed.
+        tokens: tokens trained on in that time.
+    """
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.seconds, self.tokens = 0.0, 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started, self._tokens_before = time.perf_counter(), state.num_input_tokens_seen
+        self._task = self._bar.add_task(
+            "", total=state.max_steps, completed=state.global_step, loss=math.nan, rate=math.nan
+        )
+        self._bar.start()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.seconds = time.perf_counter() - self._started
+        self.tokens = int(state.num_input_tokens_seen) - int(self._tokens_before)
+        if not logs or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise SppError(
+                f"the loss is {logs['loss']} at step {state.global_step}; nothing was written. Try a lower "
+                "--learning-rate, --dtype float32, or check the data and the model; checkpoints before it are kept"
+            )
+        rate = self.tokens / self.seconds
+        self._bar.update(self._task, completed=state.global_step, loss=logs["loss"], rate=rate)
+
+    def close(self) -> None:
+        """Take the bar away, however training ended."""
+        self._bar.stop()
