@@ -1,0 +1,241 @@
+"""Training: it learns, keeps the zeros, trains the adapter alone, resumes to the bit, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from spp.checkpoint import read_json
+from spp.data.examples import IGNORED, Example
+from spp.errors import SppError, UsageError
+from spp.options import PruneOptions, TrainOptions
+from spp.stages import resuming, watching
+from spp.stages.prune import prune
+from spp.stages.train import collate, train
+
+
+@pytest.fixture
+def pruned(tmp_path, tiny_checkpoint) -> Path:
+    prune(PruneOptions.build({"model": str(tiny_checkpoint), "out": tmp_path / "pruned", "criterion": "magnitude"}))
+    return tmp_path / "pruned"
+
+
+@pytest.fixture
+def options(pruned, stories, tmp_path):
+    def make(out="adapter", **changes) -> TrainOptions:
+        values = {"model": str(pruned), "out": tmp_path / out, "data": str(stories), "window": 48}
+        return TrainOptions.build({**values, "learning_rate": 0.3, "max_steps": 12, "rank": 4, **changes})
+
+    return make
+
+
+def factors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    ours, theirs = factors(a), factors(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_it_learns_and_only_the_adapter_is_new(options, pruned, tmp_path):
+    weights = (pruned / "model.safetensors").read_bytes()
+    report = train(options())
+    first, last = ([loss for _, loss in part] for part in (report.losses[:3], report.losses[-3:]))
+    assert sum(last) < sum(first) - 0.5  # 3 steps each; without learning they differ by under 0.05
+    assert [step for step, _ in report.losses] == list(range(1, 13)) and report.steps == 12
+    assert (pruned / "model.safetensors").read_bytes() == weights
+    assert {path.name for path in report.out.iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "spp.json",
+    }
+    assert not any(path.suffix in {".bin", ".pt", ".pth"} for path in report.out.iterdir())
+    assert not (tmp_path / "adapter.checkpoints").exists()
+    assert all(name.endswith((".spp_A.weight", ".spp_B.weight")) for name in factors(report.out))
+    assert report.trainable_parameters == sum(tensor.numel() for tensor in factors(report.out).values())
+    assert read_json(report.out / "adapter_config.json")["base_model_name_or_path"] == str(pruned)
+
+    base = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, report.out)
+    moved = [m.spp_B["default"].weight.abs().max() for m in adapted.modules() if hasattr(m, "spp_B")]
+    assert len(moved) == 14 and all(float(size) > 0 for size in moved)
+
+
+def test_tokens_are_counted_without_padding(options, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": "x" * length}) + "\n" for length in (3, 10, 5, 20)))
+    report = train(options(data=str(data), epochs=2, max_steps=None, batch_size=2))
+    lengths = [min(1 + length + 1, 48) for length in (3, 10, 5, 20)]  # with <bos> and <eos>
+    assert report.tokens == 2 * sum(lengths) and report.steps == 4 and not report.packing
+
+
+@pytest.mark.parametrize("stop", [5, 9])
+def test_a_killed_run_resumes_to_the_bit(options, monkeypatch, tmp_path, stop):
+    train(options("whole", dropout=0.1, save_steps=4))
+
+    def interrupted(self, args, state, control, **kwargs):
+        if state.global_step == stop:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watching.Watch, "on_log", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(options("again", dropout=0.1, save_steps=4))
+    checkpoints = tmp_path / "again.checkpoints"
+    assert not (tmp_path / "again").exists()
+    assert (checkpoints / f"checkpoint-{stop // 4 * 4}" / "complete.json").is_file()
+    assert not list(checkpoints.rglob("model*.safetensors"))  # the base is not copied
+
+    resumed: list[str | None] = []
+    original = resuming.Checkpoints.latest
+    monkeypatch.setattr(resuming.Checkpoints, "latest", lambda self: resumed.append(original(self)) or resumed[-1])
+    report = train(options("again", dropout=0.1, save_steps=4))
+    assert resumed == [checkpoints / f"checkpoint-{stop // 4 * 4}"]
+    assert same(tmp_path / "whole", tmp_path / "again")
+    assert [step for step, _ in report.losses] == list(range(1, 13))
+
+
+def test_a_half_written_checkpoint_is_passed_over(options, monkeypatch, tmp_path):
+    train(options("whole", save_steps=4))
+
+    def killed_while_saving(self, args, state, control, **kwargs):
+        if state.global_step == 8:
+            (self.folder / "checkpoint-8" / "optimizer.pt").write_bytes(b"half")
+            raise KeyboardInterrupt
+        original(self, args, state, control, **kwargs)
+
+    original = resuming.Checkpoints.on_save
+    with monkeypatch.context() as patch:
+        patch.setattr(resuming.Checkpoints, "on_save", killed_while_saving)
+        with pytest.raises(KeyboardInterrupt):
+            train(options("again", save_steps=4))
+    train(options("again", save_steps=4))
+    assert same(tmp_path / "whole", tmp_path / "again")
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 0.01}, {"seed": 1}, {"data": "other"}])
+def test_another_request_starts_over(options, monkeypatch, stories, tmp_path, change, caplog):
+    if "data" in change:
+        other = tmp_path / "other.jsonl"
+        other.write_text("\n".join(stories.read_text().splitlines()[:120]) + "\n")
+        change = {"data": str(other)}
+    train(options("whole", **change))
+
+    def interrupted(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watching.Watch, "on_log", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(options("again", save_steps=4))
+    with caplog.at_level(logging.INFO, "spp"):
+        monkeypatch.setattr(logging.getLogger("spp"), "propagate", True)
+        train(options("again", save_steps=4, **change))
+    assert "starting over" in caplog.text
+    assert same(tmp_path / "whole", tmp_path / "again")
+
+
+def test_seeds_matter_and_repeat(options, tmp_path):
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(options(out, seed=seed, max_steps=2))
+    assert same(tmp_path / "a", tmp_path / "b") and not same(tmp_path / "a", tmp_path / "c")
+
+
+def test_accumulation_is_one_batch(options):
+    """Sequences differ in length, so this holds only if the loss is a mean over the tokens of the whole step."""
+    whole = train(options("whole", max_steps=4, batch_size=6, device_batch_size=6))
+    parts = train(options("parts", max_steps=4, batch_size=6, device_batch_size=2))
+    for (_, ours), (_, theirs) in zip(parts.losses, whole.losses, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(options, tmp_path):
+    train(options("plain", max_steps=3))
+    train(options("checkpointed", max_steps=3, gradient_checkpointing=True))
+    for key, ours in factors(tmp_path / "checkpointed").items():
+        torch.testing.assert_close(ours, factors(tmp_path / "plain")[key], rtol=1e-5, atol=1e-6)
+
+
+def test_packing_by_default_where_documents_are_long(options, tmp_path):
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps({"text": "the cat sat. " * 20}) + "\n" for _ in range(4)))
+    report = train(options("long", data=str(data), max_steps=1))
+    assert report.packing and report.examples == 4 * (1 + 260 + 1) // 48
+    assert not train(options("short", data=str(data), max_steps=1, packing=False)).packing
+
+
+def test_the_loss_of_completions_alone(options, pruned, tiny_tokenizer, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    pair = {"prompt": "the prompt: ", "completion": "answer"}
+    data.write_text((json.dumps(pair) + "\n") * 8)
+    model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
+    ids = torch.tensor([*tiny_tokenizer("the prompt: answer").input_ids, tiny_tokenizer.eos_token_id])
+    with torch.no_grad():
+        log_p = model(ids[None]).logits[0, :-1].log_softmax(-1)
+    losses = -log_p.gather(1, ids[1:, None])[:, 0]
+    for completion_only, expected in ((True, losses[-len("answer") - 1 :].mean()), (False, losses.mean())):
+        report = train(options(f"{completion_only}", data=str(data), completion_only=completion_only, max_steps=1))
+        assert report.losses[0][1] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_batches_are_padded_on_the_right():
+    batch = collate([Example([5, 6, 7], [IGNORED, 6, 7]), Example([8], [8])])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+
+
+def test_a_dense_model_is_warned_about(options, tiny_checkpoint, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("spp"), "propagate", True)
+    train(options(model=str(tiny_checkpoint), max_steps=1))
+    [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "IS DENSE: 0.00 %" in warning and "spp prune" in warning
+
+
+def test_named_targets(options):
+    report = train(options(target_modules="q_proj, down_proj", max_steps=1))
+    assert len(factors(report.out)) == 2 * 2 * 2
+    with pytest.raises(UsageError, match=r"no query, w1; its linear layers are down_proj, gate_proj"):
+        train(options("b", target_modules="q_proj,query,w1"))
+    with pytest.raises(UsageError, match="target-modules is empty"):
+        train(options("b", target_modules=" , "))
+
+
+def test_a_loss_that_is_not_finite_stops_training(options, tmp_path):
+    with pytest.raises(SppError, match=r"the loss is (nan|inf) at step \d.*--learning-rate"):
+        train(options(learning_rate=1e30))
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_batch_sizes_that_do_not_divide(options, tmp_path):
+    with pytest.raises(UsageError, match="device-batch-size 3 does not divide"):
+        train(options(batch_size=8, device_batch_size=3))
+    assert train(options(batch_size=12, max_steps=1)).batch_size == 12
+    assert not (tmp_path / "adapter.checkpoints").exists()
+
+
+def test_nothing_to_learn(options, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"prompt": "long " * 30, "completion": "end"}) + "\n")
+    with pytest.raises(UsageError, match="no example with a token to predict within 48 tokens"):
+        train(options(data=str(data), completion_only=True))
+    with pytest.raises(UsageError, match="window 100 is longer than the model's context of 64"):
+        train(options(window=100))
+
+
+def test_a_finished_adapter_is_not_overwritten(options, tmp_path):
+    train(options(max_steps=1))
+    with pytest.raises(UsageError, match="not empty.*--overwrite"):
+        train(options(max_steps=1))
+    before = factors(tmp_path / "adapter")
+    train(options(max_steps=3, overwrite=True))
+    assert any(not torch.equal(before[key], value) for key, value in factors(tmp_path / "adapter").items())
