@@ -41,6 +41,14 @@ def test_every_option_is_in_the_help(command, capsys):
     assert f"example: {cli.COMMANDS[command].example}".split()[1] in text
 
 
+def test_choices_that_depend_on_the_data_can_be_turned_off():
+    parse = cli.build_parser().parse_args
+    assert parse(["run", "--no-packing", "--per-document"]).packing is False
+    assert not hasattr(parse(["run"]), "packing")
+    with pytest.raises(SystemExit):
+        parse(["run", "--no-overwrite"])
+
+
 def run(*words: object) -> int:
     return cli.main([str(word) for word in words])
 

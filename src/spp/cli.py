@@ -156,7 +156,7 @@ def _summary(options: type[opt.Options]) -> str:
 
 def _add_option(group: Any, name: str, field: Any, *, positional: bool) -> None:
     help_text = field.description.replace("%", "%%")
-    if field.default not in (None, False) and not field.is_required():
+    if not (field.is_required() or field.default is None or field.default is False):
         help_text += f" (default: {field.default})".replace("%", "%%")
     if positional:
         group.add_argument(name, metavar=name.upper(), help=help_text)
@@ -164,9 +164,9 @@ def _add_option(group: Any, name: str, field: Any, *, positional: bool) -> None:
     flag = "--" + name.replace("_", "-")
     kinds = _kinds(field.annotation)
     if kinds == (bool,):
-        group.add_argument(flag, action="store_true", help=help_text)
-    elif bool in kinds:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
+        # One that depends on the data unless it is given can be turned off as well as on.
+        action = argparse.BooleanOptionalAction if field.default is None else "store_true"
+        group.add_argument(flag, action=action, help=help_text)
     else:
         group.add_argument(flag, metavar=_metavar(name, kinds), help=help_text, required=field.is_required())
 
@@ -183,7 +183,8 @@ def _metavar(name: str, kinds: tuple[Any, ...]) -> str:
         return "|".join(typing.get_args(kinds[0]))
     if kinds[0] in (int, float):
         return "N" if kinds[0] is int else "X"
-    return {"out": "DIR", "adapter": "DIR", "pattern": "P", "device": "DEVICE", "model": "MODEL"}.get(name, "FILE")
+    names = {"out": "DIR", "adapter": "DIR", "pattern": "P", "device": "DEVICE", "model": "MODEL"}
+    return {**names, "target_modules": "NAMES"}.get(name, "FILE")
 
 
 def _execute(command: Command, given: dict[str, Any]) -> Any:
