@@ -19,7 +19,7 @@ from spp.pipeline import gap_closed, run
 
 def options(model, stories, out, **changes) -> RunOptions:
     values = {"model": str(model), "train": str(stories), "eval": str(stories), "out": out}
-    values |= {"calibration": str(stories), "samples": 4, "window": 32, "epochs": 2, "learning_rate": 0.05}
+    values |= {"samples": 4, "window": 32, "epochs": 2, "learning_rate": 0.05}
     return RunOptions.build({**values, **changes})
 
 
@@ -38,6 +38,7 @@ def test_results_say_what_was_done(finished, tmp_path):
     assert {"prune", "train", "merge", "verify", "evaluate_spp"} <= set(results["seconds"])
     protocol = results["protocol"]
     assert (protocol["pattern"], protocol["criterion"]) == ("2:4", "wanda")
+    assert protocol["calibration"]["source"] == protocol["train"]  # nothing else was named
     assert protocol["evaluation"]["per_document"] is True and protocol["evaluation"]["window"] == 32
     assert results["training"]["steps"] == 50
     assert results["versions"]["torch"] == torch.__version__

@@ -85,7 +85,9 @@ class PruningSettings(Options):
     )
     criterion: Criterion = Field("wanda", description="how weights are chosen")
     calibration: str | None = Field(
-        None, description="text for wanda and sparsegpt: a file or datasets id (default: python-stdlib)"
+        None,
+        description="text for wanda and sparsegpt: a file or datasets id (default: spp run's training data, else "
+        "python-stdlib)",
     )
     samples: int = Field(128, ge=1, description="calibration windows")
     skip_indivisible: bool = Field(

@@ -86,9 +86,10 @@ def run(options: RunOptions) -> RunReport:
     pruned, adapter, merged = (out / name for name in ("pruned", "adapter", "merged"))
     # The folder of a stage without a record can only be what a killed run left behind, so a stage may replace it.
     new = {"overwrite": True}
+    calibration = options.calibration or options.train
     stages: dict[str, Callable[[], Any]] = {
         "evaluate_dense": lambda: evaluate(of(EvalOptions, model=model, text=options.eval)),
-        "prune": lambda: prune(of(PruneOptions, model=model, out=pruned, **new)),
+        "prune": lambda: prune(of(PruneOptions, model=model, out=pruned, calibration=calibration, **new)),
         "evaluate_pruned": lambda: evaluate(of(EvalOptions, model=str(pruned), text=options.eval)),
         "train": lambda: train(of(TrainOptions, model=str(pruned), out=adapter, data=options.train, **new)),
         "merge": lambda: merge(of(MergeOptions, model=str(pruned), adapter=adapter, out=merged, **new)),
