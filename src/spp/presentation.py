@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from spp.stages.quantities import size
+
 if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
     from rich.console import RenderableType
 
@@ -43,7 +45,7 @@ def _train(report: TrainReport) -> Iterable[RenderableType]:
     yield (
         f"{report.steps} steps, {report.tokens:,} tokens in {report.seconds:.0f} s "
         f"({report.tokens_per_second:,.0f} tokens/s), {report.trainable_parameters:,} trainable parameters, "
-        f"peak memory {_size(report.peak_memory_bytes)}"
+        f"peak memory {size(report.peak_memory_bytes)}"
     )
     yield f"written to {report.out}; next: spp merge MODEL {report.out} OUT"
 
@@ -100,12 +102,3 @@ _DESCRIPTIONS: dict[str, Callable[[Any], Iterable[RenderableType]]] = {
     "inspect": _inspect,
     "doctor": _doctor,
 }
-
-
-def _size(count: int) -> str:
-    """Bytes in the unit that people read."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024  # pyright: ignore[reportAssignmentType]
-    return f"{count:.2f} GiB"

@@ -1,0 +1,248 @@
+"""Charts as inline SVG: pure functions from numbers to markup, no script, no fonts, nothing to fetch.
+
+Colours are CSS classes of the page, so that charts follow its light and dark themes. Every chart has a title and a
+description in words for screen readers. All text goes through `Markup.format`, which escapes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+_WIDTH = 520
+_BAR_ROW, _BAR_HEIGHT = 50, 12
+_LINE_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 280, 64, 20, 16, 52
+_HEAT_ROW, _WIDE_CELL, _NARROW_CELL = 26, 44, 12
+_SMOOTHING_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear map from values `low` to `high` to pixels `start` to `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        """The pixel of a value; the middle where the axis has no extent."""
+        if self.high == self.low:
+            return (self.start + self.end) / 2
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its label, its length, the text at its end, and the CSS class that colours it."""
+
+    label: str
+    value: float
+    text: str
+    kind: str = "accent"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a heat map: its value, a short text for wide cells, and the full text for the tooltip."""
+
+    value: float
+    short: str
+    text: str
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`, about `count` of them."""
+    if not high > low:
+        return [float(low)]
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Mean of each value and its neighbours, `width` (odd) of them where the ends do not cut some off."""
+    half = width // 2
+    windows = (values[max(index - half, 0) : index + half + 1] for index in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def bar_chart(name: str, title: str, bars: Sequence[Bar]) -> Markup:
+    """Horizontal bars from zero, each under a line with its label and its text.
+
+    Args:
+        name: unique in the page, for ids.
+        title: what is shown.
+        bars: finite values are drawn to scale, an infinite one at full length; a NaN has no bar.
+    """
+    finite = [bar.value for bar in bars if math.isfinite(bar.value)]
+    axis = Axis(0, max(finite, default=0) or 1, 0, _WIDTH)
+    rows = []
+    for index, bar in enumerate(bars):
+        top = index * _BAR_ROW
+        length = _WIDTH if bar.value == math.inf else axis.at(bar.value) if math.isfinite(bar.value) else 0
+        rows.append(
+            Markup(
+                '<text x="0" y="{y}">{label}</text>'
+                '<text class="strong" x="{width}" y="{y}" text-anchor="end">{text}</text>'
+                '<rect class="track" x="0" y="{bar}" width="{width}" height="{height}" rx="3"/>'
+                '<rect class="{kind}" x="0" y="{bar}" width="{length:.1f}" height="{height}" rx="3"/>'
+            ).format(
+                y=top + 17,
+                bar=top + 26,
+                label=bar.label,
+                text=bar.text,
+                kind=bar.kind,
+                length=max(length, 0),
+                width=_WIDTH,
+                height=_BAR_HEIGHT,
+            )  # fmt: skip
+        )
+    description = "; ".join(f"{bar.label}: {bar.text}" for bar in bars)
+    return _svg(name, title, description, _WIDTH, max(len(bars) * _BAR_ROW - 6, 1), rows)
+
+
+def line_chart(name: str, title: str, points: Sequence[tuple[float, float]], x_label: str, y_label: str) -> Markup:
+    """A line over finite points in the order of x, which is a count; with a running mean where there are many."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    x_axis = Axis(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT)
+    margin = (max(ys) - min(ys)) * 0.05
+    y_axis = Axis(min(ys) - margin, max(ys) + margin, _LINE_HEIGHT - _BOTTOM, _TOP)
+    body = [_y_ticks(y_axis), _x_ticks(x_axis)]
+    body.append(
+        Markup(
+            '<text class="label" x="{right}" y="{bottom}" text-anchor="end">{x_label}</text>'
+            '<text class="label" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
+            "{y_label}</text>"
+        ).format(
+            right=_WIDTH - _RIGHT,
+            bottom=_LINE_HEIGHT - 6,
+            middle=(_TOP + _LINE_HEIGHT - _BOTTOM) // 2,
+            x_label=x_label,
+            y_label=y_label,
+        )  # fmt: skip
+    )
+    width = int(len(ys) * _SMOOTHING_SHARE) | 1
+    smooth = running_mean(ys, width)
+    if width > 1:
+        body.append(_polyline("raw", x_axis, y_axis, zip(xs, ys, strict=True)))
+    body.append(_polyline("line", x_axis, y_axis, zip(xs, smooth, strict=True)))
+    if len(points) == 1:
+        body.append(Markup('<circle class="accent" cx="{:.1f}" cy="{:.1f}" r="4"/>').format(
+            x_axis.at(xs[0]), y_axis.at(ys[0])
+        ))  # fmt: skip
+    description = f"{len(points)} points, from {ys[0]:.4g} at {xs[0]:g} to {ys[-1]:.4g} at {xs[-1]:g}."
+    if width > 1:
+        description += f" The strong line is the mean of {width} neighbouring points."
+    return _svg(name, title, description, _WIDTH, _LINE_HEIGHT, body)
+
+
+def _polyline(kind: str, x_axis: Axis, y_axis: Axis, points: zip[tuple[float, float]]) -> Markup:
+    path = " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in points)
+    return Markup('<polyline class="{}" points="{}"/>').format(kind, path)
+
+
+def _y_ticks(axis: Axis) -> Markup:
+    template = Markup(
+        '<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        '<text class="label" x="{text}" y="{baseline:.1f}" text-anchor="end">{value:.6g}</text>'
+    )
+    return Markup("").join(
+        template.format(
+            left=_LEFT, right=_WIDTH - _RIGHT, text=_LEFT - 8, y=axis.at(tick), baseline=axis.at(tick) + 5, value=tick
+        )
+        for tick in ticks(axis.low, axis.high)
+    )
+
+
+def _x_ticks(axis: Axis) -> Markup:
+    template = Markup('<text class="label" x="{:.1f}" y="{}" text-anchor="middle">{:g}</text>')
+    return Markup("").join(
+        template.format(axis.at(tick), _LINE_HEIGHT - _BOTTOM + 20, tick)
+        for tick in ticks(axis.low, axis.high, 4)
+        if tick.is_integer()
+    )
+
+
+def heat_map(
+    name: str,
+    title: str,
+    cells: Mapping[tuple[str, int], Cell],
+    high: float,
+    column_label: str,
+) -> Markup:
+    """A grid of shades from 0 (pale) to `high` (full).
+
+    Args:
+        name: unique in the page, for ids.
+        title: what is shown.
+        cells: (row, column) -> cell; a missing one stays empty, an infinite or NaN value gets the full shade.
+        high: the value of the full shade.
+        column_label: what the columns are.
+    """
+    rows = list(dict.fromkeys(row for row, _ in cells))
+    columns = sorted({column for _, column in cells})
+    left = 12 + 8 * max(len(row) for row in rows)
+    cell_width = min(max(700 // len(columns), _NARROW_CELL), _WIDE_CELL)
+    body = []
+    for index, row in enumerate(rows):
+        body.append(
+            Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(left - 10, index * _HEAT_ROW + 18, row)
+        )
+        for position, column in enumerate(columns):
+            if cell := cells.get((row, column)):
+                body.append(_heat_cell(cell, left + position * cell_width, index * _HEAT_ROW, cell_width, high))
+    bottom = len(rows) * _HEAT_ROW + 18
+    every = math.ceil(28 / cell_width)
+    body += [
+        Markup('<text class="label" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+            left + (position + 0.5) * cell_width, bottom, column
+        )
+        for position, column in enumerate(columns)
+        if position % every == 0
+    ]
+    width = left + len(columns) * cell_width
+    body.append(
+        Markup('<text class="label" x="{}" y="{}" text-anchor="end">{}</text>').format(left - 10, bottom, column_label)
+    )
+    values = list(cells.values())
+    lowest, highest = (pick(values, key=lambda cell: cell.value) for pick in (min, max))
+    description = f"{len(rows)} kinds of matrices in {len(columns)} layers. "
+    description += f"Lowest: {lowest.text}. Highest: {highest.text}. All values are in the table of tensors."
+    return _svg(name, title, description, width, bottom + 8, body, kind="heat")
+
+
+def shade(value: float, high: float) -> float:
+    """Opacity of a cell: 0.06 for 0, so that it is seen, to 1 for `high` and what is above it or not a number."""
+    share = value / high if high > 0 else 0.0
+    return 1.0 if math.isnan(share) else 0.06 + 0.94 * min(max(share, 0.0), 1.0)
+
+
+def _heat_cell(cell: Cell, left: float, top: float, width: float, high: float) -> Markup:
+    label = Markup("")
+    if width >= _WIDE_CELL:
+        label = Markup('<text class="small" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+            left + width / 2, top + 18, cell.short
+        )
+    return Markup(
+        '<g><title>{}</title><rect class="cell" x="{}" y="{}" width="{}" height="{}" rx="2" fill-opacity="{:.3f}"/>'
+        "{}</g>"
+    ).format(cell.text, left + 1, top + 1, width - 2, _HEAT_ROW - 2, shade(cell.value, high), label)
+
+
+def _svg(
+    name: str, title: str, description: str, width: int, height: int, body: Sequence[Markup], kind: str = "plot"
+) -> Markup:
+    return Markup(
+        '<svg class="{kind}" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        'aria-labelledby="{name}-title {name}-description">'
+        '<title id="{name}-title">{title}</title><desc id="{name}-description">{description}</desc>{body}</svg>'
+    ).format(
+        kind=kind, width=width, height=height, name=name, title=title, description=description,
+        body=Markup("").join(body),
+    )  # fmt: skip
