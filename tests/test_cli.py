@@ -174,6 +174,12 @@ def test_doctor(capsys):
     assert run("doctor") == 0
 
 
+def test_a_reader_that_stops_reading_gets_no_traceback(tiny_checkpoint):
+    command = f"{sys.executable} -m spp inspect {tiny_checkpoint} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "error" not in done.stderr.lower()
+
+
 def test_the_module_runs_as_a_program(tmp_path):
     done = subprocess.run([sys.executable, "-m", "spp", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()[0]) == (0, "spp")

@@ -91,6 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _show_messages()
     try:
         report = _execute(COMMANDS[name], arguments)
+        _present(name, report, as_json)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `spp inspect MODEL | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except SppError as error:
         _complain(str(error))
         return error.exit_code
@@ -100,7 +105,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted; finished work is kept, and the same command with the same output folder resumes it")
         return _INTERRUPTED
-    _present(name, report, as_json)
     return 0 if getattr(report, "verified", True) else 1
 
 

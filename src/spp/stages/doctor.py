@@ -19,8 +19,8 @@ from spp import __version__
 
 Value = TypeVar("Value")
 
-_REQUIRED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
-_OPTIONAL = {"lm_eval": "eval", "deepspeed": "deepspeed", "bitsandbytes": "quant"}  # package -> extra of spp
+_REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+_OPTIONAL = {"trl": "trl", "lm_eval": "eval", "deepspeed": "deepspeed", "bitsandbytes": "quant"}  # package -> extra of spp
 
 
 @dataclass(frozen=True, kw_only=True)
