@@ -92,9 +92,9 @@ def test_an_optional_package_that_is_missing_is_no_problem(without):
 
 
 def test_a_required_package_that_is_missing_is_one(without):
-    without("trl")
+    without("accelerate")
     report = diagnose()
-    assert report.problems == ["trl is missing; pip install trl"]
+    assert report.problems == ["accelerate is missing; pip install accelerate"]
     assert "PROBLEM" in shown(report)
 
 

@@ -14,7 +14,7 @@ Shapes: T tokens, O output features, I input features, R row groups. x (..., I),
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,16 +31,24 @@ def spp_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, bi
     """y = x W'^T + bias, (..., O). Arguments as for `reference.spp_linear`; W gets no gradient."""
     if bias is not None:
         bias = bias.to(x.dtype)
-    return _Spp.apply(x, weight, A, B, scale, bias, True)  # pyright: ignore[reportReturnType]
+    return _apply(x, weight, A, B, scale, bias, with_base=True)
 
 
 def adapter_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """The adapter branch alone, x Delta^T, (..., O). Arguments as for `spp_linear`."""
-    return _Spp.apply(x, weight, A, B, scale, None, False)  # pyright: ignore[reportReturnType]
+    return _apply(x, weight, A, B, scale, None, with_base=False)
+
+
+def _apply(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, bias: Tensor | None, *, with_base: bool
+) -> Tensor:
+    # Shaped outside: autograd lets nobody change a view in place that a function returned, and some models do that.
+    rows = cast(Tensor, _Spp.apply(x.reshape(-1, x.shape[-1]), weight, A, B, scale, bias, with_base))
+    return rows.reshape(*x.shape[:-1], len(weight))
 
 
 class _Spp(torch.autograd.Function):
-    """x (c W + Delta)^T + bias with c = 1 (`with_base`) or 0."""
+    """x (c W + Delta)^T + bias with c = 1 (`with_base`) or 0, for x (T, I)."""
 
     @staticmethod
     def forward(
@@ -54,18 +62,19 @@ class _Spp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides the names
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x, weight, A, B = ctx.saved_tensors
         needs_x, _, needs_A, needs_B, _, needs_bias, _ = ctx.needs_input_grad
         dy = grads[0].to(x.dtype)
-        rows_dy, rows_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = dA = dB = None
         with torch.autocast(x.device.type, enabled=False):
             if needs_x:
                 dx = dy @ effective_weight(weight, A, B, ctx.scale, x.dtype, with_base=ctx.with_base)
             if needs_A or needs_B:
-                dA, dB = _factor_gradients(rows_dy, rows_x, weight, A, B, ctx.scale)
-        return dx, None, dA, dB, None, rows_dy.sum(dim=0) if needs_bias else None, None
+                dA, dB = _factor_gradients(dy, x, weight, A, B, ctx.scale)
+        return dx, None, dA, dB, None, dy.sum(dim=0) if needs_bias else None, None
 
 
 def effective_weight(

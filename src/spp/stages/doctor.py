@@ -20,7 +20,8 @@ from spp import __version__
 Value = TypeVar("Value")
 
 _REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
-_OPTIONAL = {"trl": "trl", "lm_eval": "eval", "deepspeed": "deepspeed", "bitsandbytes": "quant"}  # package -> extra of spp
+# Package -> extra of spp that brings it.
+_OPTIONAL = {"trl": "trl", "lm_eval": "eval", "deepspeed": "deepspeed", "bitsandbytes": "quant"}
 
 
 @dataclass(frozen=True, kw_only=True)

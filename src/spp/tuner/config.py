@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -29,7 +29,7 @@ class SppConfig(PeftConfig):
         default=None, metadata={"help": "names or a regular expression of modules to leave alone"}
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "indices of the layers to adapt; needs target_modules as a list of names"}
+        default=None, metadata={"help": "indices of the layers to adapt; not with target_modules as a str"}
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "name of the list of layers, where layers_to_transform does not find it"}
@@ -57,7 +57,7 @@ class SppConfig(PeftConfig):
         if problems := list(self._problems()):
             raise ValueError("SppConfig: " + "; ".join(problems))
 
-    def _problems(self) -> Any:
+    def _problems(self) -> Iterator[str]:
         ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}
         for name, rank in ranks.items():
             if not isinstance(rank, int) or rank < 1:
@@ -66,7 +66,10 @@ class SppConfig(PeftConfig):
             yield f"scale must be above 0, but it is {self.scale!r}"
         if not 0 <= self.dropout < 1:
             yield f"dropout must be at least 0 and below 1, but it is {self.dropout!r}"
-        if not isinstance(self.target_modules, set):
+        if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
-                    yield f"`{name}` cannot be used when `target_modules` is a str or None; list names instead"
+                    yield (
+                        f"`{name}` cannot be used when `target_modules` is a str; list names instead, "
+                        "or leave it out for all linear layers"
+                    )

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -82,7 +82,7 @@ class SppLinear(nn.Module, SppLayer):
 
     def reset_spp_parameters(self, adapter_name: str, *, init_weights: bool) -> None:
         """A ~ U(-1/sqrt(I), 1/sqrt(I)), which is kaiming_uniform(a = sqrt(5)), and B = 0, so that W' = W."""
-        A, B = self.spp_A[adapter_name].weight, self.spp_B[adapter_name].weight
+        A, B, _ = self._factors(adapter_name)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if init_weights:
             nn.init.zeros_(B)
@@ -129,7 +129,7 @@ class SppLinear(nn.Module, SppLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spp_A]
         if not names:
             return
-        parameter = self.get_base_layer().get_parameter("weight")
+        parameter = self._weight()
         before = self._unmerged_weight().to(parameter.device)
         with torch.no_grad():
             delta = sum(self.get_delta_weight(name) for name in [*self.merged_adapters, *names])
@@ -148,7 +148,7 @@ class SppLinear(nn.Module, SppLayer):
         if self._weight_before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.get_base_layer().get_parameter("weight").data.copy_(self._weight_before_merge)
+        self._weight().data.copy_(self._weight_before_merge)
         self._weight_before_merge = None
         self.merged_adapters.clear()
 
@@ -160,27 +160,29 @@ class SppLinear(nn.Module, SppLayer):
         return "spp." + super().__repr__()
 
     def _drops(self, adapter: str) -> bool:
-        return self.training and self.spp_dropout[adapter].p > 0
+        return self.training and cast(nn.Dropout, self.spp_dropout[adapter]).p > 0
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
         return self.spp_A[adapter](), self.spp_B[adapter](), self.scale[adapter]
 
+    def _weight(self) -> Tensor:
+        """The base layer's weight: a parameter, or inside FSDP's forward a tensor in its place."""
+        return cast(Tensor, self.get_base_layer().weight)
+
     def _weight_oi(self) -> Tensor:
-        """W as (O, I): the parameter itself, or a view of it."""
-        layer = self.get_base_layer()
-        weight = layer.get_parameter("weight")
-        return weight.T if is_transposed(layer) else weight
+        """W as (O, I): the weight itself, or a view of it."""
+        weight = self._weight()
+        return weight.T if is_transposed(self.get_base_layer()) else weight
 
     def _unmerged_weight(self) -> Tensor:
         """W in its own layout, as it is without any adapter."""
         if self._weight_before_merge is not None:
             return self._weight_before_merge
-        return self.get_base_layer().get_parameter("weight").detach()
+        return self._weight().detach()
 
     def _unmerged_weight_oi(self) -> Tensor:
-        layer = self.get_base_layer()
-        weight = self._unmerged_weight().to(layer.get_parameter("weight").device)
-        return weight.T if is_transposed(layer) else weight
+        weight = self._unmerged_weight().to(self._weight().device)
+        return weight.T if is_transposed(self.get_base_layer()) else weight
 
     @contextmanager
     def _onloaded(self) -> Iterator[None]:

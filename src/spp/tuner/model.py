@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -50,6 +52,20 @@ class SppModel(BaseTuner):
         if heads and config.exclude_modules is None:
             config.exclude_modules = heads
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
+        """Whether to adapt the module `key`; as PEFT's, but layers_to_transform also holds for all-linear.
+
+        PEFT turns all-linear into full module names, and takes those whatever their layer is.
+        """
+        assert isinstance(peft_config, SppConfig)
+        found = check_target_module_exists(peft_config, key)
+        if not found or peft_config.layers_to_transform is None or key not in (peft_config.target_modules or ()):
+            return found
+        by_last_part = copy.copy(peft_config)
+        by_last_part.target_modules = {key.rpartition(".")[2]}
+        return check_target_module_exists(by_last_part, key)
+
     def _create_and_replace(
         self,
         peft_config: PeftConfig,
@@ -62,7 +78,7 @@ class SppModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, SppConfig)
         ranks = peft_config.rank_pattern
-        rank = ranks.get(get_pattern_key(ranks, current_key), peft_config.r)
+        rank = ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r)
         if isinstance(target, SppLinear):
             target.update_layer(adapter_name, rank, peft_config)
             return
@@ -71,6 +87,14 @@ class SppModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is set active
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put `new_module` in the place of `child`.
+
+        PEFT also hands it the weight of `child`, which it has already, and which is no parameter for an embedding
+        whose rows are trained (trainable_token_indices).
+        """
+        setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

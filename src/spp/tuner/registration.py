@@ -28,9 +28,9 @@ def register() -> None:
     register_peft_method(name=NAME.lower(), config_cls=SppConfig, model_cls=SppModel)
 
 
-def _add_member(enum: type[Enum], name: str) -> None:
+def _add_member(enum: type[PeftType], name: str) -> None:
     """Add a member with value `name` to a string enum, in place."""
-    member = str.__new__(enum, name)  # pyright: ignore[reportArgumentType]
+    member = str.__new__(enum, name)
     member._name_, member._value_, member._sort_order_ = name, name, len(enum)  # pyright: ignore[reportAttributeAccessIssue]
     member.__objclass__ = enum  # pyright: ignore[reportAttributeAccessIssue]
     type.__setattr__(enum, name, member)  # before the map, which makes the enum refuse it
