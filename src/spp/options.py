@@ -140,7 +140,7 @@ class WindowSettings(Options):
 class SeedSettings(Options):
     """Randomness."""
 
-    seed: int = Field(0, ge=0, description="seed of sampling, initialisation and order")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of sampling, initialisation and order")
 
 
 class ScoringSettings(Options):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,16 @@ def same(a: Path, b: Path) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def interrupted_at(step: int):
+    """A `Watch.on_log` that stands for Ctrl-C at a step."""
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    return on_log
+
+
 def test_it_learns_and_only_the_adapter_is_new(options, pruned, tmp_path):
     weights = (pruned / "model.safetensors").read_bytes()
     report = train(options())
@@ -77,18 +90,17 @@ def test_tokens_are_counted_without_padding(options, tmp_path):
     assert report.tokens == 2 * sum(lengths) and report.steps == 4 and not report.packing
 
 
-@pytest.mark.parametrize("stop", [5, 9])
-def test_a_killed_run_resumes_to_the_bit(options, monkeypatch, tmp_path, stop):
-    train(options("whole", dropout=0.1, save_steps=4))
-
-    def interrupted(self, args, state, control, **kwargs):
-        if state.global_step == stop:
-            raise KeyboardInterrupt
+# The checkpoint to resume from is the first one, one within the second epoch, and one between two epochs.
+@pytest.mark.parametrize(("stop", "documents"), [(5, 200), (9, 40), (6, 32)])
+def test_a_killed_run_resumes_to_the_bit(options, stories, monkeypatch, tmp_path, stop, documents):
+    stories.write_text("\n".join(stories.read_text().splitlines()[:documents]))
+    settings = {"dropout": 0.1, "save_steps": 4, "device_batch_size": 4}
+    whole = train(options("whole", **settings))
 
     with monkeypatch.context() as patch:
-        patch.setattr(watching.Watch, "on_log", interrupted)
+        patch.setattr(watching.Watch, "on_log", interrupted_at(stop))
         with pytest.raises(KeyboardInterrupt):
-            train(options("again", dropout=0.1, save_steps=4))
+            train(options("again", **settings))
     checkpoints = tmp_path / "again.checkpoints"
     assert not (tmp_path / "again").exists()
     assert (checkpoints / f"checkpoint-{stop // 4 * 4}" / "complete.json").is_file()
@@ -97,10 +109,45 @@ def test_a_killed_run_resumes_to_the_bit(options, monkeypatch, tmp_path, stop):
     resumed: list[str | None] = []
     original = resuming.Checkpoints.latest
     monkeypatch.setattr(resuming.Checkpoints, "latest", lambda self: resumed.append(original(self)) or resumed[-1])
-    report = train(options("again", dropout=0.1, save_steps=4))
+    report = train(options("again", **settings))
     assert resumed == [checkpoints / f"checkpoint-{stop // 4 * 4}"]
     assert same(tmp_path / "whole", tmp_path / "again")
-    assert [step for step, _ in report.losses] == list(range(1, 13))
+    assert (report.losses, report.tokens) == (whole.losses, whole.tokens)
+
+
+def test_a_run_killed_after_its_last_step_trains_no_further(options, monkeypatch, tmp_path):
+    train(options("whole", save_steps=4))
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spp.stages.train.new_folder", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(options("again", save_steps=4))
+    report = train(options("again", save_steps=4))
+    assert report.steps == len(report.losses) == 12
+    assert same(tmp_path / "whole", tmp_path / "again")
+
+
+def test_a_damaged_checkpoint_is_passed_over(options, monkeypatch, tmp_path):
+    train(options("whole", save_steps=4))
+    with monkeypatch.context() as patch:
+        patch.setattr(watching.Watch, "on_log", interrupted_at(9))
+        with pytest.raises(KeyboardInterrupt):
+            train(options("again", save_steps=4))
+    optimizer = tmp_path / "again.checkpoints" / "checkpoint-8" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    train(options("again", save_steps=4))
+    assert same(tmp_path / "whole", tmp_path / "again")
+
+
+def test_a_folder_of_something_else_is_left_alone(options, tmp_path):
+    (tmp_path / "adapter.checkpoints").mkdir()
+    (tmp_path / "adapter.checkpoints" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="adapter.checkpoints is where checkpoints go, and it holds something else"):
+        train(options(overwrite=True))
+    assert (tmp_path / "adapter.checkpoints" / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_half_written_checkpoint_is_passed_over(options, monkeypatch, tmp_path):
@@ -129,12 +176,8 @@ def test_another_request_starts_over(options, monkeypatch, stories, tmp_path, ch
         change = {"data": str(other)}
     train(options("whole", **change))
 
-    def interrupted(self, args, state, control, **kwargs):
-        if state.global_step == 6:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(watching.Watch, "on_log", interrupted)
+        patch.setattr(watching.Watch, "on_log", interrupted_at(6))
         with pytest.raises(KeyboardInterrupt):
             train(options("again", save_steps=4))
     with caplog.at_level(logging.INFO, "spp"):
@@ -214,6 +257,46 @@ def test_a_loss_that_is_not_finite_stops_training(options, tmp_path):
     with pytest.raises(SppError, match=r"the loss is (nan|inf) at step \d.*--learning-rate"):
         train(options(learning_rate=1e30))
     assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_that_is_not_finite_is_not_written(options, tmp_path):
+    """The last update comes after the last loss."""
+    with pytest.raises(SppError, match="the last step made the adapter NaN or infinite"):
+        train(options(learning_rate=1e300, warmup_ratio=0, max_steps=1))
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_tokenizer_of_another_model(options, pruned, tiny_model, tmp_path):
+    tiny_model("llama", vocab_size=40).save_pretrained(pruned)
+    with pytest.raises(UsageError, match=r"token id \d+, but the model knows 40 tokens"):
+        train(options())
+
+
+def test_a_hub_id_is_kept_and_not_looked_up(options, pruned, monkeypatch, tmp_path):
+    for module in ("spp.stages.train", "spp.loading"):
+        monkeypatch.setattr(f"{module}.resolve_model", lambda _: pruned)
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_, **__: pytest.fail("asked"))
+    train(options(model="someone/llama-2of4", max_steps=3, save_steps=1))
+    assert read_json(tmp_path / "adapter" / "adapter_config.json")["base_model_name_or_path"] == "someone/llama-2of4"
+
+
+def test_no_pad_token_is_needed(options, pruned, tmp_path):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (pruned / name).is_file():
+            config = read_json(pruned / name)
+            (pruned / name).write_text(json.dumps({key: value for key, value in config.items() if key != "pad_token"}))
+    assert train(options(max_steps=1)).steps == 1
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_batch(options, pruned, stories, tmp_path):
+    settings = ["--window", "48", "--max-steps", "4", "--rank", "4", "--learning-rate", "0.3", "--device", "cpu"]
+    words = ["-m", "spp", "train", str(pruned), str(tmp_path / "two"), "--data", str(stories), *settings]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, *words], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    train(options("one", max_steps=4))
+    for key, ours in factors(tmp_path / "two").items():
+        torch.testing.assert_close(ours, factors(tmp_path / "one")[key], rtol=1e-3, atol=1e-4)
 
 
 def test_batch_sizes_that_do_not_divide(options, tmp_path):

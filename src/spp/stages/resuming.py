@@ -10,8 +10,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from spp.checkpoint import read_json, sync_folder, write_json
-from spp.errors import SppError
+from spp.checkpoint import new_folder, read_json, sync_folder, write_json
+from spp.errors import SppError, UsageError
 
 logger = logging.getLogger("spp")
 
@@ -24,21 +24,27 @@ class Checkpoints(TrainerCallback):
     Args:
         folder: made if it is not there. What a run with another `request` left in it is deleted.
         request: everything that the result depends on, as JSON values.
+
+    Raises:
+        UsageError: the folder holds something that is no run's.
     """
 
     def __init__(self, folder: Path, request: dict[str, Any]) -> None:
         self.folder = folder
-        if folder.exists() and not self._belongs_to(request):
+        if self._request() == request:
+            return
+        if self._request() is not None:
             logger.info("%s is of a run with other options or data; starting over", folder)
-            self.remove()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / _REQUEST, request)
+        elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise UsageError(f"{folder} is where checkpoints go, and it holds something else; name another output")
+        with new_folder(folder, overwrite=True) as partial:
+            write_json(partial / _REQUEST, request)
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None. Incomplete ones, left by a kill, are deleted."""
+        """The newest complete checkpoint, or None. Incomplete and damaged ones, left by a kill, are deleted."""
         found: dict[int, Path] = {}
         for path in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            if (path / _COMPLETE).is_file():
+            if _is_complete(path):
                 found[int(path.name.rpartition("-")[2])] = path
             else:
                 shutil.rmtree(path)
@@ -48,13 +54,34 @@ class Checkpoints(TrainerCallback):
         """Delete all of them."""
         shutil.rmtree(self.folder)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        checkpoint = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        sync_folder(checkpoint)
-        write_json(checkpoint / _COMPLETE, {"step": state.global_step})
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # After the last step the adapter itself is written. The Trainer wants a checkpoint there, too, but resumed
+        # from it would train one step more.
+        if state.global_step >= state.max_steps:
+            control.should_save = False
 
-    def _belongs_to(self, request: dict[str, Any]) -> bool:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.distributed_state is not None:
+            args.distributed_state.wait_for_everyone()  # each process writes a file of its own
+        if state.is_world_process_zero:
+            checkpoint = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            sync_folder(checkpoint)
+            write_json(checkpoint / _COMPLETE, _sizes(checkpoint))
+
+    def _request(self) -> dict[str, Any] | None:
         try:
-            return read_json(self.folder / _REQUEST) == request
-        except SppError:  # missing or half-written
-            return False
+            return read_json(self.folder / _REQUEST)
+        except SppError:  # missing or damaged
+            return None
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """Size in bytes of every file but the mark itself."""
+    return {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != _COMPLETE}
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        return read_json(checkpoint / _COMPLETE) == _sizes(checkpoint)
+    except SppError:  # missing or damaged
+        return False

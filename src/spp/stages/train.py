@@ -23,9 +23,9 @@ from spp.data.examples import IGNORED, Example, pack, truncate, whole_examples
 from spp.data.records import load_records
 from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
-from spp.loading import context_window, load_model, load_tokenizer
+from spp.loading import compute_dtype, context_window, load_model, load_tokenizer, pick_device
 from spp.memory import peak_memory_bytes
-from spp.models import prunable_linears, weight_oi
+from spp.models import prunable_linears, unreached_weights, weight_oi
 from spp.options import TrainingSettings, TrainOptions
 from spp.stages.resuming import Checkpoints
 from spp.stages.watching import Watch
@@ -46,7 +46,8 @@ class TrainReport:
     Attributes:
         steps: optimiser steps.
         examples: sequences in the training data, after packing.
-        tokens: tokens trained on, without padding; `seconds` and `tokens_per_second` count since the last resume.
+        tokens: tokens trained on, without padding.
+        seconds: time in training, without loading; like `tokens` it includes what was done before a resume.
         trainable_parameters: entries of A and B.
         sparsity: share of zeros in the adapted weights.
         peak_memory_bytes: on the device where it is CUDA, else of the process.
@@ -77,7 +78,7 @@ def train(options: TrainOptions) -> TrainReport:
 
     Raises:
         UsageError: a wrong option, a missing model or file, a full output folder, modules that the model lacks.
-        SppError: a damaged model, or a loss that is not finite.
+        SppError: a damaged model, or a loss or factor that is not finite.
     """
     folder = resolve_model(options.model)
     source = Checkpoint.open(folder)
@@ -86,9 +87,11 @@ def train(options: TrainOptions) -> TrainReport:
         raise UsageError(f"{options.model} is quantised; give the sparse model as it was before quantisation")
     sequences, accumulation = _batching(options)
 
-    model = load_model(options.model, options)
+    device = pick_device(options.device)
+    # The Trainer moves the model to the device; each of several processes has its own.
+    model = load_model(options.model, options, dtype=compute_dtype(options.dtype, device), device="cpu")
     window = context_window(model.config, options.window)
-    examples, packing = _examples(options, window)
+    examples, packing = _examples(options, window, model.config.get_text_config().vocab_size)
     targets = _targets(model, options.target_modules)
     sparsity = _sparsity(targets.values())
     if sparsity < _DENSE_BELOW:
@@ -98,11 +101,16 @@ def train(options: TrainOptions) -> TrainReport:
             options.model,
             100 * sparsity,
         )
+    if unreached := unreached_weights(model):
+        logger.warning("%d weights are no linear layers and get no adapter, e.g. %s", len(unreached), unreached[0])
     set_seed(options.seed)
     adapted = _with_adapter(model, targets, options)
 
-    checkpoints = Checkpoints(_beside(options.out), _request(options, folder, examples))
-    arguments = _arguments(options, checkpoints.folder, model, sequences, accumulation)
+    beside = _beside(options.out)
+    arguments = _arguments(options, beside, model.dtype, device, sequences, accumulation)
+    with arguments.main_process_first(local=False):  # the first process tidies up, the others find it done
+        checkpoints = Checkpoints(beside, _request(options, folder, examples))
+        latest = checkpoints.latest()
     watch = Watch()
     trainer = Trainer(
         model=adapted,
@@ -113,29 +121,34 @@ def train(options: TrainOptions) -> TrainReport:
     )
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
-    _run(trainer, watch, checkpoints)
+    _run(trainer, watch, latest)
+    _require_finite(adapted)
 
+    tokens = int(trainer.state.num_input_tokens_seen)
     report = TrainReport(
         out=options.out,
         data=options.data,
         steps=trainer.state.global_step,
         examples=len(examples),
-        tokens=int(trainer.state.num_input_tokens_seen),
+        tokens=tokens,
         window=window,
         packing=packing,
         seconds=watch.seconds,
-        tokens_per_second=watch.tokens / max(watch.seconds, 1e-9),
+        tokens_per_second=tokens / max(watch.seconds, 1e-9),
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         sparsity=sparsity,
         learning_rate=options.learning_rate,
         batch_size=options.batch_size,
-        peak_memory_bytes=peak_memory_bytes(model.device),
+        peak_memory_bytes=peak_memory_bytes(arguments.device),
         losses=[(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
     )
-    with new_folder(options.out, overwrite=options.overwrite) as partial:
-        adapted.save_pretrained(str(partial))
-        write_json(partial / MANIFEST, _manifest(options, folder, report))
-    checkpoints.remove()
+    if trainer.is_world_process_zero():
+        # Only now: PEFT asks the hub about a hub id whenever it saves a checkpoint.
+        adapted.peft_config["default"].base_model_name_or_path = options.model
+        with new_folder(options.out, overwrite=options.overwrite) as partial:
+            adapted.save_pretrained(str(partial), save_embedding_layers=False)
+            write_json(partial / MANIFEST, _manifest(options, folder, report))
+        checkpoints.remove()
     return report
 
 
@@ -158,7 +171,7 @@ def _batching(options: TrainingSettings) -> tuple[int, int]:
     return at_once, share // at_once
 
 
-def _examples(options: TrainOptions, window: int) -> tuple[list[Example], bool]:
+def _examples(options: TrainOptions, window: int, vocabulary: int) -> tuple[list[Example], bool]:
     """What to train on, and whether documents were packed into full windows."""
     tokenizer = load_tokenizer(options.model, options)
     records = load_records(options.data, "train")
@@ -169,6 +182,11 @@ def _examples(options: TrainOptions, window: int) -> tuple[list[Example], bool]:
     examples = pack(whole, window) if packing else truncate(whole, window)
     if not examples:
         raise UsageError(f"data {options.data!r} has no example with a token to predict within {window} tokens")
+    if (largest := max(max(one.input_ids) for one in examples)) >= vocabulary:
+        raise UsageError(
+            f"the data holds the token id {largest}, but the model knows {vocabulary} tokens; the tokenizer belongs "
+            "to another model"
+        )
     how = "packed documents" if packing else "one document each"
     logger.info("training on %d sequences of up to %d tokens (%s) from %s", len(examples), window, how, options.data)
     return examples, packing
@@ -207,15 +225,13 @@ def _with_adapter(model: PreTrainedModel, targets: dict[str, nn.Module], options
     )
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
-    config.base_model_name_or_path = options.model
     model.config.use_cache = False  # the cache is for generation, and in the way of checkpointing
     return adapted
 
 
 def _arguments(
-    options: TrainOptions, folder: Path, model: PreTrainedModel, sequences: int, accumulation: int
+    options: TrainOptions, folder: Path, dtype: torch.dtype, device: torch.device, sequences: int, accumulation: int
 ) -> TrainingArguments:
-    device = model.device
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=sequences,
@@ -228,7 +244,7 @@ def _arguments(
         lr_scheduler_type=_SCHEDULES[options.schedule],
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        fp16=model.dtype == torch.float16 and device.type != "cpu",  # scales the loss, which fp16 gradients need
+        fp16=dtype == torch.float16 and device.type != "cpu",  # scales the loss, which fp16 gradients need
         save_strategy="steps",
         save_steps=options.save_steps,
         save_total_limit=_KEPT_CHECKPOINTS,
@@ -241,14 +257,26 @@ def _arguments(
         disable_tqdm=True,
         use_cpu=device.type == "cpu",
     )
-    if device.type != "cpu" and "WORLD_SIZE" not in os.environ:
-        torch.accelerator.set_device_index(device.index or 0)
-        arguments._n_gpu = 1  # else the Trainer spreads the model over every GPU it sees, batch size included
+    if device.type == "cpu":
+        _use(arguments, device)
+    elif "WORLD_SIZE" not in os.environ and torch.accelerator.device_count() > 1:
+        chosen = torch.device(device.type, device.index or 0)
+        torch.accelerator.set_device_index(chosen.index)
+        _use(arguments, chosen)
+        arguments._n_gpu = 1
     return arguments
 
 
-def _run(trainer: Trainer, watch: Watch, checkpoints: Checkpoints) -> None:
-    latest = checkpoints.latest()
+def _use(arguments: TrainingArguments, device: torch.device) -> None:
+    """Replace the device that the arguments found for themselves.
+
+    A single process would take the first GPU, whatever was asked for, and spread its batches over all that it sees.
+    One of several on a CPU would take "cpu:0", which optimiser states cannot be loaded to.
+    """
+    arguments.__dict__["_setup_devices"] = device  # the cache behind `arguments.device`
+
+
+def _run(trainer: Trainer, watch: Watch, latest: Path | None) -> None:
     if latest is not None:
         logger.info("resuming from %s", latest)
     try:
@@ -260,6 +288,12 @@ def _run(trainer: Trainer, watch: Watch, checkpoints: Checkpoints) -> None:
         ) from error
     finally:
         watch.close()
+
+
+def _require_finite(adapted: PeftModel) -> None:
+    """The last step's update is seen by no loss."""
+    if not all(torch.isfinite(p).all() for p in adapted.parameters() if p.requires_grad):
+        raise SppError("the last step made the adapter NaN or infinite; nothing was written. Lower --learning-rate")
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:

@@ -17,8 +17,7 @@ class Watch(TrainerCallback):
     """A bar with the loss on a terminal, nothing elsewhere; the clock; an error where the loss is not finite.
 
     Attributes:
-        seconds: time since training began or was resumed.
-        tokens: tokens trained on in that time.
+        seconds: time in training so far; before a resume, what had passed at its checkpoint.
     """
 
     def __init__(self) -> None:
@@ -34,16 +33,18 @@ class Watch(TrainerCallback):
             disable=not console.is_terminal,
             transient=True,
         )
-        self.seconds, self.tokens = 0.0, 0
+        self.seconds = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._started, self._tokens_before = time.perf_counter(), state.num_input_tokens_seen
+        before = state.log_history[-1].get("seconds", 0.0) if state.log_history else 0.0
+        self._started = time.perf_counter() - before
         self._task = self._bar.add_task(
             "", total=state.max_steps, completed=state.global_step, loss=math.nan, rate=math.nan
         )
-        self._bar.start()
+        if state.is_world_process_zero:
+            self._bar.start()
 
     def on_log(
         self,
@@ -53,8 +54,7 @@ class Watch(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.seconds = time.perf_counter() - self._started
-        self.tokens = int(state.num_input_tokens_seen) - int(self._tokens_before)
+        self.seconds = state.log_history[-1]["seconds"] = time.perf_counter() - self._started
         if not logs or "loss" not in logs:
             return
         if not math.isfinite(logs["loss"]):
@@ -62,7 +62,7 @@ class Watch(TrainerCallback):
                 f"the loss is {logs['loss']} at step {state.global_step}; nothing was written. Try a lower "
                 "--learning-rate, --dtype float32, or check the data and the model; checkpoints before it are kept"
             )
-        rate = self.tokens / self.seconds
+        rate = int(state.num_input_tokens_seen) / self.seconds
         self._bar.update(self._task, completed=state.global_step, loss=logs["loss"], rate=rate)
 
     def close(self) -> None:
