@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from spp import __version__
@@ -27,6 +26,7 @@ from spp.loading import compute_dtype, context_window, load_model, load_tokenize
 from spp.memory import peak_memory_bytes
 from spp.models import prunable_linears, unreached_weights, weight_oi
 from spp.options import TrainingSettings, TrainOptions
+from spp.stages.arguments import batching, training_arguments
 from spp.stages.resuming import Checkpoints
 from spp.stages.watching import Watch
 from spp.tuner import SppConfig
@@ -34,9 +34,6 @@ from spp.tuner import SppConfig
 logger = logging.getLogger("spp")
 
 _DENSE_BELOW = 0.01
-_MOST_AT_ONCE = 8
-_KEPT_CHECKPOINTS = 2
-_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +82,7 @@ def train(options: TrainOptions) -> TrainReport:
     check_output(options.out, options.overwrite, inputs=(folder,))
     if "quantization_config" in source.config:
         raise UsageError(f"{options.model} is quantised; give the sparse model as it was before quantisation")
-    sequences, accumulation = _batching(options)
+    sequences, accumulation = batching(options)
 
     device = pick_device(options.device)
     # The Trainer moves the model to the device; each of several processes has its own.
@@ -107,7 +104,7 @@ def train(options: TrainOptions) -> TrainReport:
     adapted = _with_adapter(model, targets, options)
 
     beside = _beside(options.out)
-    arguments = _arguments(options, beside, model.dtype, device, sequences, accumulation)
+    arguments = training_arguments(options, beside, model.dtype, device, sequences, accumulation)
     with arguments.main_process_first(local=False):  # the first process tidies up, the others find it done
         checkpoints = Checkpoints(beside, _request(options, folder, examples))
         latest = checkpoints.latest()
@@ -150,25 +147,6 @@ def train(options: TrainOptions) -> TrainReport:
             write_json(partial / MANIFEST, _manifest(options, folder, report))
         checkpoints.remove()
     return report
-
-
-def _batching(options: TrainingSettings) -> tuple[int, int]:
-    """Sequences at once on a device, and how many such batches make a step."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    share, rest = divmod(options.batch_size, processes)
-    if rest:
-        raise UsageError(
-            f"batch-size {options.batch_size} does not divide over {processes} processes; make it a multiple of them"
-        )
-    at_once = options.device_batch_size
-    if at_once is None:
-        at_once = max(count for count in range(1, min(share, _MOST_AT_ONCE) + 1) if share % count == 0)
-    if share % at_once:
-        raise UsageError(
-            f"device-batch-size {at_once} does not divide the {share} sequences of a step that each of {processes} "
-            f"process(es) computes (batch-size {options.batch_size}); choose a divisor"
-        )
-    return at_once, share // at_once
 
 
 def _examples(options: TrainOptions, window: int, vocabulary: int) -> tuple[list[Example], bool]:
@@ -227,53 +205,6 @@ def _with_adapter(model: PreTrainedModel, targets: dict[str, nn.Module], options
     assert isinstance(adapted, PeftModel)
     model.config.use_cache = False  # the cache is for generation, and in the way of checkpointing
     return adapted
-
-
-def _arguments(
-    options: TrainOptions, folder: Path, dtype: torch.dtype, device: torch.device, sequences: int, accumulation: int
-) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=sequences,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps or -1,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        warmup_steps=options.warmup_ratio if options.warmup_ratio < 1 else 1 - 1e-9,  # below 1 it is a share
-        lr_scheduler_type=_SCHEDULES[options.schedule],
-        gradient_checkpointing=options.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        fp16=dtype == torch.float16 and device.type != "cpu",  # scales the loss, which fp16 gradients need
-        save_strategy="steps",
-        save_steps=options.save_steps,
-        save_total_limit=_KEPT_CHECKPOINTS,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
-        remove_unused_columns=False,
-        seed=options.seed,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=device.type == "cpu",
-    )
-    if device.type == "cpu":
-        _use(arguments, device)
-    elif "WORLD_SIZE" not in os.environ and torch.accelerator.device_count() > 1:
-        chosen = torch.device(device.type, device.index or 0)
-        torch.accelerator.set_device_index(chosen.index)
-        _use(arguments, chosen)
-        arguments._n_gpu = 1
-    return arguments
-
-
-def _use(arguments: TrainingArguments, device: torch.device) -> None:
-    """Replace the device that the arguments found for themselves.
-
-    A single process would take the first GPU, whatever was asked for, and spread its batches over all that it sees.
-    One of several on a CPU would take "cpu:0", which optimiser states cannot be loaded to.
-    """
-    arguments.__dict__["_setup_devices"] = device  # the cache behind `arguments.device`
 
 
 def _run(trainer: Trainer, watch: Watch, latest: Path | None) -> None:
