@@ -70,7 +70,9 @@ def main(arguments: list[str]) -> int:
         "HF_HOME": str(WORK / "hub"),
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(SCRIPTS / "peft_suite"),
+        "PEFT_DEBUG_WITH_TORCH_COMPILE": "1",  # which else skips its tests with torch.compile
         "TOKENIZERS_PARALLELISM": "false",
+        "TORCHINDUCTOR_CACHE_DIR": str(WORK / "compiled"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     environment.setdefault("OMP_NUM_THREADS", "1")  # the models are too small for more

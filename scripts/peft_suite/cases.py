@@ -41,6 +41,17 @@ FROM_LORA = {
     "test_weight_tying_noop_when_model_is_untied",
     "test_add_adapter_no_autocast_adapter_dtype",
 }
+_COMPILED = [
+    (SppConfig(task_type="CAUSAL_LM"), {}),
+    (SppConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]), {}),
+    (SppConfig(task_type="CAUSAL_LM", dropout=0.05), {}),
+    (SppConfig(task_type="CAUSAL_LM", modules_to_save=["embed_tokens"]), {}),
+]
+# Tests with settings of their own for each method -> SPP's.
+OWN = {
+    "test_causal_lm_training_trainer_compile": _COMPILED,
+    "test_causal_lm_training_pytorch_compile": _COMPILED,
+}
 # Tests of all methods that are not parametrised by them.
 OF_ALL_METHODS = {"test_from_peft_type"}
 

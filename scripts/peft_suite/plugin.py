@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FROM_LORA, OF_ALL_METHODS, mentions, spp_cases, translate, unsupported
+from cases import FROM_LORA, OF_ALL_METHODS, OWN, mentions, spp_cases, translate, unsupported
+from datasets import Dataset, DatasetDict
 from huggingface_hub import try_to_load_from_cache
 from peft import HiraConfig, LoraConfig
 
@@ -26,6 +27,7 @@ RUN = {
     "test_other.py",
     "test_seq_classifier.py",
     "test_token_classification_qa.py",
+    "test_torch_compile.py",
     "test_trainable_tokens.py",
 }
 
@@ -39,15 +41,15 @@ FILES_NOT_RUN = {
     "conversion to LoRA: SPP's Delta has full rank": "lora_conversion",
     "a fixed list of methods that PEFT mixes in one model": "mixed",
     "parameters that are not modules (3-D experts), by LoRA only": "target_parameters",
-    "quantised weights, on a GPU; SPP refuses them, because their zeros are not kept": (
-        "common_gpu gptqmodel gpu_examples quantization"
-    ),
+    "quantised weights, which SPP refuses": "gptqmodel quantization",
+    "a GPU, with fixed methods, and mostly quantised weights": "common_gpu gpu_examples",
     "files that only the hub has": "auto hub_features",
     "diffusers, pipelines from the hub, and convolutions": "stablediffusion",
     "convolutions of ResNet, images from the hub": "vision_models",
-    "torch.compile with LoRA and quantised models from the hub": "torch_compile",
-    "initialisation of one method at a time; SPP's is in tests/tuner": "initialization",
-    "PEFT's own helpers, tested with LoRA": "bufferdict helpers incremental_pca integrations mapping tuners_utils",
+    "features of one method at a time, mostly LoRA's (initialisation, swapping)": "initialization",
+    "PEFT's own helpers, with fixed methods, mostly LoRA, or without any": (
+        "bufferdict helpers incremental_pca integrations mapping tuners_utils"
+    ),
 }
 
 _ONE_BATCH = "several adapters in one batch, by LoRA only; SPP refuses adapter_names"
@@ -56,7 +58,7 @@ TESTS_NOT_RUN = {
     "test_default_target_modules_*": "SPP without target_modules adapts all linear layers, so that there is no table",
     "test_mixed_adapter_batches_*": _ONE_BATCH,
     "test_multiple_adapters_mixed_forward": _ONE_BATCH,
-    "test_add_weighted_adapter_*": "weighted sums of adapters, by LoRA and IA3 only",
+    "test_add_weighted_adapter_*": "makes LoRA's configuration whatever its parameter says",
     "test_save_pretrained_targeting_lora_to_embedding_layer*": "adapters on embeddings",
     "test_prompt_learning_*": "prompt learning",
     "test_inject_adapter_in_model_rejects_shared_state_tuners": "methods that share state between layers; SPP does not",
@@ -109,7 +111,7 @@ class Suite:
 
     def cases_of(self, name: str, values: list[Any]) -> list[Any]:
         """SPP's cases among these of a test, without those that SPP does not support."""
-        cases = []
+        cases = OWN.get(name, [])
         if any(mentions(value, HiraConfig) for value in values):
             cases = spp_cases(values)
         elif name in FROM_LORA:
@@ -197,6 +199,13 @@ def explained_files() -> Iterator[tuple[str, str]]:
             yield f"test_{name}.py", reason
 
 
+def english_quotes() -> DatasetDict:
+    """A data set of the form of the one that PEFT's tests train on."""
+    quotes = [f"this is a test . word{number} word{number + 1} word{number + 2}" for number in range(40)]
+    columns = {"quote": quotes, "author": [""] * len(quotes), "tags": [[""]] * len(quotes)}
+    return DatasetDict(train=Dataset.from_dict(columns))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Register the hooks, and have the cache taken for the hub.
 
@@ -207,6 +216,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from tests import testing_utils
 
     testing_utils.hub_online_once = lambda model_id: nullcontext()
+    testing_utils.load_dataset_english_quotes = english_quotes
     save_and_load.check_file_exists_on_hf_hub = lambda repository, name: isinstance(
         try_to_load_from_cache(repository, name), str
     )
