@@ -199,6 +199,17 @@ def test_nothing_is_saved_but_the_arguments(backend, dtype):
     assert saved and {tensor.data_ptr() for tensor in saved} <= arguments
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_result_may_be_changed_in_place(backend):
+    """Some models do (DeBERTa scales its keys); autograd forbids it for a view that a function returns."""
+    x, weight, A, B, bias = example(6, 4, 2)
+    A.requires_grad_()
+    y = spp_linear(x, weight, A, B, 1.0, bias, backend=backend)
+    y /= 2
+    y.sum().backward()
+    assert A.grad is not None and A.grad.any()
+
+
 def test_without_gradients_none_are_computed():
     x, weight, A, B, _ = example(12, 8, 3)
     x.requires_grad_()

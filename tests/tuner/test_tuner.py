@@ -346,6 +346,23 @@ def test_ranks_above_the_rows_and_rank_patterns(sparse_model):
     logits(adapted)
 
 
+def test_chosen_layers_of_all_linear(sparse_model):
+    adapted = get_peft_model(sparse_model(), SppConfig(r=2, layers_to_transform=[1], task_type="CAUSAL_LM"))
+    names = [name for name, module in adapted.named_modules() if isinstance(module, SppLinear)]
+    assert len(names) == 7 and all(".layers.1." in name for name in names)
+
+
+def test_new_tokens_are_trained_and_merged_along(sparse_model):
+    model = sparse_model(tie_word_embeddings=False)
+    adapted = with_adapter(model, trainable_token_indices={"embed_tokens": [5, 6]})
+    adapted(IDS, labels=IDS).loss.backward()
+    trained = [name for name, p in adapted.named_parameters() if p.grad is not None and "token" in name]
+    assert trained
+    expected = logits(adapted)
+    merged = adapted.merge_and_unload()
+    assert not layers(merged) and torch.equal(logits(merged), expected)
+
+
 def test_heads_are_left_out_of_all_linear(tiny_model):
     from transformers import AutoConfig
 
