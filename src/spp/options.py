@@ -55,7 +55,7 @@ def _describe(problem: Any) -> str:
         return f"{name}: is required"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":  # our own words, which show the value already
-        return f"{name}: {message}"
+        return message if message.startswith(name) else f"{name}: {message}"
     return f"{name}: {message[0].lower()}{message[1:]}, but it is {problem['input']!r}"
 
 
