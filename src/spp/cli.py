@@ -187,8 +187,14 @@ def _metavar(name: str, kinds: tuple[Any, ...]) -> str:
         return "|".join(typing.get_args(kinds[0]))
     if kinds[0] in (int, float):
         return "N" if kinds[0] is int else "X"
-    names = {"out": "DIR", "adapter": "DIR", "pattern": "P", "device": "DEVICE", "model": "MODEL"}
-    return {**names, "target_modules": "NAMES"}.get(name, "FILE")
+    return {
+        "out": "DIR",
+        "adapter": "DIR",
+        "pattern": "P",
+        "device": "DEVICE",
+        "model": "MODEL",
+        "target_modules": "NAMES",
+    }.get(name, "FILE")
 
 
 def _execute(command: Command, given: dict[str, Any]) -> Any:

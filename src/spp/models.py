@@ -9,6 +9,8 @@ Shapes: O output features, I input features.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -82,6 +84,12 @@ def weight_oi(module: nn.Module) -> Tensor:
     """The weight of a linear layer as (O, I): a view, so that writing to it changes the layer; no gradient."""
     weight = module.get_parameter("weight").detach()
     return weight.T if is_transposed(module) else weight
+
+
+def sparsity(modules: Iterable[nn.Module]) -> float:
+    """Share of zeros over the weights of linear layers."""
+    weights = [weight_oi(module) for module in modules]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
 def unreached_weights(model: PreTrainedModel) -> list[str]:

@@ -22,7 +22,7 @@ from spp.checkpoint import MANIFEST, Checkpoint, check_output, new_folder, resol
 from spp.data.calibration import Calibration, calibration_windows
 from spp.errors import SppError, UsageError
 from spp.loading import context_window, load_model, load_tokenizer
-from spp.models import prunable_linears, unreached_weights, weight_oi
+from spp.models import prunable_linears, sparsity, unreached_weights
 from spp.options import PruneOptions
 from spp.patterns import parse_pattern
 from spp.pruning.criteria import CRITERIA
@@ -109,12 +109,12 @@ def prune(options: PruneOptions) -> PruneReport:
     }
     with new_folder(options.out, overwrite=options.overwrite) as folder:
         rewrite(source, folder, changes, "writing")
-        sparsity, tensors = _measure(Checkpoint.open(folder), list(changes))
+        share, tensors = _measure(Checkpoint.open(folder), list(changes))
         report = PruneReport(
             out=options.out,
             pattern=str(pattern),
             criterion=options.criterion,
-            sparsity=sparsity,
+            sparsity=share,
             tensors=tensors,
             skipped=skipped,
             calibration=facts,
@@ -143,8 +143,7 @@ def _names_in_file(source: Checkpoint, linears: dict[str, nn.Module]) -> dict[st
 
 
 def _note_what_is_there(model: PreTrainedModel, linears: dict[str, nn.Module]) -> None:
-    weights = [weight_oi(module) for module in linears.values()]
-    already = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    already = sparsity(linears.values())
     if already >= _WORTH_A_NOTE:
         logger.info("the model is %.1f %% sparse already; its zeros stay, and count towards the pattern", 100 * already)
     if unreached := unreached_weights(model):

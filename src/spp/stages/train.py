@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
 from spp.loading import compute_dtype, context_window, load_model, load_tokenizer, pick_device
 from spp.memory import peak_memory_bytes
-from spp.models import prunable_linears, unreached_weights, weight_oi
+from spp.models import prunable_linears, sparsity, unreached_weights
 from spp.options import TrainingSettings, TrainOptions
 from spp.stages.arguments import batching, training_arguments
 from spp.stages.resuming import Checkpoints
@@ -83,6 +83,7 @@ def train(options: TrainOptions) -> TrainReport:
     if "quantization_config" in source.config:
         raise UsageError(f"{options.model} is quantised; give the sparse model as it was before quantisation")
     sequences, accumulation = batching(options)
+    base = base_fingerprint(folder)
 
     device = pick_device(options.device)
     # The Trainer moves the model to the device; each of several processes has its own.
@@ -90,13 +91,13 @@ def train(options: TrainOptions) -> TrainReport:
     window = context_window(model.config, options.window)
     examples, packing = _examples(options, window, model.config.get_text_config().vocab_size)
     targets = _targets(model, options.target_modules)
-    sparsity = _sparsity(targets.values())
-    if sparsity < _DENSE_BELOW:
+    share_of_zeros = sparsity(targets.values())
+    if share_of_zeros < _DENSE_BELOW:
         logger.warning(
             "%s IS DENSE: %.2f %% of its weights are zero. SPP keeps zeros, and there are none to keep; "
             "prune it first (spp prune), or use LoRA",
             options.model,
-            100 * sparsity,
+            100 * share_of_zeros,
         )
     if unreached := unreached_weights(model):
         logger.warning("%d weights are no linear layers and get no adapter, e.g. %s", len(unreached), unreached[0])
@@ -106,7 +107,7 @@ def train(options: TrainOptions) -> TrainReport:
     beside = _beside(options.out)
     arguments = training_arguments(options, beside, model.dtype, device, sequences, accumulation)
     with arguments.main_process_first(local=False):  # the first process tidies up, the others find it done
-        checkpoints = Checkpoints(beside, _request(options, folder, examples))
+        checkpoints = Checkpoints(beside, _request(options, base, examples))
         latest = checkpoints.latest()
     watch = Watch()
     trainer = Trainer(
@@ -133,7 +134,7 @@ def train(options: TrainOptions) -> TrainReport:
         seconds=watch.seconds,
         tokens_per_second=tokens / max(watch.seconds, 1e-9),
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        sparsity=sparsity,
+        sparsity=share_of_zeros,
         learning_rate=options.learning_rate,
         batch_size=options.batch_size,
         peak_memory_bytes=peak_memory_bytes(arguments.device),
@@ -144,7 +145,7 @@ def train(options: TrainOptions) -> TrainReport:
         adapted.peft_config["default"].base_model_name_or_path = options.model
         with new_folder(options.out, overwrite=options.overwrite) as partial:
             adapted.save_pretrained(str(partial), save_embedding_layers=False)
-            write_json(partial / MANIFEST, _manifest(options, folder, report))
+            write_json(partial / MANIFEST, _manifest(options, base, report))
         checkpoints.remove()
     return report
 
@@ -186,11 +187,6 @@ def _targets(model: PreTrainedModel, names: str) -> dict[str, nn.Module]:
     if not wanted:
         raise UsageError("target-modules is empty; name modules, or pass all-linear")
     return {full: module for full, module in linears.items() if any(has(full, name) for name in wanted)}
-
-
-def _sparsity(modules: Iterable[nn.Module]) -> float:
-    weights = [weight_oi(module) for module in modules]
-    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
 def _with_adapter(model: PreTrainedModel, targets: dict[str, nn.Module], options: TrainOptions) -> PeftModel:
@@ -245,22 +241,22 @@ def _beside(out: Path) -> Path:
     return out.with_name(f"{out.name}.checkpoints")
 
 
-def _request(options: TrainOptions, folder: Path, examples: list[Example]) -> dict[str, Any]:
+def _request(options: TrainOptions, base: str, examples: list[Example]) -> dict[str, Any]:
     """All that the adapter depends on; a checkpoint made for anything else is not resumed."""
     digest = hashlib.sha256()
     for one in examples:
         digest.update(json.dumps([one.input_ids, one.labels]).encode())
     what = options.model_dump(mode="json", exclude={"out", "overwrite", "device", "model", "data", "save_steps"})
-    return {**what, "base": base_fingerprint(folder), "examples": digest.hexdigest(), "version": __version__}
+    return {**what, "base": base, "examples": digest.hexdigest(), "version": __version__}
 
 
-def _manifest(options: TrainOptions, folder: Path, report: TrainReport) -> dict[str, Any]:
+def _manifest(options: TrainOptions, base: str, report: TrainReport) -> dict[str, Any]:
     settings = options.model_dump(mode="json", include=set(TrainingSettings.model_fields) | {"window", "seed"})
     return {
         "tool": "spp",
         "version": __version__,
         "kind": "adapter",
-        "base": {"model": options.model, "fingerprint": base_fingerprint(folder)},
+        "base": {"model": options.model, "fingerprint": base},
         "data": options.data,
         "settings": settings,
         "steps": report.steps,

@@ -108,10 +108,10 @@ class SppLinear(nn.Module, SppLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Delta = s * W * A[g] * B of the unmerged W, in W's own layout; fp32, or fp64 if W is."""
-        weight = self._unmerged_weight_oi()
+        weight = self._turned(self._unmerged_weight().to(self._weight().device))
         A, B, scale = self._factors(adapter)
         delta = delta_weight(weight, A.to(weight.device), B.to(weight.device), scale)
-        return delta.T if is_transposed(self.get_base_layer()) else delta
+        return self._turned(delta)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' Delta to W, rounded once; the zeros of W are proved to be +0.0 afterwards.
@@ -171,7 +171,10 @@ class SppLinear(nn.Module, SppLayer):
 
     def _weight_oi(self) -> Tensor:
         """W as (O, I): the weight itself, or a view of it."""
-        weight = self._weight()
+        return self._turned(self._weight())
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        """From the base layer's own layout to (O, I), or back."""
         return weight.T if is_transposed(self.get_base_layer()) else weight
 
     def _unmerged_weight(self) -> Tensor:
@@ -179,10 +182,6 @@ class SppLinear(nn.Module, SppLayer):
         if self._weight_before_merge is not None:
             return self._weight_before_merge
         return self._weight().detach()
-
-    def _unmerged_weight_oi(self) -> Tensor:
-        weight = self._unmerged_weight().to(self._weight().device)
-        return weight.T if is_transposed(self.get_base_layer()) else weight
 
     @contextmanager
     def _onloaded(self) -> Iterator[None]:
