@@ -66,3 +66,12 @@ def with_end(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int
 def cut(ids: Sequence[int], window: int) -> list[Sequence[int]]:
     """Consecutive windows without overlap; the last one may be shorter."""
     return [ids[start : start + window] for start in range(0, len(ids), window)]
+
+
+def require_known_ids(sequences: Iterable[Sequence[int]], vocabulary: int, what: str) -> None:
+    """Raise a UsageError where any of `sequences`, none of them empty, has a token id beyond the model's vocabulary."""
+    if (largest := max(map(max, sequences))) >= vocabulary:
+        raise UsageError(
+            f"the {what} holds the token id {largest}, but the model knows {vocabulary} tokens; the tokenizer belongs "
+            "to another model"
+        )

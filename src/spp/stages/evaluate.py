@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import spp.tuner  # noqa: F401 (makes PEFT know SPP adapters)
 from spp.checkpoint import MANIFEST, read_json, resolve_model
 from spp.data.records import STANDARD_LIBRARY, Record, load_records
-from spp.data.tokens import cut, documents, encode, render
+from spp.data.tokens import cut, documents, encode, render, require_known_ids
 from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
 from spp.loading import brief, context_window, load_config, load_model, load_tokenizer
@@ -207,11 +207,7 @@ def perplexity_of(model: PreTrainedModel | PeftModel, windows: Sequence[Sequence
     """
     model.eval()
     vocabulary = model.config.get_text_config().vocab_size
-    if (largest := max(map(max, windows))) >= vocabulary:
-        raise UsageError(
-            f"the text holds the token id {largest}, but the model knows {vocabulary} tokens; the tokenizer belongs "
-            "to another model"
-        )
+    require_known_ids(windows, vocabulary, "text")
     batches = list(_batches(windows, vocabulary))
     total, tokens = 0.0, 0
     for batch in track(batches, "evaluating"):

@@ -20,6 +20,7 @@ from spp import __version__
 from spp.checkpoint import MANIFEST, Checkpoint, check_output, new_folder, resolve_model, write_json
 from spp.data.examples import IGNORED, Example, pack, truncate, whole_examples
 from spp.data.records import load_records
+from spp.data.tokens import require_known_ids
 from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
 from spp.loading import compute_dtype, context_window, load_model, load_tokenizer, pick_device
@@ -161,11 +162,7 @@ def _examples(options: TrainOptions, window: int, vocabulary: int) -> tuple[list
     examples = pack(whole, window) if packing else truncate(whole, window)
     if not examples:
         raise UsageError(f"data {options.data!r} has no example with a token to predict within {window} tokens")
-    if (largest := max(max(one.input_ids) for one in examples)) >= vocabulary:
-        raise UsageError(
-            f"the data holds the token id {largest}, but the model knows {vocabulary} tokens; the tokenizer belongs "
-            "to another model"
-        )
+    require_known_ids((one.input_ids for one in examples), vocabulary, "data")
     how = "packed documents" if packing else "one document each"
     logger.info("training on %d sequences of up to %d tokens (%s) from %s", len(examples), window, how, options.data)
     return examples, packing
