@@ -1,4 +1,7 @@
-"""Folders of safetensors on disk: find them, read them tensor by tensor, and make new ones whole or not at all."""
+"""Folders of safetensors on disk: find them, read them tensor by tensor, and make new ones whole or not at all.
+
+A packed archive (see `spp.archive`) reads as the dense model that it was made from.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from spp import archive
 from spp.errors import SppError, UsageError
 from spp.layout import stores_transposed
 
 MANIFEST = "spp.json"
 """Side file in every folder that we write: what made it and from what. Never part of `config.json`."""
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What a checkpoint needs besides its weights; never pickles, never code that was not asked for.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -76,31 +80,37 @@ class Checkpoint:
     Attributes:
         folder: where it is.
         files: tensor name -> the file that holds it, in the order of the files.
+        packed: name -> entry of those that the file holds packed.
     """
 
     folder: Path
     files: dict[str, Path]
+    packed: dict[str, archive.PackedEntry] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Read the index of a single-file or sharded checkpoint, and the header of every shard.
+        """Read the index of a single-file or sharded checkpoint or an archive, and the header of every shard.
 
         Raises:
             UsageError: the folder holds no safetensors model.
             SppError: a shard is missing, truncated, or not what the index says.
         """
-        if (folder / _INDEX).is_file():
-            index = read_json(folder / _INDEX).get("weight_map", {})
+        if (folder / INDEX).is_file():
+            index = read_json(folder / INDEX).get("weight_map", {})
             paths = [folder / name for name in sorted(set(index.values()))]
-        elif (folder / _SINGLE).is_file():
-            index, paths = None, [folder / _SINGLE]
+        elif (folder / SINGLE).is_file():
+            index, paths = None, [folder / SINGLE]
+        elif paths := archive.archive_files(folder):
+            packed = {path: archive.entries(path) for path in paths}
+            files = {name: path for path in paths for name in archive.plain_names(_header(path), packed[path])}
+            return cls(folder, files, {name: entry for found in packed.values() for name, entry in found.items()})
         else:
             pickles = " (there are .bin files: load and save the model with transformers to convert them)"
             hint = pickles if any(folder.glob("*.bin")) else ""
-            raise UsageError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there{hint}")
+            raise UsageError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
         files = {name: path for path in paths for name in _header(path)}
         if index is not None and (lacking := sorted(set(index) - set(files))):
-            raise SppError(f"{folder}: {_INDEX} lists {len(lacking)} tensors that no shard holds, e.g. {lacking[0]}")
+            raise SppError(f"{folder}: {INDEX} lists {len(lacking)} tensors that no shard holds, e.g. {lacking[0]}")
         return cls(folder, files)
 
     @property
@@ -132,12 +142,18 @@ class Checkpoint:
         return stores_transposed(self.config.get("model_type", ""), name)
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor, and only this one."""
+        """Read one tensor, and only this one; a packed one is expanded.
+
+        Raises:
+            SppError: a packed weight is damaged.
+        """
         with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+            return self._read(file, name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
+        if name in self.packed:
+            return self.packed[name].shape
         with safe_open(self.files[name], framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
@@ -146,7 +162,21 @@ class Checkpoint:
         for path, names in self.shards.items():
             with safe_open(path, framework="pt") as file:
                 for name in names:
-                    yield name, file.get_tensor(name)
+                    yield name, self._read(file, name)
+
+    def first_row(self, name: str) -> Tensor:
+        """The first row of a tensor (all of it, if it has no dimension), without reading more where that is possible."""
+        if name in self.packed:
+            return self.tensor(name)[:1]
+        with safe_open(self.files[name], framework="pt") as file:
+            part = file.get_slice(name)
+            return part[:1] if part.get_shape() else file.get_tensor(name)
+
+    def _read(self, file: Any, name: str) -> Tensor:
+        if name not in self.packed:
+            return file.get_tensor(name)
+        entry = self.packed[name]
+        return archive.dense(archive.read_weight(file.get_tensor, name, entry), entry)
 
 
 def _header(path: Path) -> list[str]:

@@ -71,6 +71,24 @@ COMMANDS: dict[str, Command] = {
         stage="spp.stages.evaluate:evaluate",
         example="spp eval ./llama-2of4-tuned --text wikitext2_test.txt --window 2048",
     ),
+    "pack": Command(
+        options=opt.PackOptions,
+        positional=("model", "out"),
+        stage="spp.stages.pack:pack",
+        example="spp pack ./llama-2of4-tuned ./llama-2of4-packed",
+    ),
+    "unpack": Command(
+        options=opt.UnpackOptions,
+        positional=("model", "out"),
+        stage="spp.stages.pack:unpack",
+        example="spp unpack ./llama-2of4-packed ./llama-2of4-plain",
+    ),
+    "generate": Command(
+        options=opt.GenerateOptions,
+        positional=("model",),
+        stage="spp.stages.generate:generate",
+        example='spp generate ./llama-2of4-packed --prompt "Once upon a time"',
+    ),
     "inspect": Command(
         options=opt.InspectOptions,
         positional=("model",),

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from spp.checkpoint import Checkpoint
 
+# As safetensors names them.
+_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 _CONFIG = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
 
 
@@ -19,7 +20,7 @@ def base_fingerprint(folder: Path) -> str:
     """SHA-256 over a model's kind, its tensors' names, shapes and dtypes, and the first row of each.
 
     The first rows tell models of one architecture apart, and the same model pruned in two ways, for the price of a
-    few kilobytes per tensor. How a checkpoint is sharded does not count.
+    few kilobytes per tensor. How a checkpoint is sharded or packed does not count.
 
     Raises:
         UsageError: the folder holds no safetensors model.
@@ -27,13 +28,9 @@ def base_fingerprint(folder: Path) -> str:
     """
     checkpoint = Checkpoint.open(folder)
     tensors: dict[str, str] = {}
-    for path, names in checkpoint.shards.items():
-        with safe_open(path, framework="pt") as file:
-            for name in names:
-                part = file.get_slice(name)
-                shape = part.get_shape()
-                row = part[:1] if shape else file.get_tensor(name)
-                tensors[name] = _sha256([name, shape, part.get_dtype()], row)
+    for name in checkpoint.names:
+        row = checkpoint.first_row(name)
+        tensors[name] = _sha256([name, list(checkpoint.shape(name)), _DTYPES.get(row.dtype, str(row.dtype))], row)
     config = [checkpoint.config.get(name) for name in _CONFIG]
     return _sha256([config, sorted(tensors.items())])
 

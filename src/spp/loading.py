@@ -16,7 +16,10 @@ from transformers import (
 
 from spp.checkpoint import Checkpoint, resolve_model
 from spp.errors import SppError, UsageError
+from spp.ops import packs_well
 from spp.options import LoadingOptions
+from spp.packed_loading import load_packed
+from spp.packing import pack_, unpack_
 
 _DEFAULT_WINDOW = 2048
 
@@ -51,35 +54,47 @@ def compute_dtype(asked: str, device: torch.device) -> str | torch.dtype:
 
 
 def load_model(
-    model: str, options: LoadingOptions, *, dtype: str | torch.dtype | None = None, device: str | None = None
+    model: str,
+    options: LoadingOptions,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    pack: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal LM in eval mode.
+    """Load a causal LM in eval mode; of a packed archive, or with `pack`, its sparse layers stay packed.
 
     Args:
         model: folder or hub id with safetensors weights.
         options: device, dtype, trust_remote_code.
         dtype: instead of the options' dtype; "auto" keeps the checkpoint's own.
         device: instead of the options' device.
+        pack: pack each sparse layer as it is read, so that the dense model never is in memory.
 
     Raises:
         UsageError: no such model, no weights, or not a causal LM.
         SppError: damaged or incomplete weights.
     """
     folder = resolve_model(model)
-    Checkpoint.open(folder)  # names a truncated shard, which transformers reports without its file name
+    checkpoint = Checkpoint.open(folder)  # names a truncated shard, which transformers reports without its file name
     target = pick_device(device or options.device)
     config = load_config(model, options)
     own_code = getattr(config, "auto_map", None) or {}
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
         raise UsageError(f"model {model!r} is of type {config.model_type!r}, which is no causal language model")
+    wanted: dict[str, Any] = {
+        "dtype": dtype or compute_dtype(options.dtype, target),
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are reported below, by name
+    }
+    trust: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     try:
-        loading: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or compute_dtype(options.dtype, target),
-            trust_remote_code=options.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported below, by name
+        loading: Any = (
+            load_packed(checkpoint, config, wanted, trust)
+            if pack or checkpoint.packed
+            else AutoModelForCausalLM.from_pretrained(folder, **wanted, **trust)
         )
+    except SppError:
+        raise
     except Exception as error:  # transformers, its back-ends and the model's own code raise anything
         raise SppError(f"model {model!r} cannot be loaded: {brief(error)}") from error
     loaded, info = loading
@@ -92,6 +107,28 @@ def load_model(
     if missing := sorted(info["missing_keys"]):
         raise SppError(f"model {model!r} lacks {len(missing)} weights, e.g. {missing[0]}; the checkpoint is incomplete")
     return loaded.to(target).eval()
+
+
+def load_base(
+    model: str, options: LoadingOptions, *, dtype: str | torch.dtype, pack: bool | None, on: torch.device
+) -> PreTrainedModel:
+    """Load a model for work on the device `on`, into the CPU's memory, packed or not.
+
+    Args:
+        model, options, dtype: as for `load_model`.
+        pack: whether its sparse layers are to be packed; None packs them where that is fast.
+        on: where it will be used.
+
+    Raises:
+        UsageError, SppError: as `load_model`; or packing was asked for, and no layer is sparse enough.
+    """
+    wanted = packs_well(on) if pack is None else pack
+    loaded = load_model(model, options, dtype=dtype, device="cpu", pack=wanted)
+    if pack is False:
+        unpack_(loaded)  # of an archive
+    elif pack:
+        pack_(loaded)  # nothing is left to do, unless no layer is sparse, which it says
+    return loaded
 
 
 def load_tokenizer(model: str, options: LoadingOptions) -> PreTrainedTokenizerBase:

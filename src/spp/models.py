@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spp.checkpoint import is_float
 from spp.errors import UsageError
+from spp.packed_linear import PackedLinear
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
@@ -54,7 +55,7 @@ def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
 
 
 def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Full module name -> linear layer (`nn.Linear` or GPT-2's `Conv1D`) inside the decoder blocks, in order.
+    """Full module name -> linear layer (`nn.Linear`, GPT-2's `Conv1D`, packed ones) inside the decoder blocks, in order.
 
     Raises:
         UsageError: see `decoder_blocks`; or the weights are quantised.
@@ -64,10 +65,10 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
         f"{prefix}.{index}.{name}": module
         for index, block in enumerate(blocks)
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if isinstance(module, nn.Linear | Conv1D | PackedLinear)
     }
     for name, module in linears.items():
-        if not is_float(weight_oi(module)):
+        if not isinstance(module, PackedLinear) and not is_float(weight_oi(module)):
             dtype = str(weight_oi(module).dtype).removeprefix("torch.")
             raise UsageError(f"{name}: the weight is quantised ({dtype}); give the model as it was before quantisation")
     if not linears:
@@ -76,20 +77,35 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a linear layer stores its weight as (I, O), as GPT-2's Conv1D does."""
-    return isinstance(module, Conv1D)
+    """Whether a linear layer stores its weight as (I, O), as GPT-2's Conv1D does, or stands for one that did."""
+    return module.transposed if isinstance(module, PackedLinear) else isinstance(module, Conv1D)
 
 
 def weight_oi(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (O, I): a view, so that writing to it changes the layer; no gradient."""
+    """The weight of a linear layer as (O, I): a view, so that writing to it changes the layer; no gradient.
+
+    Raises:
+        UsageError: the layer is packed, so that there is nothing to view.
+    """
+    if isinstance(module, PackedLinear):
+        raise UsageError("the weight is packed; unpack the model first (spp.unpack_)")
     weight = module.get_parameter("weight").detach()
     return weight.T if is_transposed(module) else weight
 
 
 def sparsity(modules: Iterable[nn.Module]) -> float:
-    """Share of zeros over the weights of linear layers."""
-    weights = [weight_oi(module) for module in modules]
-    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    """Share of zeros over the weights of linear layers; an entry that a packed layer keeps is no zero."""
+    counts = [_count_zeros(module) for module in modules]
+    return sum(zeros for zeros, _ in counts) / sum(entries for _, entries in counts)
+
+
+def _count_zeros(module: nn.Module) -> tuple[int, int]:
+    """Zeros and entries of a layer's weight."""
+    if isinstance(module, PackedLinear):
+        entries = module.out_features * module.in_features
+        return entries - module.values.numel(), entries
+    weight = weight_oi(module)
+    return int((weight == 0).sum()), weight.numel()
 
 
 def unreached_weights(model: PreTrainedModel) -> list[str]:

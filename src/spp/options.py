@@ -100,6 +100,11 @@ class AdapterSettings(Options):
 
     rank: int = Field(16, ge=1, description="row groups R: A has R rows, shared by groups of output rows")
     scale: float = Field(2.0, gt=0, description="factor s of the update s * W * A[group] * B")
+    mode: Literal["fused", "split"] = Field(
+        "fused",
+        description="fused: three GEMMs a step, on the merged weight rounded once; split: four, and updates too small to "
+        "change a bfloat16 weight still count",
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter branch; above 0 costs one more GEMM")
     target_modules: str = Field(
         "all-linear", description="modules to adapt: all-linear, or names separated by commas (q_proj,v_proj)"
@@ -125,7 +130,15 @@ class TrainingSettings(AdapterSettings):
         "(default: where documents are longer than a window on average)",
     )
     completion_only: bool = Field(False, description="loss on answers alone (prompt/completion and Alpaca data)")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="recompute activations in backward: less memory, slower (default: where training would not fit "
+        "without)",
+    )
+    pack: bool | None = Field(
+        None,
+        description="keep the base weights packed, without their zeros (default: where 30 % or more are zero)",
+    )
     save_steps: int = Field(100, ge=1, description="optimiser steps between checkpoints to resume from")
 
 
@@ -193,6 +206,34 @@ class EvalOptions(ScoringSettings, WindowSettings, LoadingOptions):
     model: str = Field(description="a folder or a hub id")
     adapter: Path | None = Field(None, description="folder of an adapter to evaluate on top of the model")
     text: str = Field("python-stdlib", description="evaluation text: a file, a datasets id, or python-stdlib")
+
+
+class PackOptions(OutputOptions):
+    """`spp pack MODEL OUT`: write a sparse model as a packed archive, without its zeros."""
+
+    model: str = Field(description="sparse model: a folder or a hub id")
+    out: Path = Field(description="folder for the archive")
+
+
+class UnpackOptions(OutputOptions):
+    """`spp unpack ARCHIVE OUT`: write a packed archive as plain safetensors, which load anywhere."""
+
+    model: str = Field(description="packed archive: a folder or a hub id")
+    out: Path = Field(description="folder for the model")
+
+
+class GenerateOptions(SeedSettings, LoadingOptions):
+    """`spp generate MODEL --prompt TEXT`: continue a text, and say how fast and in how much memory."""
+
+    model: str = Field(description="a folder or a hub id, plain or packed")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype to compute in; auto is the checkpoint's own"
+    )
+    adapter: Path | None = Field(None, description="folder of an adapter to use on top of the model")
+    prompt: str = Field(min_length=1, description="text to continue")
+    max_new_tokens: int = Field(64, ge=1, description="stop after so many tokens")
+    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; above, draw at this temperature")
+    pack: bool | None = Field(None, description="keep sparse weights packed (default: where 30 % or more are zero)")
 
 
 class InspectOptions(Options):

@@ -15,8 +15,10 @@ if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
     from spp.pipeline import RunReport
     from spp.stages.doctor import DoctorReport
     from spp.stages.evaluate import EvalReport
+    from spp.stages.generate import GenerateReport
     from spp.stages.inspection import InspectReport
     from spp.stages.merge import MergeReport
+    from spp.stages.pack import PackReport
     from spp.stages.prune import PruneReport
     from spp.stages.train import TrainReport
     from spp.stages.verify import VerifyReport
@@ -80,6 +82,28 @@ def _eval(report: EvalReport) -> Iterable[RenderableType]:
     yield table
 
 
+def _pack(report: PackReport) -> Iterable[RenderableType]:
+    yield (
+        f"{report.packed} of {report.tensors} tensors packed: {size(report.archive_bytes)}, "
+        f"{report.archive_bytes / report.dense_bytes:.3f} of the {size(report.dense_bytes)} of plain safetensors"
+    )
+    yield f"written to {report.out}; spp unpack {report.out} OUT brings the plain form back"
+
+
+def _unpack(report: PackReport) -> Iterable[RenderableType]:
+    yield f"{report.packed} of {report.tensors} tensors unpacked: {size(report.dense_bytes)}"
+    yield f"written to {report.out}"
+
+
+def _generate(report: GenerateReport) -> Iterable[RenderableType]:
+    yield report.prompt + report.text
+    yield (
+        f"\n{report.prompt_tokens} tokens of prompt in {report.prompt_seconds:.2f} s, {report.new_tokens} new tokens at "
+        f"{report.tokens_per_second:.1f} tokens/s; weights {size(report.weight_bytes)} ({report.packed} layers packed, "
+        f"{report.dtype}), peak memory {size(report.peak_memory_bytes)}"
+    )
+
+
 def _inspect(report: InspectReport) -> Iterable[RenderableType]:
     from spp.stages.inspection import inspection_table
 
@@ -99,6 +123,9 @@ _DESCRIPTIONS: dict[str, Callable[[Any], Iterable[RenderableType]]] = {
     "merge": _merge,
     "verify": _verify,
     "eval": _eval,
+    "pack": _pack,
+    "unpack": _unpack,
+    "generate": _generate,
     "inspect": _inspect,
     "doctor": _doctor,
 }

@@ -13,7 +13,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spp.checkpoint import MANIFEST, Checkpoint, canonical_zeros, write_json
+from spp.archive import dense_name
+from spp.checkpoint import INDEX, MANIFEST, SINGLE, Checkpoint, canonical_zeros, write_json
 from spp.progress import track
 
 # What a model folder holds besides its weights and belongs to every model made from it.
@@ -41,20 +42,28 @@ def rewrite(
         changes: tensor name -> function from the old tensor to the new one, of the same shape and dtype.
         description: what the progress bar says.
     """
+    written: dict[str, str] = {}
+    size = 0
     for path, names in track(checkpoint.shards.items(), description, total=len(checkpoint.shards)):
         shard = {}
         for name in names:
             before = checkpoint.tensor(name)
             shard[name] = canonical_zeros(changes[name](before) if name in changes else before)
-        save_file(shard, folder / path.name, metadata={"format": "pt"})
-    _write_companions(checkpoint, folder)
+        file = dense_name(path.name)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        written |= dict.fromkeys(names, file)
+        size += sum(tensor.nbytes for tensor in shard.values())
+    write_companions(checkpoint, folder)
+    if set(written.values()) != {SINGLE}:
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": written})
 
 
-def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
+def write_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy what belongs to a model besides its weights; an announcement of a sparse format is left out."""
     for path in sorted(checkpoint.folder.iterdir()):
         kept = path.suffix in _COMPANIONS or path.name.upper().startswith(_LEGAL)
         weights_of_others = path.name.endswith(".bin.index.json")
-        if path.is_file() and kept and path.name != MANIFEST and not weights_of_others:
+        if path.is_file() and kept and path.name not in (MANIFEST, INDEX) and not weights_of_others:
             shutil.copyfile(path, folder / path.name)
     if _ANNOUNCEMENTS & checkpoint.config.keys():
         plain = {name: value for name, value in checkpoint.config.items() if name not in _ANNOUNCEMENTS}

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from spp.ops import BACKENDS, adapter_linear, linear, reference, spp_linear
+from spp.ops import BACKENDS, adapter_linear, kernels, linear, native, pack, reference, spp_linear
 from spp.patterns import NM
 
-FAST = [name for name in BACKENDS if name != "reference"]
+NATIVE = native.instructions() is not None
+RUNS = [name for name in BACKENDS if name != "native" or NATIVE]
+FAST = [name for name in RUNS if name != "reference"]
 # (O, I, R): R divides O; it does not; one group; a group per row; more rows than one block of the fast path.
 SIZES = [(8, 12, 4), (7, 5, 3), (5, 9, 1), (6, 4, 6), (2100, 8, 16), (131, 3, 130)]
 
@@ -36,6 +38,12 @@ def example(out_features, in_features, rank, *, dtype=torch.float32, tokens=(2, 
     )
 
 
+@pytest.fixture(params=["dense", "packed"])
+def held(request):
+    """How the operator gets the weight: as it is, or packed."""
+    return {"dense": lambda weight: weight, "packed": pack}[request.param]
+
+
 def gradients(function, x, weight, A, B, bias, scale=1.5):
     """The result and its gradients with respect to x, A, B and bias, under a fixed random cotangent."""
     x, A, B, bias = (tensor.clone().requires_grad_() for tensor in (x, A, B, bias))
@@ -56,9 +64,11 @@ def test_the_formula_by_hand():
     x = torch.tensor([[1.0, -1.0]])
     bias = torch.tensor([0.5, 0.0, 0.0])
     by_hand = torch.tensor([[2.0 - 0 + 0.5, 6.0 - 15.0, 0.0 - 8.0]])
-    for backend in BACKENDS:
-        assert spp_linear(x, weight, A, B, 2.0, bias, backend=backend).equal(by_hand)
-        assert adapter_linear(x, weight, A, B, 2.0, backend=backend).equal(x @ delta.T)
+    for backend in RUNS:
+        for w in (weight, pack(weight)):
+            assert spp_linear(x, w, A, B, 2.0, bias, backend).equal(by_hand)
+            assert spp_linear(x, w, A, B, 2.0, bias, backend, mode="split").equal(by_hand)
+            assert adapter_linear(x, w, A, B, 2.0, backend).equal(x @ delta.T)
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
@@ -70,53 +80,70 @@ def test_groups_are_those_of_the_paper_where_r_divides_o_and_nearly_equal_elsewh
     assert groups.equal(groups.sort().values)
     even = reference.row_groups(rank * 3, rank)
     assert even.equal(torch.arange(rank).repeat_interleave(3))
-    blocks = [piece for block in linear._blocks(out_features, rank) for piece in block]
-    walked = torch.cat([torch.full((rows.stop - rows.start,), group) for group, rows in blocks])
-    assert walked.equal(groups)
+    first, last = more // 3, out_features - more // 3
+    pieces = list(kernels.pieces(out_features, rank, first, last))
+    walked = torch.cat([torch.full((rows.stop - rows.start,), group) for group, rows in pieces])
+    assert walked.equal(groups[first:last])
 
 
-@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("size", SIZES[:4])
-@pytest.mark.parametrize("with_base", [True, False])
-def test_gradcheck(backend, size, with_base):
+@pytest.mark.parametrize("part", ["fused", "split", "adapter"])
+def test_gradcheck(size, part, held):
+    """In fp64, which the native kernels do not have."""
     x, weight, A, B, bias = example(*size, dtype=torch.float64)
+    weight = held(weight)
     inputs = [tensor.requires_grad_() for tensor in (x, A, B, bias)]
 
     def call(x, A, B, bias):
-        if with_base:
-            return spp_linear(x, weight, A, B, 0.7, bias, backend=backend)
-        return adapter_linear(x, weight, A, B, 0.7, backend=backend)
+        if part == "adapter":
+            return adapter_linear(x, weight, A, B, 0.7, "torch")
+        return spp_linear(x, weight, A, B, 0.7, bias, "torch", mode=part)
 
     assert torch.autograd.gradcheck(call, inputs)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("mode", ["fused", "split"])
 @pytest.mark.parametrize("size", SIZES)
-def test_in_float64_it_is_the_reference(backend, size):
-    inputs = example(*size, dtype=torch.float64)
-    fast = gradients(lambda *a: spp_linear(*a, backend=backend), *inputs)
-    for ours, theirs in zip(fast, gradients(reference.spp_linear, *inputs), strict=True):
+def test_in_float64_it_is_the_reference(size, mode, held):
+    x, weight, A, B, bias = example(*size, dtype=torch.float64)
+    fast = gradients(lambda *a: spp_linear(*a, "torch", mode=mode), x, held(weight), A, B, bias)
+    for ours, theirs in zip(fast, gradients(reference.spp_linear, x, weight, A, B, bias), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS])
+@pytest.mark.parametrize("mode", ["fused", "split"])
+@pytest.mark.parametrize("backend", RUNS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-def test_every_dtype_is_near_float64(backend, size, dtype, tolerance):
-    inputs = example(*size, dtype=dtype, tokens=(64,))
-    exact = gradients(reference.spp_linear, *(tensor.double() for tensor in inputs))
-    for ours, theirs in zip(gradients(lambda *a: spp_linear(*a, backend=backend), *inputs), exact, strict=True):
+def test_every_dtype_is_near_float64(backend, size, dtype, tolerance, mode, held):
+    x, weight, A, B, bias = example(*size, dtype=dtype, tokens=(64,))
+    exact = gradients(reference.spp_linear, *(tensor.double() for tensor in (x, weight, A, B, bias)))
+    close = gradients(lambda *a: spp_linear(*a, backend, mode=mode), x, held(weight), A, B, bias)
+    for ours, theirs in zip(close, exact, strict=True):
         error = (ours.double() - theirs).norm() / theirs.norm()
         assert error < tolerance
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("size", SIZES)
-def test_the_fast_path_computes_with_the_bits_of_the_merged_weight(size, dtype):
-    _, weight, A, B, _ = example(*size, dtype=dtype)
-    effective = linear.effective_weight(weight, A, B, 1.3, dtype, with_base=True)
-    merged = reference.merged_weight(weight, A, B, 1.3)
-    assert torch.equal(bits(effective), bits(merged))
+@pytest.mark.parametrize("mode", ["fused", "split"])
+@pytest.mark.parametrize("backend", FAST)
+def test_a_packed_weight_gives_the_bits_of_the_dense_one(backend, mode):
+    x, weight, A, B, bias = example(70, 45, 4, dtype=torch.bfloat16)
+    weight = torch.where(weight == 0, 0, weight)
+    dense = gradients(lambda *a: spp_linear(*a, backend, mode=mode), x, weight, A, B, bias)
+    packed = gradients(lambda *a: spp_linear(*a, backend, mode=mode), x, pack(weight), A, B, bias)
+    for ours, theirs in zip(packed, dense, strict=True):
+        assert ours.equal(theirs)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_packed_weight_computes_in_the_dtype_of_x(backend):
+    """bf16 values, fp32 x: each weight is exact in fp32, and W' is rounded to fp32, not to bf16."""
+    x, weight, A, B, bias = example(70, 45, 4, dtype=torch.bfloat16)
+    wide = gradients(lambda *a: spp_linear(*a, backend), x.float(), pack(weight), A, B, bias.float())
+    exact = gradients(reference.spp_linear, x.double(), weight.double(), A.double(), B.double(), bias.double())
+    for ours, theirs in zip(wide, exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours.double() - theirs).norm() / theirs.norm() < 1e-5
 
 
 def bits(tensor):
@@ -127,26 +154,21 @@ def bits(tensor):
 NASTY = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-40, 3e38, -3e38, 1.0]
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_nasty_values(seed, dtype):
-    """Zeros of either sign stay +0.0 whatever A and B hold, and the fast path gives NaN and infinity where it must."""
+@pytest.mark.parametrize("backend", FAST)
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans())
+def test_nasty_values(backend, seed, dtype, packed):
+    """The fast paths give NaN and infinity where they must, and no other."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.tensor(NASTY)[torch.randint(len(NASTY), shape, generator=generator)]
 
     weight, A, B = draw(7, 6).to(dtype), draw(3, 6), draw(7, 1)
-    weight[2] = 0.0
-    weight[3] = -0.0
-    merged = reference.merged_weight(weight, A, B, 2.0)
-    assert not bits(merged)[weight == 0].any()
-    effective = linear.effective_weight(weight, A, B, 2.0, dtype, with_base=True)
-    torch.testing.assert_close(effective, merged, rtol=0, atol=0, equal_nan=True)
-    assert not bits(effective)[weight == 0].any()
-
+    weight[2], weight[3] = 0.0, -0.0
     x, bias = draw(4, 6).to(dtype), draw(7).to(dtype)
-    ours = gradients(linear.spp_linear, x, weight, A, B, bias)
+    held = pack(weight) if packed else weight
+    ours = gradients(lambda *a: spp_linear(*a, backend), x, held, A, B, bias)
     theirs = gradients(reference.spp_linear, x, weight, A, B, bias)
     for fast, plain in zip(ours[:2], theirs[:2], strict=True):  # y and dX are the same GEMMs of the same bits
         torch.testing.assert_close(fast, plain, equal_nan=True)
@@ -155,11 +177,12 @@ def test_nasty_values(seed, dtype):
         assert fast[plain.isfinite()].isfinite().all()
 
 
-def test_gradients_of_zeros_are_zero_even_where_the_loss_blew_up():
+@pytest.mark.parametrize("backend", FAST)
+def test_gradients_of_zeros_are_zero_even_where_the_loss_blew_up(backend):
     x = torch.full((3, 4), math.inf)
     weight = torch.zeros(2, 4)
     A, B = torch.ones(1, 4, requires_grad=True), torch.ones(2, 1, requires_grad=True)
-    y = linear.adapter_linear(x, weight, A, B, 1.0)
+    y = adapter_linear(x, weight, A, B, 1.0, backend)
     dA, dB = torch.autograd.grad(y, (A, B), torch.ones_like(y))
     assert not dA.any() and not dB.any()
 
@@ -175,31 +198,40 @@ def test_a_pattern_survives_any_factors(pattern):
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_three_gemms(backend):
+@pytest.mark.parametrize(("mode", "gemms"), [("fused", 3), ("split", 4)])
+def test_the_number_of_gemms(backend, mode, gemms, held):
     tokens, out_features, in_features = 64, 48, 32
     x, weight, A, B, bias = example(out_features, in_features, 4, tokens=(tokens,))
-    with FlopCounterMode(display=False) as counter:
-        gradients(lambda *a: spp_linear(*a, backend=backend), x, weight, A, B, bias)
-    gemm = 2 * tokens * out_features * in_features
-    assert 3 * gemm <= counter.get_total_flops() < 3.2 * gemm
+    tensors = linear.as_tensors(held(weight))
+    # The counter does not look into custom ops, so it gets the functions that they are made of.
+    forward, input_gradient, factor_gradients = (
+        op._init_fn for op in (linear._linear, linear._input_gradient, linear._factor_gradients)
+    )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        spp_linear(x, weight, A, B, 1.5, bias, backend=backend)
-    assert counter.get_total_flops() == gemm
+        y = forward(x, tensors, A, B, 1.5, bias, mode, backend)
+    one = 2 * tokens * out_features * in_features
+    assert counter.get_total_flops() == (gemms - 2) * one
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        input_gradient(torch.ones_like(y), tensors, A, B, 1.5, mode, backend)
+        factor_gradients(torch.ones_like(y), x, tensors, A, B, 1.5, backend)
+    assert 2 * one <= counter.get_total_flops() < 2.2 * one
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("mode", ["fused", "split"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_is_saved_but_the_arguments(backend, dtype):
+def test_nothing_is_saved_but_the_arguments(backend, mode, dtype, held):
     x, weight, A, B, bias = example(64, 48, 4, dtype=dtype)
+    weight = held(weight)
     x, A, B = (tensor.requires_grad_() for tensor in (x, A, B))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        spp_linear(x, weight, A, B, 2.0, bias, backend=backend)
-    arguments = {tensor.data_ptr() for tensor in (x, weight, A, B)}
+        spp_linear(x, weight, A, B, 2.0, bias, backend, mode=mode)
+    arguments = {tensor.data_ptr() for tensor in (x, A, B, *linear.as_tensors(weight))}
     assert saved and {tensor.data_ptr() for tensor in saved} <= arguments
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNS)
 def test_the_result_may_be_changed_in_place(backend):
     """Some models do (DeBERTa scales its keys); autograd forbids it for a view that a function returns."""
     x, weight, A, B, bias = example(6, 4, 2)
@@ -210,36 +242,36 @@ def test_the_result_may_be_changed_in_place(backend):
     assert A.grad is not None and A.grad.any()
 
 
-def test_without_gradients_none_are_computed():
+@pytest.mark.parametrize("backend", FAST)
+def test_without_gradients_none_are_computed(backend, monkeypatch):
     x, weight, A, B, _ = example(12, 8, 3)
     x.requires_grad_()
-    with FlopCounterMode(display=False) as counter:
-        linear.spp_linear(x, weight, A, B, 1.0).sum().backward()
-    assert counter.get_total_flops() == 2 * (2 * 10 * 12 * 8)  # the forward and dX, no G
+    monkeypatch.setattr(linear, "_factor_gradients", None)  # calling it would fail
+    spp_linear(x, weight, A, B, 1.0, backend=backend).sum().backward()
     assert x.grad is not None
 
 
 @pytest.mark.parametrize("backend", FAST)
 def test_no_tokens(backend):
     x, weight, A, B, bias = example(6, 4, 2, tokens=(0,))
-    y, dx, dA, dB, _ = gradients(lambda *a: spp_linear(*a, backend=backend), x, weight, A, B, bias)
+    y, dx, dA, dB, _ = gradients(lambda *a: spp_linear(*a, backend), x, weight, A, B, bias)
     assert y.shape == (0, 6) and dx.shape == (0, 4) and not dA.any() and not dB.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
 def test_a_transposed_weight(backend):
     x, weight, A, B, bias = example(10, 6, 4)
     stored = weight.T.contiguous()  # as GPT-2's Conv1D has it
-    ours = gradients(lambda *a: spp_linear(*a, backend=backend), x, stored.T, A, B, bias)
+    ours = gradients(lambda *a: spp_linear(*a, backend), x, stored.T, A, B, bias)
     for view, plain in zip(ours, gradients(reference.spp_linear, x, weight, A, B, bias), strict=True):
         torch.testing.assert_close(view, plain)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNS)
 def test_autocast_computes_in_its_dtype_with_fp32_factors(backend):
     x, weight, A, B, bias = example(32, 16, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = gradients(lambda *a: spp_linear(*a, backend=backend), x, weight, A, B, bias)
+        ours = gradients(lambda *a: spp_linear(*a, backend), x, weight, A, B, bias)
     assert ours[0].dtype == torch.bfloat16 and [grad.dtype for grad in ours[1:4]] == [torch.float32] * 3
     for low, exact in zip(ours[:4], gradients(reference.spp_linear, x, weight, A, B, bias), strict=False):
         assert (low.float() - exact).norm() / exact.norm() < 0.03
@@ -254,8 +286,19 @@ def test_a_trained_weight_takes_the_reference():
         spp_linear(x, weight, A, B, 1.0, backend="torch")
 
 
+@pytest.mark.skipif(not NATIVE, reason="the native kernels were not built")
+def test_an_explicit_backend_never_falls_back():
+    x, weight, A, B, _ = example(6, 4, 2)
+    with pytest.raises(ValueError, match="native cannot be used: .* transposed"):
+        spp_linear(x, weight.T.contiguous().T, A, B, 1.0, backend="native")
+    with pytest.raises(ValueError, match=r"native cannot be used: .* torch\.float64"):
+        spp_linear(x.double(), weight.double(), A, B, 1.0, backend="native")
+
+
 def test_misuse_is_named():
     x, weight, A, B, _ = example(6, 4, 2)
+    with pytest.raises(ValueError, match="mode 'both' is unknown"):
+        spp_linear(x, weight, A, B, 1.0, mode="both")
     with pytest.raises(ValueError, match=r"A \(2, 5\)"):
         spp_linear(x, weight, torch.ones(2, 5), B, 1.0)
     with pytest.raises(ValueError, match=r"B \(1, 6\)"):

@@ -1,54 +1,55 @@
-"""The SPP operator behind one signature; the back-end is an argument.
+"""The SPP operator behind one signature; the back-end and the mode are arguments.
 
-`reference` is the formula by plain autograd, `torch` the same at the cost of three GEMMs. `auto` is `torch`, except
-where the weight itself is trained, which only the reference differentiates.
+Back-ends: `reference` is the formula by plain autograd, `torch` the same at the cost of three GEMMs, `native` with our C++
+kernels between them (CPU), `triton` with ours for a GPU. `auto` takes the fastest that can do what is asked.
 """
 
 from __future__ import annotations
 
 import logging
 from functools import cache
-from types import ModuleType
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from spp.ops import linear, reference
+from spp import packed
+from spp.ops import kernels, linear, native, products, reference
+
+from spp.packed import PackedWeight, Weight
 
 logger = logging.getLogger("spp")
 
-Backend = Literal["auto", "reference", "torch"]
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": linear}
-
-
-def pick_backend(*, trains_weight: bool = False) -> str:
-    """The back-end that `auto` stands for."""
-    return "reference" if trains_weight else "torch"
+Backend = Literal["auto", "reference", "torch", "native"]
+Mode = Literal["fused", "split"]
+BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Backend) if name != "auto")
 
 
 def spp_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     A: Tensor,
     B: Tensor,
     scale: float,
     bias: Tensor | None = None,
-    *,
     backend: Backend = "auto",
+    *,
+    mode: Mode = "fused",
 ) -> Tensor:
-    """y = x (W + s * W * A[g] * B)^T + bias (paper eq. 5), with W' rounded once to the dtype computed in.
+    """y = x (W + s * W * A[g] * B)^T + bias (paper eq. 5), computed in autocast's dtype where it is on, else in W's.
 
-    That dtype is autocast's where it is on, else W's; x is cast to it. So the result has the bits of the merged model.
+    x is cast to that dtype. A packed weight computes in x's own dtype instead, which need not be that of its values.
 
     Args:
         x: (..., I).
-        weight: (O, I), any float dtype; zeros stay zeros.
+        weight: (O, I), dense or packed, any float dtype; zeros stay zeros.
         A: (R, I), R <= O.
         B: (O, 1).
         scale: s.
         bias: (O,) or None.
         backend: one of `BACKENDS`, or auto.
+        mode: "fused" rounds W' once to the dtype computed in: three GEMMs a step, and the bits of the merged model.
+            "split" adds x W^T and x Delta^T: four GEMMs, and updates too small to change a bf16 weight still count.
 
     Returns:
         (..., O) in the dtype computed in.
@@ -56,35 +57,84 @@ def spp_linear(
     Raises:
         ValueError: shapes that do not fit, or a back-end that cannot do what is asked.
     """
-    operator = _operator(x, weight, A, B, backend)
-    return operator.spp_linear(_cast(x, weight), weight, A, B, scale, bias)
+    _require_shapes(x, weight, A, B)
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode {mode!r} is unknown; use {' or '.join(get_args(Mode))}")
+    x = _cast(x, weight)
+    backend = resolve(backend, x, weight)
+    if backend == "reference":
+        return reference.spp_linear(x, weight, A, B, scale, bias, mode=mode)
+    return linear.apply(x, weight, A, B, scale, bias, mode, backend)
 
 
-def adapter_linear(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, *, backend: Backend = "auto"
-) -> Tensor:
+def adapter_linear(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float, backend: Backend = "auto") -> Tensor:
     """The adapter branch alone, x (s * W * A[g] * B)^T: for dropout on it, and for several adapters at once.
 
     Arguments, result and errors as for `spp_linear`.
     """
-    operator = _operator(x, weight, A, B, backend)
-    return operator.adapter_linear(_cast(x, weight), weight, A, B, scale)
+    _require_shapes(x, weight, A, B)
+    x = _cast(x, weight)
+    backend = resolve(backend, x, weight)
+    if backend == "reference":
+        return reference.adapter_linear(x, weight, A, B, scale)
+    return linear.apply(x, weight, A, B, scale, None, "adapter", backend)
 
 
-def _operator(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, backend: str) -> ModuleType:
-    out_features, in_features = weight.shape
-    fits = x.shape[-1] == A.shape[-1] == in_features and B.shape == (out_features, 1) and 1 <= len(A) <= out_features
-    if not fits:
-        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in (("x", x), ("weight", weight), ("A", A), ("B", B)))
-        raise ValueError(f"expected x (..., I), weight (O, I), A (R, I), B (O, 1) with R <= O; found {shapes}")
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+    """y = x W^T + bias for a packed W (O, I) without an adapter. Arguments, result and errors as for `spp_linear`."""
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(f"expected x (..., {weight.in_features}) for a weight {weight.shape}; found {tuple(x.shape)}")
+    x = _cast(x, weight)
+    backend = resolve(backend, x, weight)
+    if backend == "reference":
+        return reference.packed_linear(x, weight, bias)
+    return products.apply(x, weight, bias, backend)
+
+
+def pack(weight: Tensor) -> PackedWeight:
+    """Take the zeros out of a weight (O, I); see `spp.packed`.
+
+    Raises:
+        ValueError: it is no matrix, or no float.
+    """
+    packed.require_packable(weight)
+    return (packed if native.why_not(weight) else native).pack(weight)
+
+
+def unpack(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """The dense weight (O, I), in its own dtype: with the bits that were packed, and +0.0 elsewhere; or in another.
+
+    Raises:
+        SppError: the packed weight is damaged.
+    """
+    out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+    (kernels if native.why_not(weight, out) else native).expand(weight, out)
+    return out
+
+
+def packs_well(device: torch.device) -> bool:
+    """Whether packed weights are fast there, that is, whether our kernels for them can be used."""
+    return native.why_not(torch.empty(0, device=device)) is None
+
+
+def resolve(backend: str, x: Tensor, weight: Weight) -> str:
+    """The name of the back-end for these arguments.
+
+    Raises:
+        ValueError: an explicit one is unknown, or cannot do this.
+    """
     if backend == "auto":
-        backend = pick_backend(trains_weight=weight.requires_grad)
-        _say_once(backend)
+        backend = "reference" if weight.requires_grad else "torch" if native.why_not(weight, x) else "native"
+        if not torch.compiler.is_compiling():
+            _say_once(backend)
+        return backend
     if backend not in BACKENDS:
         raise ValueError(f"back-end {backend!r} is unknown; use auto, {', '.join(BACKENDS)}")
     if backend != "reference" and weight.requires_grad:
         raise ValueError(f"the back-end {backend} gives the weight no gradient; freeze it, or use reference")
-    return BACKENDS[backend]
+    if backend == "native" and (reason := native.why_not(weight, x)):
+        raise ValueError(f"the back-end native cannot be used: {reason}")
+    return backend
 
 
 @cache
@@ -92,6 +142,17 @@ def _say_once(backend: str) -> None:
     logger.debug("SPP operator: back-end %s", backend)
 
 
-def _cast(x: Tensor, weight: Tensor) -> Tensor:
+def _require_shapes(x: Tensor, weight: Weight, A: Tensor, B: Tensor) -> None:
+    out_features, in_features = weight.shape
+    fits = x.shape[-1] == A.shape[-1] == in_features and B.shape == (out_features, 1) and 1 <= len(A) <= out_features
+    if not fits:
+        named: list[tuple[str, Any]] = [("x", x), ("weight", weight), ("A", A), ("B", B)]
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named)
+        raise ValueError(f"expected x (..., I), weight (O, I), A (R, I), B (O, 1) with R <= O; found {shapes}")
+
+
+def _cast(x: Tensor, weight: Weight) -> Tensor:
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
+    if torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x.to(weight.dtype) if isinstance(weight, Tensor) else x

@@ -1,127 +1,158 @@
-"""The SPP operator at its floor of three GEMMs, saving nothing of the weight's size between forward and backward.
+"""The SPP operator at its floor of GEMMs, saving nothing but its arguments between forward and backward.
 
-Forward: y = x W'^T (1). Backward: dX = dY W' (2), G = dY^T x (3), and element-wise reductions of P = G * W:
+    forward     fused: y = x W'^T (1)                  split: y = x W^T + x Delta^T (2)
+    backward    dX = dY W' (1)
+                G = dY^T x (1), then element-wise reductions of P = G * W:
+                    dB[i]    = s * sum_j P[i, j] * A[g(i), j]
+                    dA[k, j] = s * sum_{i in group k} P[i, j] * B[i]
 
-    dB[i]    = s * sum_j P[i, j] * A[g(i), j]
-    dA[k, j] = s * sum_{i in group k} P[i, j] * B[i]
+W' is formed again in backward, and G in blocks of rows that are reduced at once; both lie in scratch memory that layers
+share. These are custom ops, opaque to torch.compile: it cannot merge the two formations of W' into one that it keeps.
 
-W' is formed again in backward, and G in blocks of rows that are reduced at once. Rows are walked in pieces that lie in
-one group, so that A needs no gather, and that are small enough for the CPU's cache.
-
-Shapes: T tokens, O output features, I input features, R row groups. x (..., I), W (O, I), A (R, I), B (O, 1).
+Shapes: T tokens, O output features, I input features, R row groups. x (T, I), W (O, I), A (R, I), B (O, 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from spp.ops import kernels, native
 from spp.ops.reference import wide_dtype
+from spp.ops.scratch import scratch
+from spp.packed import PackedWeight, Weight
 
-_PIECE_ROWS = 128
+Part = Literal["fused", "split", "adapter"]
+"""What is computed: x W'^T with W' rounded once, the same as two products, or the adapter's product x Delta^T alone."""
+
+KERNELS: dict[str, ModuleType] = {"torch": kernels, "native": native}
 _BLOCK_ROWS = 1024
 
 
-def spp_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """y = x W'^T + bias, (..., O). Arguments as for `reference.spp_linear`; W gets no gradient."""
+def apply(
+    x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float, bias: Tensor | None, part: Part, backend: str
+) -> Tensor:
+    """x (c W + Delta)^T + bias, (..., O) in x's dtype, for x (..., I); gradients for x, A, B and bias.
+
+    Args:
+        x: (..., I) in the dtype to compute in.
+        weight: (O, I); gets no gradient.
+        A, B, scale, bias: as for `spp.ops.spp_linear`.
+        part: see `Part`.
+        backend: a key of `KERNELS`.
+    """
     if bias is not None:
         bias = bias.to(x.dtype)
-    return _apply(x, weight, A, B, scale, bias, with_base=True)
-
-
-def adapter_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """The adapter branch alone, x Delta^T, (..., O). Arguments as for `spp_linear`."""
-    return _apply(x, weight, A, B, scale, None, with_base=False)
-
-
-def _apply(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, bias: Tensor | None, *, with_base: bool
-) -> Tensor:
-    # Shaped outside: autograd lets nobody change a view in place that a function returned, and some models do that.
-    rows = cast(Tensor, _Spp.apply(x.reshape(-1, x.shape[-1]), weight, A, B, scale, bias, with_base))
+    # Shaped outside: autograd lets nobody change a view in place that an op returned, and some models do that.
+    rows = _linear(x.reshape(-1, x.shape[-1]), as_tensors(weight), A, B, scale, bias, part, backend)
     return rows.reshape(*x.shape[:-1], len(weight))
 
 
-class _Spp(torch.autograd.Function):
-    """x (c W + Delta)^T + bias with c = 1 (`with_base`) or 0, for x (T, I)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, bias: Tensor | None, with_base: bool
-    ) -> Tensor:
-        # The parameters themselves: a cast or a copy would keep one more weight alive until backward.
-        ctx.save_for_backward(x, weight, A, B)
-        ctx.scale, ctx.with_base = scale, with_base
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, effective_weight(weight, A, B, scale, x.dtype, with_base=with_base), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides the names
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        x, weight, A, B = ctx.saved_tensors
-        needs_x, _, needs_A, needs_B, _, needs_bias, _ = ctx.needs_input_grad
-        dy = grads[0].to(x.dtype)
-        dx = dA = dB = None
-        with torch.autocast(x.device.type, enabled=False):
-            if needs_x:
-                dx = dy @ effective_weight(weight, A, B, ctx.scale, x.dtype, with_base=ctx.with_base)
-            if needs_A or needs_B:
-                dA, dB = _factor_gradients(dy, x, weight, A, B, ctx.scale)
-        return dx, None, dA, dB, None, dy.sum(dim=0) if needs_bias else None, None
+def as_tensors(weight: Weight) -> list[Tensor]:
+    """A weight as ops take it: itself, or the three tensors of a packed one."""
+    return [weight] if isinstance(weight, Tensor) else [weight.values, weight.bitmask, weight.row_offsets]
 
 
-def effective_weight(
-    weight: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype, *, with_base: bool
+@torch.library.custom_op("spp::linear", mutates_args=())
+def _linear(
+    x: Tensor, weight: list[Tensor], A: Tensor, B: Tensor, scale: float, bias: Tensor | None, part: str, backend: str
 ) -> Tensor:
-    """c W + Delta, (O, I), in `wide_dtype` piece by piece and rounded once to `dtype`; the merge's bits for c = 1."""
-    wide = wide_dtype(weight, A, B)
-    effective = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    A, scaled_B = A.detach().to(wide), scale * B.detach().to(wide)
-    for block in _blocks(len(weight), len(A)):
-        for group, rows in block:
-            part = weight[rows].detach().to(wide)
-            delta = part * (A[group] * scaled_B[rows])
-            total = delta.add_(part) if with_base else delta
-            effective[rows] = total.masked_fill_(part == 0, 0.0)
-    return effective
+    with torch.autocast(x.device.type, enabled=False):
+        if part != "split":
+            return F.linear(x, _effective(x.dtype, weight, A, B, scale, part == "fused", backend), bias)
+        y = F.linear(x, _base(x.dtype, _whole(weight, A), backend), bias)
+        return torch.addmm(y, x, _effective(x.dtype, weight, A, B, scale, False, backend).T, out=y)
 
 
+@torch.library.custom_op("spp::input_gradient", mutates_args=())
+def _input_gradient(
+    dy: Tensor, weight: list[Tensor], A: Tensor, B: Tensor, scale: float, part: str, backend: str
+) -> Tensor:
+    with torch.autocast(dy.device.type, enabled=False):
+        return dy @ _effective(dy.dtype, weight, A, B, scale, part != "adapter", backend)
+
+
+@torch.library.custom_op("spp::factor_gradients", mutates_args=())
 def _factor_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float
+    dy: Tensor, x: Tensor, weight: list[Tensor], A: Tensor, B: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """dA (R, I) and dB (O, 1) from dY (T, O) and x (T, I)."""
-    wide = wide_dtype(weight, A, B)
-    wide_A, wide_B = A.detach().to(wide), B.detach().to(wide)
-    dA, dB = torch.zeros_like(wide_A), torch.empty_like(wide_B)
-    for block in _blocks(len(weight), len(A)):
-        first, last = block[0][1].start, block[-1][1].stop
-        G = dy[:, first:last].T @ x
-        for group, rows in block:
-            part = weight[rows].detach()
-            # A zero of W takes no part, even where G is not finite.
-            P = G[rows.start - first : rows.stop - first].to(wide).mul_(part).masked_fill_(part == 0, 0.0)
-            torch.mv(P, wide_A[group], out=dB[rows, 0])
-            dA[group].addmv_(P.T, wide_B[rows, 0])
+    whole = _whole(weight, A)
+    wide = wide_dtype(whole, A, B)
+    wide_A, wide_B = A.to(wide), B.to(wide)
+    dA, dB = torch.zeros_like(wide_A), torch.zeros_like(wide_B)
+    with torch.autocast(x.device.type, enabled=False):
+        for first in range(0, len(B) if len(x) else 0, _BLOCK_ROWS):
+            rows = dy[:, first : first + _BLOCK_ROWS].T
+            G = scratch("gradient", (len(rows), x.shape[1]), x.dtype, x.device)
+            torch.mm(rows, x, out=G)
+            KERNELS[backend].add_factor_gradients(G, first, whole, wide_A, wide_B, dA, dB)
     return dA.mul_(scale).to(A.dtype), dB.mul_(scale).to(B.dtype)
 
 
-def _blocks(out_features: int, rank: int) -> Iterator[list[tuple[int, slice]]]:
-    """All rows in order, as blocks of up to 1,024 rows: lists of (group, rows), the rows of each in one group."""
-    block: list[tuple[int, slice]] = []
-    for group in range(rank):
-        # The first i with floor(i * R / O) = group is ceil(group * O / R).
-        start, end = (-(-edge * out_features // rank) for edge in (group, group + 1))
-        for piece in range(start, end, _PIECE_ROWS):
-            rows = slice(piece, min(piece + _PIECE_ROWS, end))
-            if block and rows.stop - block[0][1].start > _BLOCK_ROWS:
-                yield block
-                block = []
-            block.append((group, rows))
-    yield block
+@_linear.register_fake
+def _(
+    x: Tensor, weight: list[Tensor], A: Tensor, B: Tensor, scale: float, bias: Tensor | None, part: str, backend: str
+) -> Tensor:
+    return x.new_empty(len(x), len(B))
+
+
+@_input_gradient.register_fake
+def _(dy: Tensor, weight: list[Tensor], A: Tensor, B: Tensor, scale: float, part: str, backend: str) -> Tensor:
+    return dy.new_empty(len(dy), A.shape[1])
+
+
+@_factor_gradients.register_fake
+def _(
+    dy: Tensor, x: Tensor, weight: list[Tensor], A: Tensor, B: Tensor, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(A), torch.empty_like(B)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, A, B, scale, _, part, backend = inputs
+    # The parameters themselves: a cast or a copy would keep one more weight alive until backward.
+    ctx.save_for_backward(x, A, B, *weight)
+    ctx.scale, ctx.part, ctx.backend = scale, part, backend
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, A, B, *weight = ctx.saved_tensors
+    needs_x, _, needs_A, needs_B, _, needs_bias, *_ = ctx.needs_input_grad
+    dy = dy.to(x.dtype).contiguous()
+    dx = dA = dB = None
+    if needs_x:
+        dx = _input_gradient(dy, weight, A, B, ctx.scale, ctx.part, ctx.backend)
+    if needs_A or needs_B:
+        dA, dB = _factor_gradients(dy, x, weight, A, B, ctx.scale, ctx.backend)
+    return dx, [None] * len(weight), dA, dB, None, dy.sum(dim=0) if needs_bias else None, None, None
+
+
+torch.library.register_autograd("spp::linear", _backward, setup_context=_save)
+
+
+def _effective(
+    dtype: torch.dtype, weight: list[Tensor], A: Tensor, B: Tensor, scale: float, with_base: bool, backend: str
+) -> Tensor:
+    """c W + Delta, (O, I), rounded once to `dtype`, in scratch memory."""
+    whole = _whole(weight, A)
+    wide = wide_dtype(whole, A, B)
+    out = scratch("weight", whole.shape, dtype, A.device)
+    KERNELS[backend].effective_weight(whole, A.to(wide), scale * B.to(wide), out, with_base=with_base)
+    return out
+
+
+def _base(dtype: torch.dtype, weight: Weight, backend: str) -> Tensor:
+    """W in `dtype`; a packed one in scratch memory."""
+    if isinstance(weight, Tensor):
+        return weight.to(dtype)
+    out = scratch("weight", weight.shape, dtype, weight.device)
+    KERNELS[backend].expand(weight, out)
+    return out
+
+
+def _whole(weight: list[Tensor], A: Tensor) -> Weight:
+    return weight[0] if len(weight) == 1 else PackedWeight(*weight, in_features=A.shape[1])

@@ -11,9 +11,13 @@ Shapes: T tokens, O output features, I input features, R row groups. x (..., I),
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from spp.packed import PackedWeight, Weight, unpack
 
 
 def row_groups(out_features: int, rank: int, device: torch.device | None = None) -> Tensor:
@@ -24,7 +28,7 @@ def row_groups(out_features: int, rank: int, device: torch.device | None = None)
     return torch.arange(out_features, device=device) * rank // out_features
 
 
-def wide_dtype(*tensors: Tensor) -> torch.dtype:
+def wide_dtype(*tensors: Weight) -> torch.dtype:
     """The dtype that the formula is computed in: fp32, or fp64 where any argument is fp64."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
@@ -55,19 +59,43 @@ def merged_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return add_delta(weight, delta_weight(weight, A, B, scale))
 
 
-def spp_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+def spp_linear(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    *,
+    mode: Literal["fused", "split"] = "fused",
+) -> Tensor:
     """y = x W'^T + bias, (..., O), by plain autograd.
 
     Args:
         x: (..., I).
-        weight, A, B, scale: as for `delta_weight`; W' is rounded once to x's dtype.
+        weight, A, B, scale: as for `delta_weight`; W may be packed, and W' is rounded once to x's dtype.
         bias: (O,) or None.
+        mode: "split" adds x W^T and x Delta^T instead.
     """
+    weight = dense(weight)
+    bias = None if bias is None else bias.to(x.dtype)
+    if mode == "split":
+        return F.linear(x, weight.to(x.dtype), bias) + adapter_linear(x, weight, A, B, scale)
     delta = delta_weight(weight, A, B, scale)
     merged = torch.where(weight == 0, 0.0, weight.to(delta.dtype) + delta)
-    return F.linear(x, merged.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(x, merged.to(x.dtype), bias)
 
 
-def adapter_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def adapter_linear(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """The adapter branch alone, x Delta^T, (..., O), by plain autograd. Arguments as for `spp_linear`."""
-    return F.linear(x, delta_weight(weight, A, B, scale).to(x.dtype))
+    return F.linear(x, delta_weight(dense(weight), A, B, scale).to(x.dtype))
+
+
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias, (..., O), by plain autograd."""
+    return F.linear(x, unpack(weight).to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def dense(weight: Weight) -> Tensor:
+    """W itself, or what a packed one holds."""
+    return weight if isinstance(weight, Tensor) else unpack(weight)

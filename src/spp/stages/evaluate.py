@@ -99,7 +99,7 @@ def evaluate(options: EvalOptions) -> EvalReport:
     """
     start = time.perf_counter()
     if options.adapter is not None:
-        _check_adapter(options.adapter, options.model)
+        check_adapter(options.adapter, options.model)
     window = context_window(load_config(options.model, options), options.window)
     tokenizer = load_tokenizer(options.model, options)
     records = load_records(options.text, "evaluation")[: options.limit]
@@ -158,7 +158,7 @@ def document_windows(records: Sequence[Record], tokenizer: PreTrainedTokenizerBa
     return windows
 
 
-def _check_adapter(adapter: Path, model: str) -> None:
+def check_adapter(adapter: Path, model: str) -> None:
     """Refuse what is no adapter; warn where ours was trained on other weights than the model's."""
     if not (adapter / "adapter_config.json").is_file():
         raise UsageError(f"adapter {adapter}: no adapter_config.json there; give the folder that spp train wrote")

@@ -23,10 +23,11 @@ from spp.data.records import load_records
 from spp.data.tokens import require_known_ids
 from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
-from spp.loading import compute_dtype, context_window, load_model, load_tokenizer, pick_device
+from spp.loading import compute_dtype, context_window, load_base, load_tokenizer, pick_device
 from spp.memory import peak_memory_bytes
 from spp.models import prunable_linears, sparsity, unreached_weights
 from spp.options import TrainingSettings, TrainOptions
+from spp.packed_linear import PackedLinear
 from spp.stages.arguments import batching, training_arguments
 from spp.stages.resuming import Checkpoints
 from spp.stages.watching import Watch
@@ -48,6 +49,7 @@ class TrainReport:
         seconds: time in training, without loading; like `tokens` it includes what was done before a resume.
         trainable_parameters: entries of A and B.
         sparsity: share of zeros in the adapted weights.
+        packed: how many of them are packed.
         peak_memory_bytes: on the device where it is CUDA, else of the process.
         losses: (step, mean loss of its batch in nats per token), for every step.
     """
@@ -63,6 +65,7 @@ class TrainReport:
     tokens_per_second: float
     trainable_parameters: int
     sparsity: float
+    packed: int
     learning_rate: float
     batch_size: int
     peak_memory_bytes: int
@@ -88,7 +91,8 @@ def train(options: TrainOptions) -> TrainReport:
 
     device = pick_device(options.device)
     # The Trainer moves the model to the device; each of several processes has its own.
-    model = load_model(options.model, options, dtype=compute_dtype(options.dtype, device), device="cpu")
+    dtype = compute_dtype(options.dtype, device)
+    model = load_base(options.model, options, dtype=dtype, pack=options.pack, on=device)
     window = context_window(model.config, options.window)
     examples, packing = _examples(options, window, model.config.get_text_config().vocab_size)
     targets = _targets(model, options.target_modules)
@@ -136,6 +140,7 @@ def train(options: TrainOptions) -> TrainReport:
         tokens_per_second=tokens / max(watch.seconds, 1e-9),
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         sparsity=share_of_zeros,
+        packed=sum(isinstance(target, PackedLinear) for target in targets.values()),
         learning_rate=options.learning_rate,
         batch_size=options.batch_size,
         peak_memory_bytes=peak_memory_bytes(arguments.device),
@@ -190,6 +195,7 @@ def _with_adapter(model: PreTrainedModel, targets: dict[str, nn.Module], options
     config = SppConfig(
         r=options.rank,
         scale=options.scale,
+        mode=options.mode,
         dropout=options.dropout,
         target_modules=list(targets),
         task_type="CAUSAL_LM",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -21,6 +22,13 @@ class SppConfig(PeftConfig):
 
     r: int = field(default=16, metadata={"help": "row groups R: A has R rows; at most the layer's output features"})
     scale: float = field(default=2.0, metadata={"help": "factor s of the update; the published runs use 2"})
+    mode: Literal["fused", "split"] = field(
+        default="fused",
+        metadata={
+            "help": "fused: three GEMMs a step on W' rounded once, the bits of the merged model; split: four, and updates "
+            "too small to change a bf16 weight still count"
+        },
+    )
     dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter branch; costs one more GEMM"})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "names, a regular expression, or all-linear, which is what None means"}
@@ -64,6 +72,8 @@ class SppConfig(PeftConfig):
                 yield f"{name} must be a positive integer, but it is {rank!r}"
         if not self.scale > 0:
             yield f"scale must be above 0, but it is {self.scale!r}"
+        if self.mode not in ("fused", "split"):
+            yield f"mode must be fused or split, but it is {self.mode!r}"
         if not 0 <= self.dropout < 1:
             yield f"dropout must be at least 0 and below 1, but it is {self.dropout!r}"
         if isinstance(self.target_modules, str):

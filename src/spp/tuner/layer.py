@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from spp.errors import SppError
 from spp.models import is_transposed
-from spp.ops import adapter_linear, spp_linear
+from spp.ops import Mode, adapter_linear, spp_linear, unpack
 from spp.ops.reference import add_delta, delta_weight
+from spp.packed import PackedWeight, Weight
+from spp.packed_linear import PackedLinear
 from spp.proof import lost_zeros
 from spp.tuner.config import SppConfig
 
@@ -39,13 +41,19 @@ class SppLayer(BaseTunerLayer):
     """What PEFT needs to know of a layer with SPP adapters: where the factors are, and what belongs to them."""
 
     adapter_layer_names = ("spp_A", "spp_B")
-    other_param_names = ("r", "scale", "spp_dropout")
+    other_param_names = ("r", "scale", "mode", "spp_dropout")
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        """Where and in which dtype PEFT puts the factors; a packed layer's `weight` would be expanded to find out."""
+        if isinstance(base_layer, PackedLinear):
+            return base_layer.values.device, base_layer.values.dtype
+        return super()._get_base_layer_device_and_dtype(base_layer)
 
 
 class SppLinear(nn.Module, SppLayer):
-    """An `nn.Linear` or `Conv1D` with W' = W + s * W * A[g] * B in place of W.
+    """An `nn.Linear`, `Conv1D` or `PackedLinear` with W' = W + s * W * A[g] * B in place of W.
 
-    One active adapter costs three GEMMs; several, or dropout, one more for each of them.
+    One active adapter costs three GEMMs, in split mode four; several, or dropout, one more for each of them.
 
     Args:
         base_layer: the layer to adapt.
@@ -60,6 +68,7 @@ class SppLinear(nn.Module, SppLayer):
         self.out_features, self.in_features = self._weight_oi().shape
         self.r: dict[str, int] = {}
         self.scale: dict[str, float] = {}
+        self.mode: dict[str, Mode] = {}
         self.spp_A = nn.ModuleDict()
         self.spp_B = nn.ModuleDict()
         self.spp_dropout = nn.ModuleDict()
@@ -73,6 +82,7 @@ class SppLinear(nn.Module, SppLayer):
         """Add an adapter, or replace the one of this name."""
         self.r[adapter_name] = min(r, self.out_features)  # a router may have fewer rows than there are groups
         self.scale[adapter_name] = config.scale
+        self.mode[adapter_name] = config.mode
         self.spp_A[adapter_name] = Factor(self.r[adapter_name], self.in_features)
         self.spp_B[adapter_name] = Factor(self.out_features, 1)
         self.spp_dropout[adapter_name] = nn.Dropout(config.dropout)
@@ -98,7 +108,8 @@ class SppLinear(nn.Module, SppLayer):
             return self.base_layer(x, *args, **kwargs)
         if len(active) == 1 and not self._drops(active[0]):
             with self._onloaded():
-                return spp_linear(x, self._weight_oi(), *self._factors(active[0]), self.bias)
+                factors = self._factors(active[0])
+                return spp_linear(x, self._weight_oi(), *factors, self.bias, mode=self.mode[active[0]])
         result = self.base_layer(x, *args, **kwargs)
         with self._onloaded():
             for name in active:
@@ -108,7 +119,7 @@ class SppLinear(nn.Module, SppLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Delta = s * W * A[g] * B of the unmerged W, in W's own layout; fp32, or fp64 if W is."""
-        weight = self._turned(self._unmerged_weight().to(self._weight().device))
+        weight = self._turned(self._unmerged_weight())
         A, B, scale = self._factors(adapter)
         delta = delta_weight(weight, A.to(weight.device), B.to(weight.device), scale)
         return self._turned(delta)
@@ -129,8 +140,7 @@ class SppLinear(nn.Module, SppLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spp_A]
         if not names:
             return
-        parameter = self._weight()
-        before = self._unmerged_weight().to(parameter.device)
+        before = self._unmerged_weight()
         with torch.no_grad():
             delta = sum(self.get_delta_weight(name) for name in [*self.merged_adapters, *names])
             merged = add_delta(before, delta)  # pyright: ignore[reportArgumentType]
@@ -139,8 +149,12 @@ class SppLinear(nn.Module, SppLayer):
         if lost := lost_zeros(before, merged):
             raise SppError(f"merging {', '.join(names)} would turn {lost} zeros of the weight into something else")
         if self._weight_before_merge is None:
-            self._weight_before_merge = parameter.detach().to("cpu", copy=True)
-        parameter.data.copy_(merged)
+            self._weight_before_merge = self._stored().detach().to("cpu", copy=True)
+        base = self.get_base_layer()
+        if isinstance(base, PackedLinear):
+            base.set_weight(merged)
+        else:
+            self._stored().data.copy_(merged)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -148,7 +162,7 @@ class SppLinear(nn.Module, SppLayer):
         if self._weight_before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._weight().data.copy_(self._weight_before_merge)
+        self._stored().data.copy_(self._weight_before_merge)
         self._weight_before_merge = None
         self.merged_adapters.clear()
 
@@ -165,23 +179,29 @@ class SppLinear(nn.Module, SppLayer):
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
         return self.spp_A[adapter](), self.spp_B[adapter](), self.scale[adapter]
 
-    def _weight(self) -> Tensor:
-        """The base layer's weight: a parameter, or inside FSDP's forward a tensor in its place."""
-        return cast(Tensor, self.get_base_layer().weight)
+    def _stored(self) -> Tensor:
+        """What the base layer keeps: its weight (a parameter, or inside FSDP's forward a tensor), or the packed values."""
+        base = self.get_base_layer()
+        return base.values if isinstance(base, PackedLinear) else cast(Tensor, base.weight)
 
-    def _weight_oi(self) -> Tensor:
-        """W as (O, I): the weight itself, or a view of it."""
-        return self._turned(self._weight())
+    def _weight_oi(self) -> Weight:
+        """W as (O, I): the weight itself, a view of it, or the packed one."""
+        base = self.get_base_layer()
+        return base.packed if isinstance(base, PackedLinear) else self._turned(self._stored())
 
     def _turned(self, weight: Tensor) -> Tensor:
         """From the base layer's own layout to (O, I), or back."""
         return weight.T if is_transposed(self.get_base_layer()) else weight
 
     def _unmerged_weight(self) -> Tensor:
-        """W in its own layout, as it is without any adapter."""
+        """W in its own layout, dense, as it is without any adapter."""
+        stored = self._stored().detach()
         if self._weight_before_merge is not None:
-            return self._weight_before_merge
-        return self._weight().detach()
+            stored = self._weight_before_merge.to(stored.device)
+        base = self.get_base_layer()
+        if not isinstance(base, PackedLinear):
+            return stored
+        return self._turned(unpack(PackedWeight(stored, base.bitmask, base.row_offsets, base.in_features)))
 
     @contextmanager
     def _onloaded(self) -> Iterator[None]:

@@ -9,13 +9,19 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from spp.packed_linear import PackedLinear
 from spp.tuner.config import SppConfig
 from spp.tuner.layer import SppLayer, SppLinear
 
@@ -43,8 +49,22 @@ class SppModel(BaseTuner):
             peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
         targets = peft_config.target_modules
         if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
             self._exclude_heads(peft_config)
         return peft_config
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Let all-linear mean packed layers, too; PEFT knows dense ones only."""
+        assert isinstance(peft_config, SppConfig)
+        packed = {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, PackedLinear) and not name.endswith(".base_layer")  # one that has an adapter already
+        }
+        if packed and peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            _maybe_include_all_linear_layers(peft_config, model)
+            assert isinstance(peft_config.target_modules, set)
+            peft_config.target_modules |= packed
 
     def _exclude_heads(self, config: SppConfig) -> None:
         """Keep a classification head, which is new and dense, out of all-linear; PEFT does so for some tasks only."""
@@ -154,10 +174,12 @@ def _require_adaptable(target: nn.Module, name: str) -> None:
             f"{name}: nn.MultiheadAttention reads this weight without calling the layer, so that an adapter on it "
             "would do nothing; leave it out of target_modules"
         )
+    if isinstance(target, PackedLinear):
+        return
     if not isinstance(target, nn.Linear | Conv1D):
         raise ValueError(
-            f"Target module {name} is a {type(target).__name__}, which is not supported: SPP adapts torch.nn.Linear "
-            "and transformers' Conv1D"
+            f"Target module {name} is a {type(target).__name__}, which is not supported: SPP adapts torch.nn.Linear, "
+            "transformers' Conv1D and spp's PackedLinear"
         )
     weight = target.get_parameter("weight")
     if not weight.is_floating_point():

@@ -1,0 +1,74 @@
+"""What the operator needs besides GEMMs, in plain torch: form W', expand a packed W, reduce the gradient of W'.
+
+The other back-ends (`native`, `triton`) have functions of the same names and signatures; the operator takes the module.
+Rows are walked in pieces that lie in one group, so that A needs no gather, and that are small enough for a CPU's cache.
+
+Shapes: O output features, I input features, R row groups. W (O, I), A (R, I), B (O, 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from spp.packed import PackedWeight, Weight, unpack, unpack_rows
+
+_PIECE_ROWS = 128
+
+
+def effective_weight(weight: Weight, A: Tensor, B: Tensor, out: Tensor, *, with_base: bool) -> None:
+    """c W + W * A[g] * B into `out`, rounded once to its dtype; +0.0 where W is zero. The merge's bits for c = 1.
+
+    Args:
+        weight: (O, I).
+        A: (R, I) in `reference.wide_dtype`, which all of it is computed in.
+        B: (O, 1), as A; with the scale in it.
+        out: (O, I), contiguous.
+        with_base: c = 1 or 0.
+    """
+    for group, rows in pieces(len(weight), len(A), 0, len(weight)):
+        part = _rows(weight, rows).to(A.dtype)
+        delta = part * (A[group] * B[rows])
+        total = delta.add_(part) if with_base else delta
+        out[rows] = total.masked_fill_(part == 0, 0.0)
+
+
+def expand(weight: PackedWeight, out: Tensor) -> None:
+    """W into `out` (O, I): its very bits where the dtypes are the same, else rounded once."""
+    out.copy_(unpack(weight))
+
+
+def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor) -> None:
+    """For P = G * W over the rows of G, P = 0 where W is zero: dA[g(i)] += P[i] * B[i], dB[i] = sum_j P[i, j] A[g(i), j].
+
+    Args:
+        G: (n, I), the gradient of rows `first` to `first` + n of W'.
+        first: row.
+        weight: (O, I).
+        A, B: (R, I) and (O, 1) in the dtype of dA and dB.
+        dA, dB: (R, I) and (O, 1), changed in place.
+    """
+    for group, rows in pieces(len(weight), len(A), first, first + len(G)):
+        part = _rows(weight, rows)
+        # A zero of W takes no part, even where G is not finite.
+        P = G[rows.start - first : rows.stop - first].to(dA.dtype).mul_(part).masked_fill_(part == 0, 0.0)
+        torch.mv(P, A[group], out=dB[rows, 0])
+        dA[group].addmv_(P.T, B[rows, 0])
+
+
+def pieces(out_features: int, rank: int, first: int, last: int) -> Iterator[tuple[int, slice]]:
+    """The rows [first, last) in order, as (group, rows) of up to 128 rows of one group."""
+    start = first
+    while start < last:
+        group = start * rank // out_features
+        # The first i with floor(i * R / O) > group is ceil((group + 1) * O / R).
+        group_end = -(-(group + 1) * out_features // rank)
+        rows = slice(start, min(start + _PIECE_ROWS, group_end, last))
+        yield group, rows
+        start = rows.stop
+
+
+def _rows(weight: Weight, rows: slice) -> Tensor:
+    return weight[rows].detach() if isinstance(weight, Tensor) else unpack_rows(weight, rows.start, rows.stop)

@@ -1,0 +1,279 @@
+"""Our C++ kernels through ctypes: expanding a packed weight, scaling it, reducing gradients, and few-token products.
+
+The library is optional: it is built when spp is installed, where there is a C++ compiler. It is plain C to Python, knows
+nothing of torch, and uses the threads of the OpenMP runtime that torch has loaded. It picks AVX-512 (VBMI2), AVX2 or
+portable code for the CPU it finds.
+
+Every function here has the signature and the result of the one in `spp.ops.kernels`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spp.errors import SppError
+from spp.packed import PackedWeight, Weight, require_packable, word_count
+
+MOST_TOKENS = 4
+"""Tokens that `matvec` multiplies at once."""
+
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_BEST = -1
+_BLOCK_ROWS = 32
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [
+        ("values", ctypes.c_void_p),
+        ("bitmask", ctypes.c_void_p),
+        ("row_offsets", ctypes.c_void_p),
+        ("nonzeros", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class _Factors(ctypes.Structure):
+    _fields_ = [("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int64)]
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [("first", ctypes.c_int64), ("last", ctypes.c_int64), ("group", ctypes.c_int64)]
+
+
+def _torch_openmp() -> tuple[ctypes.c_void_p, ...] | None:
+    """Where torch's own OpenMP runtime starts a team, numbers a thread and tells the team's size; None if unknown."""
+    found = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_global_deps.*"))
+    try:
+        runtime = ctypes.CDLL(str(found[0]))  # symbols are looked up in what it depends on, too
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        return tuple(ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in names)
+    except (IndexError, OSError, AttributeError):
+        return None
+
+
+def _load() -> ctypes.CDLL | None:
+    """The library, with torch's threads, or None where it was not built or does not load."""
+    path = Path(__file__).with_name("_kernels" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
+    if not path.is_file():
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:
+        return None
+    library.spp_instructions.restype = ctypes.c_char_p
+    library.spp_blocks.restype = ctypes.c_int64
+    if threading := _torch_openmp():
+        library.spp_use_threads_of(*threading)
+    return library
+
+
+_LIBRARY = _load()
+
+
+def instructions(level: int = _BEST) -> str | None:
+    """The instruction set that is used: avx512, avx2 or portable; None where the library is not there.
+
+    Args:
+        level: 0 is portable, 1 and 2 are those above it on this machine; None is returned for one that it lacks.
+    """
+    name = _LIBRARY.spp_instructions(level) if _LIBRARY else None
+    return name.decode() if name else None
+
+
+def multithreaded() -> bool:
+    """Whether torch's threads were found; without them the kernels run on one."""
+    return _torch_openmp() is not None
+
+
+def why_not(weight: Weight, *others: Tensor) -> str | None:
+    """Why the kernels cannot take this weight, with these tensors to compute with, in words; None where they can."""
+    if _LIBRARY is None:
+        return "it was not built when spp was installed (spp doctor says more)"
+    for tensor in (weight, *others):
+        if tensor.device.type != "cpu":
+            return f"it runs on the CPU, and a tensor is on {tensor.device}"
+        if tensor.dtype not in _DTYPES:
+            return f"it computes in bfloat16, float16 and float32, and a tensor is {tensor.dtype}"
+    if isinstance(weight, Tensor) and weight.stride(-1) != 1 and weight.shape[-1] > 1:
+        return "it wants rows that lie in one piece, and the weight is transposed"
+    return None
+
+
+def effective_weight(weight: Weight, A: Tensor, B: Tensor, out: Tensor, *, with_base: bool, level: int = _BEST) -> None:
+    """As `kernels.effective_weight`, in fp32.
+
+    Raises:
+        SppError: a packed weight whose bitmask and offsets disagree.
+    """
+    _effective(weight, A, B, out, with_base, level)
+
+
+def expand(weight: PackedWeight, out: Tensor, *, level: int = _BEST) -> None:
+    """As `kernels.expand`.
+
+    Raises:
+        SppError: the bitmask and the offsets disagree.
+    """
+    _effective(weight, None, None, out, True, level)
+
+
+def _effective(weight: Weight, A: Tensor | None, B: Tensor | None, out: Tensor, with_base: bool, level: int) -> None:
+    library, described = _described(weight)
+    factors, _keep = _factors(A, B)
+    _require(out.shape == tuple(weight.shape) and out.is_contiguous(), "out", out)
+    failed = library.spp_effective(
+        level,
+        torch.get_num_threads(),
+        ctypes.byref(described),
+        ctypes.byref(factors),
+        int(with_base),
+        ctypes.c_void_p(out.data_ptr()),
+        _DTYPES[out.dtype],
+    )
+    _require_sound(failed)
+
+
+def add_factor_gradients(
+    G: Tensor, first: int, weight: Weight, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor, *, level: int = _BEST
+) -> None:
+    """As `kernels.add_factor_gradients`, in fp32; the sums do not depend on the number of threads.
+
+    Raises:
+        SppError: a packed weight whose bitmask and offsets disagree.
+    """
+    library, described = _described(weight)
+    factors, _keep = _factors(A, B)
+    out_features, in_features = weight.shape
+    fits = G.shape[1:] == (in_features,) and 0 <= first and first + len(G) <= out_features and G.is_contiguous()
+    _require(fits, "G", G)
+    for name, tensor, like in (("dA", dA, A), ("dB", dB, B)):
+        ready = tensor.shape == like.shape and tensor.dtype == torch.float32 and tensor.is_contiguous()
+        _require(ready, name, tensor)
+    shape = [ctypes.c_int64(number) for number in (first, len(G), len(A), out_features, _BLOCK_ROWS)]
+    count = library.spp_blocks(*shape, None)
+    blocks = (_Block * count)()
+    library.spp_blocks(*shape, blocks)
+    partial = torch.empty(count, in_features)
+    failed = library.spp_reduce(
+        level,
+        torch.get_num_threads(),
+        ctypes.byref(described),
+        ctypes.byref(factors),
+        ctypes.c_void_p(G.data_ptr()),
+        _DTYPES[G.dtype],
+        ctypes.c_int64(first),
+        blocks,
+        ctypes.c_int64(count),
+        ctypes.c_void_p(partial.data_ptr()),
+        ctypes.c_void_p(dA.data_ptr()),
+        ctypes.c_void_p(dB.data_ptr()),
+    )
+    _require_sound(failed)
+
+
+def matvec(x: Tensor, weight: Weight, bias: Tensor | None, *, level: int = _BEST) -> Tensor:
+    """y = x W^T + bias for up to `MOST_TOKENS` tokens, reading each weight once: (T, O) in x's dtype.
+
+    A zero of a packed W takes no part for one token, even where x is not finite.
+
+    Args:
+        x: (T, I), contiguous.
+        weight: (O, I).
+        bias: (O,) or None.
+        level: see `instructions`.
+
+    Raises:
+        SppError: a packed weight whose bitmask and offsets disagree.
+    """
+    library, described = _described(weight)
+    out_features, in_features = weight.shape
+    tokens = len(x)
+    _require(x.shape[1:] == (in_features,) and 1 <= tokens <= MOST_TOKENS and x.is_contiguous(), "x", x)
+    bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
+    _require(bias is None or bias.shape == (out_features,), "bias", bias)
+    arranged = torch.empty(tokens * word_count(in_features) * 32)
+    y = torch.empty(tokens, out_features, dtype=x.dtype)
+    failed = library.spp_matvec(
+        level,
+        torch.get_num_threads(),
+        ctypes.byref(described),
+        ctypes.c_void_p(x.data_ptr()),
+        _DTYPES[x.dtype],
+        ctypes.c_int64(tokens),
+        None if bias is None else ctypes.c_void_p(bias.data_ptr()),
+        ctypes.c_void_p(arranged.data_ptr()),
+        ctypes.c_void_p(y.data_ptr()),
+    )
+    _require_sound(failed)
+    return y
+
+
+def pack(weight: Tensor, *, level: int = _BEST) -> PackedWeight:
+    """As `spp.packed.pack`."""
+    require_packable(weight)
+    library, described = _described(weight)
+    out_features, in_features = weight.shape
+    bitmask = torch.empty(out_features, word_count(in_features), dtype=torch.int32)
+    row_offsets = torch.zeros(out_features + 1, dtype=torch.int64)
+    counts = row_offsets[1:]
+    arguments = (level, torch.get_num_threads(), ctypes.byref(described), ctypes.c_void_p(bitmask.data_ptr()))
+    library.spp_scan(*arguments, ctypes.c_void_p(counts.data_ptr()))
+    torch.cumsum(counts, dim=0, out=counts)
+    values = torch.empty(int(row_offsets[-1]), dtype=weight.dtype)
+    library.spp_gather(*arguments, ctypes.c_void_p(row_offsets.data_ptr()), ctypes.c_void_p(values.data_ptr()))
+    return PackedWeight(values, bitmask, row_offsets, in_features)
+
+
+def row_block(weight: PackedWeight, first: int, last: int) -> PackedWeight:
+    """Rows [first, last) as views: its offsets still count from the whole weight's first value, which is fine here."""
+    return PackedWeight(
+        weight.values, weight.bitmask[first:last], weight.row_offsets[first : last + 1], weight.in_features
+    )
+
+
+def _described(weight: Weight) -> tuple[ctypes.CDLL, _Weight]:
+    """The library, and the weight as it takes it. Lengths are checked here, once for all; rows are checked in C++."""
+    if reason := why_not(weight):
+        raise ValueError(f"the back-end native cannot be used: {reason}")
+    assert _LIBRARY is not None
+    out_features, in_features = weight.shape
+    described = _Weight(out_features=out_features, in_features=in_features, dtype=_DTYPES[weight.dtype])
+    if isinstance(weight, Tensor):
+        described.values, described.row_stride = weight.data_ptr(), weight.stride(0)
+        return _LIBRARY, described
+    lengths = weight.bitmask.shape == (out_features, word_count(in_features)) and weight.bitmask.dtype == torch.int32
+    offsets = weight.row_offsets.shape == (out_features + 1,) and weight.row_offsets.dtype == torch.int64
+    if not (
+        lengths and offsets and all(t.is_contiguous() for t in (weight.values, weight.bitmask, weight.row_offsets))
+    ):
+        raise SppError("a packed weight's bitmask or row offsets have another length or dtype than they should")
+    described.values, described.nonzeros = weight.values.data_ptr(), len(weight.values)
+    described.bitmask, described.row_offsets = weight.bitmask.data_ptr(), weight.row_offsets.data_ptr()
+    return _LIBRARY, described
+
+
+def _factors(A: Tensor | None, B: Tensor | None) -> tuple[_Factors, list[Tensor]]:
+    """The factors as the library takes them, and what must live as long as they are in use."""
+    if A is None or B is None:
+        return _Factors(), []
+    keep = [factor.detach().to(torch.float32).contiguous() for factor in (A, B)]
+    return _Factors(a=keep[0].data_ptr(), b=keep[1].data_ptr(), rank=len(A)), keep
+
+
+def _require(holds: bool, name: str, tensor: Tensor | None) -> None:
+    if not holds:
+        found = None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        raise ValueError(f"{name} does not fit the weight, or is not contiguous: {found}")
+
+
+def _require_sound(failed: int) -> None:
+    if failed:
+        raise SppError("a packed weight is damaged: the bits of a row and its row offsets disagree")

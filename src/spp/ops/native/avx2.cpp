@@ -1,0 +1,174 @@
+// AVX2 with FMA and F16C (Haswell, Zen and later): a table of permutations puts eight packed values at their columns.
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c,fma,popcnt,bmi2"))), apply_to = function)
+#else
+#pragma GCC target("avx2,f16c,fma,popcnt,bmi2")
+#endif
+
+#include <immintrin.h>
+
+namespace {
+
+using spp::bf16;
+using spp::fp16;
+
+struct V {
+  __m256 low, high;
+};
+
+inline V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline V broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, const V& v) {
+  _mm256_storeu_ps(p, v.low);
+  _mm256_storeu_ps(p + 8, v.high);
+}
+inline V add(const V& a, const V& b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+inline V mul(const V& a, const V& b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+inline V fma(const V& a, const V& b, const V& c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline float sum(const V& v) {
+  const __m256 eight = _mm256_add_ps(v.low, v.high);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline __m256 where_nonzero(__m256 w, __m256 v) {
+  return _mm256_and_ps(v, _mm256_cmp_ps(w, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+}
+inline V where_nonzero(const V& w, const V& v) {
+  return {where_nonzero(w.low, v.low), where_nonzero(w.high, v.high)};
+}
+
+inline __m128i words(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline __m256 from_words(__m128i x, bf16) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+inline __m256 from_words(__m128i x, fp16) { return _mm256_cvtph_ps(x); }
+
+inline V widen(const float* p) { return load(p); }
+template <class T>  // bf16 and fp16
+inline V widen(const T* p) {
+  return {from_words(words(p), T{}), from_words(words(p + 8), T{})};
+}
+
+// To the nearest, ties to even.
+inline __m256i bf16_bits(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+}
+inline void narrow(bf16* out, const V& v) {
+  // The pack works on 128-bit halves, and leaves the four quarters in the order 0, 2, 1, 3.
+  const __m256i packed = _mm256_packus_epi32(bf16_bits(v.low), bf16_bits(v.high));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+inline void narrow(fp16* out, const V& v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(v.low, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8), _mm256_cvtps_ph(v.high, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void narrow(float* out, const V& v) { store(out, v); }
+template <class Out>
+inline void narrow_one(Out* out, float x) {
+  Out whole[16];
+  narrow(whole, broadcast(x));
+  *out = whole[0];
+}
+
+inline int count(uint32_t mask) { return _mm_popcnt_u32(mask); }
+inline int64_t count_all(const uint32_t* word, int64_t n) {
+  int64_t total = 0, i = 0;
+  for (; i + 2 <= n; i += 2) {
+    uint64_t both;
+    __builtin_memcpy(&both, word + i, sizeof both);
+    total += _mm_popcnt_u64(both);
+  }
+  return i < n ? total + count(word[i]) : total;
+}
+
+// For each eight bits: the rank of every set bit among them, as places of 32-bit lanes and as the bytes of 16-bit ones.
+// 0x80 gives a zero in the byte shuffle; a lane's place does not matter where its bit is not set.
+struct Places {
+  uint8_t lanes[256][8];
+  uint8_t bytes[256][16];
+  constexpr Places() : lanes(), bytes() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int rank = 0;
+      for (int lane = 0; lane < 8; ++lane) {
+        const bool set = mask >> lane & 1;
+        lanes[mask][lane] = static_cast<uint8_t>(set ? rank : 0);
+        bytes[mask][2 * lane] = static_cast<uint8_t>(set ? 2 * rank : 0x80);
+        bytes[mask][2 * lane + 1] = static_cast<uint8_t>(set ? 2 * rank + 1 : 0x80);
+        rank += set;
+      }
+    }
+  }
+};
+constexpr Places places;
+
+// Eight entries at p, none from `end` on.
+template <class T>
+struct Eight {
+  const T* at;
+  T rest[8];
+  Eight(const T* p, const T* end) : at(p) {
+    if (end - p >= 8) return;
+    for (int64_t i = 0; i < 8; ++i) rest[i] = i < end - p ? p[i] : T{};
+    at = rest;
+  }
+};
+
+template <class T>  // bf16 and fp16
+inline __m128i expand_eight(uint32_t mask, const T* p, const T* end) {
+  return _mm_shuffle_epi8(words(Eight<T>(p, end).at), words(places.bytes[mask]));
+}
+inline __m256 expand_eight(uint32_t mask, const float* p, const float* end) {
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(places.lanes[mask])));
+  const __m256 values = _mm256_permutevar8x32_ps(_mm256_loadu_ps(Eight<float>(p, end).at), lanes);
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bit), bit);
+  return _mm256_and_ps(values, _mm256_castsi256_ps(set));
+}
+template <class T>  // bf16 and fp16
+inline V expand(uint32_t mask, const T* p, const T* end) {
+  const T* second = p + count(mask & 0xff);
+  return {from_words(expand_eight(mask & 0xff, p, end), T{}),
+          from_words(expand_eight(mask >> 8 & 0xff, second, end), T{})};
+}
+inline V expand(uint32_t mask, const float* p, const float* end) {
+  return {expand_eight(mask & 0xff, p, end), expand_eight(mask >> 8 & 0xff, p + count(mask & 0xff), end)};
+}
+
+inline void put(void* out, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(out), v); }
+inline void put(float* out, __m256 v) { _mm256_storeu_ps(out, v); }
+template <class T>
+inline void expand_bits(T* out, uint32_t mask, const T* p, const T* end) {
+  for (int i = 0; i < 32; i += 8) {
+    const uint32_t byte = mask >> i & 0xff;
+    put(out + i, expand_eight(byte, p, end));
+    p += count(byte);
+  }
+}
+
+}  // namespace
+
+#include "rows.h"
+#include "table.h"
+
+namespace spp {
+const Kernels avx2 = {"avx2", effective, reduce, matvec, arrange, scan, gather};
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

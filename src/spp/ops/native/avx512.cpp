@@ -1,0 +1,212 @@
+// AVX-512 with VBMI2 (Ice Lake, Zen 4 and later): one instruction puts packed 16-bit values at their columns.
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vpopcntdq,f16c,fma,popcnt,bmi2"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vpopcntdq,f16c,fma,popcnt,bmi2")
+#endif
+
+#include <immintrin.h>
+
+namespace {
+
+using spp::bf16;
+using spp::fp16;
+using V = __m512;
+
+inline V zero() { return _mm512_setzero_ps(); }
+inline V broadcast(float x) { return _mm512_set1_ps(x); }
+inline V load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+inline V add(V a, V b) { return _mm512_add_ps(a, b); }
+inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum(V v) { return _mm512_reduce_add_ps(v); }
+inline V where_nonzero(V w, V v) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(w, zero(), _CMP_NEQ_UQ), v); }
+
+inline V from_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline V from_fp16(__m256i x) { return _mm512_cvtph_ps(x); }
+inline __m256i words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+inline V widen(const float* p) { return load(p); }
+inline V widen(const bf16* p) { return from_bf16(words(p)); }
+inline V widen(const fp16* p) { return from_fp16(words(p)); }
+
+// To the nearest, ties to even. Not VCVTNEPS2BF16, which takes denormals for zeros.
+inline void narrow(bf16* out, V v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i high = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(high));
+}
+inline void narrow(fp16* out, V v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void narrow(float* out, V v) { store(out, v); }
+template <class Out>
+inline void narrow_one(Out* out, float x) {
+  Out whole[16];
+  narrow(whole, broadcast(x));
+  *out = whole[0];
+}
+
+inline int count(uint32_t mask) { return _mm_popcnt_u32(mask); }
+inline int64_t count_all(const uint32_t* word, int64_t n) {
+  __m512i total = _mm512_setzero_si512();
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    total = _mm512_add_epi32(total, _mm512_popcnt_epi32(_mm512_loadu_si512(word + i)));
+  }
+  if (i < n) {
+    const __mmask16 rest = static_cast<__mmask16>((1u << (n - i)) - 1u);
+    total = _mm512_add_epi32(total, _mm512_popcnt_epi32(_mm512_maskz_loadu_epi32(rest, word + i)));
+  }
+  return _mm512_reduce_add_epi32(total);
+}
+
+// 16 entries at p where there are so many, else those before `end`.
+inline __m256i some_words(const void* p, const void* end) {
+  const int64_t there = static_cast<const uint16_t*>(end) - static_cast<const uint16_t*>(p);
+  return there >= 16 ? words(p) : _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << there) - 1u), p);
+}
+inline V expand(uint32_t mask, const bf16* p, const bf16* end) {
+  return from_bf16(_mm256_maskz_expand_epi16(static_cast<__mmask16>(mask), some_words(p, end)));
+}
+inline V expand(uint32_t mask, const fp16* p, const fp16* end) {
+  return from_fp16(_mm256_maskz_expand_epi16(static_cast<__mmask16>(mask), some_words(p, end)));
+}
+inline V expand(uint32_t mask, const float* p, const float*) {
+  return _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(mask), p);
+}
+
+template <class T>  // bf16 and fp16
+inline void expand_bits(T* out, uint32_t mask, const T* p, const T* end) {
+  const int64_t there = end - p;
+  const __m512i values =
+      there >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << there) - 1u), p);
+  _mm512_storeu_si512(out, _mm512_maskz_expand_epi16(mask, values));
+}
+inline void expand_bits(float* out, uint32_t mask, const float* p, const float* end) {
+  store(out, expand(mask & 0xffff, p, end));
+  store(out + 16, expand(mask >> 16, p + count(mask & 0xffff), end));
+}
+
+}  // namespace
+
+#include "rows.h"
+#include "table.h"
+
+namespace {
+
+// One token, and weights and x of the same 16-bit dtype: instead of the weights going to their columns, x comes to the
+// weights. It is compressed by the row's bits, so that multiplying touches non-zeros only. A zero takes no part, even
+// where x is not finite. The product follows one segment behind: loading what was just stored would stall.
+bool compresses(const Weight& w, Dtype dtype, int64_t tokens) {
+  return w.bitmask && tokens == 1 && dtype == w.dtype && dtype != Dtype::fp32;
+}
+
+constexpr int64_t kSegment = 4096;  // columns compressed at a time
+
+int64_t compress(const uint32_t* word, const uint16_t* x, int64_t columns, uint16_t* out) {
+  uint16_t* to = out;
+  int64_t j = 0;
+  for (; j + kChunk <= columns; j += kChunk, ++word) {
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(*word, _mm512_loadu_si512(x + j)));
+    to += count(*word);
+  }
+  if (j < columns) {
+    const uint32_t mask = *word & low_bits(columns - j);
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(mask, _mm512_maskz_loadu_epi16(mask, x + j)));
+    to += count(mask);
+  }
+  return to - out;
+}
+
+// The sum of w[i] * x[i] over 32 entries, as two parts that are added to `low` and `high`.
+inline void multiply(bf16, __m512i w, __m512i x, V& low, V& high) {
+  const __m512i top = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  low = fma(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), low);
+  high = fma(_mm512_castsi512_ps(_mm512_and_si512(w, top)), _mm512_castsi512_ps(_mm512_and_si512(x, top)), high);
+}
+inline void multiply(fp16, __m512i w, __m512i x, V& low, V& high) {
+  low = fma(from_fp16(_mm512_castsi512_si256(w)), from_fp16(_mm512_castsi512_si256(x)), low);
+  high = fma(from_fp16(_mm512_extracti64x4_epi64(w, 1)), from_fp16(_mm512_extracti64x4_epi64(x, 1)), high);
+}
+
+template <class T>
+struct Segment {
+  const T* w;
+  const uint16_t* x;
+  int64_t n;
+
+  float dot() const {
+    V low[2] = {zero(), zero()}, high[2] = {zero(), zero()};
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+      multiply(T{}, _mm512_loadu_si512(w + i), _mm512_loadu_si512(x + i), low[0], high[0]);
+      multiply(T{}, _mm512_loadu_si512(w + i + 32), _mm512_loadu_si512(x + i + 32), low[1], high[1]);
+    }
+    for (; i < n; i += 32) {
+      const __mmask32 there = low_bits(n - i);
+      multiply(T{}, _mm512_maskz_loadu_epi16(there, w + i), _mm512_maskz_loadu_epi16(there, x + i), low[0], high[0]);
+    }
+    return sum(add(add(low[0], low[1]), add(high[0], high[1])));
+  }
+};
+
+template <class T>
+bool matvec_compressed(const Weight& weight, const uint16_t* x, const float* bias, T* y, int64_t first, int64_t last) {
+  alignas(64) uint16_t buffers[2][kSegment + kChunk];
+  PackedRows<T> rows(weight);
+  Segment<T> before{nullptr, nullptr, 0};
+  float total = 0.0f;
+  int64_t parity = 0;
+  for (int64_t row = first; row < last; ++row) {
+    if (!rows.start(row)) return false;
+    for (int64_t j = 0; j < weight.in_features; j += kSegment, parity ^= 1) {
+      const int64_t columns = weight.in_features - j < kSegment ? weight.in_features - j : kSegment;
+      const int64_t n = compress(rows.word + j / 32, x + j, columns, buffers[parity]);
+      total += before.dot();
+      before = {rows.at, buffers[parity], n};
+      rows.at += n;
+      if (j == 0 && row > first) {
+        narrow_one(y + row - 1, total + (bias ? bias[row - 1] : 0.0f));
+        total = 0.0f;
+      }
+    }
+  }
+  total += before.dot();
+  narrow_one(y + last - 1, total + (bias ? bias[last - 1] : 0.0f));
+  return true;
+}
+
+bool matvec_512(const Weight& w, const float* x, Dtype dtype, int64_t tokens, const float* bias, void* y, int64_t first,
+                int64_t last) {
+  if (!compresses(w, dtype, tokens)) return matvec(w, x, dtype, tokens, bias, y, first, last);
+  const auto* words = reinterpret_cast<const uint16_t*>(x);
+  return dtype == Dtype::bf16 ? matvec_compressed(w, words, bias, static_cast<bf16*>(y), first, last)
+                              : matvec_compressed(w, words, bias, static_cast<fp16*>(y), first, last);
+}
+
+void arrange_512(const Weight& w, const void* x, Dtype dtype, int64_t tokens, float* out) {
+  if (!compresses(w, dtype, tokens)) return arrange(w, x, dtype, tokens, out);
+  __builtin_memcpy(out, x, static_cast<uint64_t>(w.in_features) * sizeof(uint16_t));
+}
+
+}  // namespace
+
+namespace spp {
+const Kernels avx512 = {"avx512", effective, reduce, matvec_512, arrange_512, scan, gather};
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

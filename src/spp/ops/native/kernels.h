@@ -1,0 +1,85 @@
+// What every instruction set implements: one table of functions over rows of a weight.
+//
+// A weight W (O, I) is dense, or packed: its non-zeros row by row, one bit per entry (bit b of word w of a row is column
+// 32 w + b), and for every row the index of its first non-zero. Plain C types only: no library headers, whose inline
+// functions the linker might take from a file compiled for a newer CPU.
+//
+// Shapes: T tokens, O output features, I input features, R row groups.
+
+#pragma once
+
+#include <stdint.h>
+
+namespace spp {
+
+enum class Dtype : int32_t { bf16 = 0, fp16 = 1, fp32 = 2 };
+
+// bf16 and fp16 as bits; two types, so that overloads tell them apart.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+struct Weight {
+  const void* values;          // dense: (O, I) with row_stride; packed: (nonzeros,)
+  const int32_t* bitmask;      // (O, ceil(I / 32)), or null where the weight is dense
+  const int64_t* row_offsets;  // (O + 1,), or null where the weight is dense
+  int64_t nonzeros;
+  int64_t row_stride;  // dense: entries from one row to the next
+  int64_t out_features;
+  int64_t in_features;
+  Dtype dtype;
+};
+
+// s * B and A of the operator, both in fp32; `a` is null for no adapter.
+struct Factors {
+  const float* a;  // (R, I)
+  const float* b;  // (O,)
+  int64_t rank;
+};
+
+// The row of A that output row i uses: g(i) = floor(i * R / O).
+inline int64_t row_group(int64_t row, int64_t rank, int64_t out_features) { return row * rank / out_features; }
+
+// Rows [first, last) of one call; every function returns false where a packed row is not what its offsets say.
+struct Kernels {
+  const char* name;
+
+  // out[i, :] = W[i, :] * with_base + W[i, :] * (A[g(i), :] * b[i]), rounded once; +0.0 where W is zero.
+  bool (*effective)(const Weight&, const Factors&, bool with_base, void* out, Dtype out_dtype, int64_t first,
+                    int64_t last);
+
+  // For P = G * W over rows of one group: db[i] = sum_j P[i, j] A[g, j] and da[j] = sum_i P[i, j] b[i]. G has the rows
+  // from `first` on, (last - first, I); da (I,) is written, db is indexed by row.
+  bool (*reduce)(const Weight&, const Factors&, const void* gradient, Dtype gradient_dtype, float* da, float* db,
+                 int64_t first, int64_t last);
+
+  // y[t, i] = sum_j W[i, j] x[t, j] + bias[i] for t < tokens <= kMostTokens, with x as `arrange` made it from one of
+  // `dtype`, which y has, too.
+  bool (*matvec)(const Weight&, const float* x, Dtype dtype, int64_t tokens, const float* bias, void* y, int64_t first,
+                 int64_t last);
+
+  // x (tokens, I) as `matvec` wants it, in tokens * padded(I) floats: by default in fp32, every row padded with zeros.
+  void (*arrange)(const Weight&, const void* x, Dtype dtype, int64_t tokens, float* out);
+
+  // Bits and count of the non-zeros of dense rows, by value: zeros of either sign are zeros. counts is indexed by row.
+  void (*scan)(const Weight&, int32_t* bitmask, int64_t* counts, int64_t first, int64_t last);
+
+  // The non-zeros of dense rows to where row_offsets says.
+  void (*gather)(const Weight&, const int32_t* bitmask, const int64_t* row_offsets, void* values, int64_t first,
+                 int64_t last);
+};
+
+constexpr int64_t kMostTokens = 4;
+constexpr int64_t kChunk = 32;  // columns at a time, one word of the bitmask
+inline int64_t padded(int64_t in_features) { return (in_features + kChunk - 1) / kChunk * kChunk; }
+
+extern const Kernels portable;
+#if defined(__x86_64__)
+extern const Kernels avx2;
+extern const Kernels avx512;
+#endif
+
+}  // namespace spp

@@ -1,0 +1,134 @@
+// From dtypes at run time to the templates of rows.h: the functions that go into an instruction set's table.
+
+namespace {
+
+// Calls f with a null pointer of the C++ type of a dtype.
+template <class F>
+auto with_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::bf16: return f(static_cast<bf16*>(nullptr));
+    case Dtype::fp16: return f(static_cast<fp16*>(nullptr));
+    default: return f(static_cast<float*>(nullptr));
+  }
+}
+
+template <class T>
+struct Pointee;
+template <class T>
+struct Pointee<T*> {
+  using type = T;
+};
+
+template <class Rows, class Out>
+bool effective_out(const Weight& w, const Factors& f, bool with_base, Out* out, int64_t first, int64_t last) {
+  if (!f.a) return convert_rows<Rows>(w, out, first, last);
+  return with_base ? effective_rows<Rows, Out, true>(w, f, out, first, last)
+                   : effective_rows<Rows, Out, false>(w, f, out, first, last);
+}
+
+bool effective(const Weight& w, const Factors& f, bool with_base, void* out, Dtype out_dtype, int64_t first,
+               int64_t last) {
+  return with_dtype(w.dtype, [&](auto* weight_type) {
+    using T = typename Pointee<decltype(weight_type)>::type;
+    if (w.bitmask && !f.a && out_dtype == w.dtype) return expand_rows(w, static_cast<T*>(out), first, last);
+    return with_dtype(out_dtype, [&](auto* out_type) {
+      auto* to = static_cast<decltype(out_type)>(out);
+      return w.bitmask ? effective_out<PackedRows<T>>(w, f, with_base, to, first, last)
+                       : effective_out<DenseRows<T>>(w, f, with_base, to, first, last);
+    });
+  });
+}
+
+bool reduce(const Weight& w, const Factors& f, const void* gradient, Dtype gradient_dtype, float* da, float* db,
+            int64_t first, int64_t last) {
+  return with_dtype(w.dtype, [&](auto* weight_type) {
+    using T = typename Pointee<decltype(weight_type)>::type;
+    return with_dtype(gradient_dtype, [&](auto* gradient_type) {
+      auto* g = static_cast<const typename Pointee<decltype(gradient_type)>::type*>(gradient);
+      return w.bitmask ? reduce_rows<PackedRows<T>>(w, f, g, da, db, first, last)
+                       : reduce_rows<DenseRows<T>>(w, f, g, da, db, first, last);
+    });
+  });
+}
+
+template <class Rows, class Y>
+bool matvec_tokens(const Weight& w, const float* x, int64_t tokens, const float* bias, Y* y, int64_t first,
+                   int64_t last) {
+  switch (tokens) {
+    case 1: return matvec_rows<Rows, Y, 1>(w, x, bias, y, first, last);
+    case 2: return matvec_rows<Rows, Y, 2>(w, x, bias, y, first, last);
+    case 3: return matvec_rows<Rows, Y, 3>(w, x, bias, y, first, last);
+    default: return matvec_rows<Rows, Y, 4>(w, x, bias, y, first, last);
+  }
+}
+
+bool matvec(const Weight& w, const float* x, Dtype dtype, int64_t tokens, const float* bias, void* y, int64_t first,
+            int64_t last) {
+  return with_dtype(w.dtype, [&](auto* weight_type) {
+    using T = typename Pointee<decltype(weight_type)>::type;
+    return with_dtype(dtype, [&](auto* y_type) {
+      auto* to = static_cast<decltype(y_type)>(y);
+      return w.bitmask ? matvec_tokens<PackedRows<T>>(w, x, tokens, bias, to, first, last)
+                       : matvec_tokens<DenseRows<T>>(w, x, tokens, bias, to, first, last);
+    });
+  });
+}
+
+void arrange(const Weight& w, const void* x, Dtype dtype, int64_t tokens, float* out) {
+  const int64_t in_features = w.in_features;
+  with_dtype(dtype, [&](auto* type) {
+    auto* from = static_cast<const typename Pointee<decltype(type)>::type*>(x);
+    for (int64_t t = 0; t < tokens; ++t, from += in_features) {
+      for (int64_t j = 0; j < in_features; j += kChunk, out += kChunk) {
+        Padded<typename Pointee<decltype(type)>::type> chunk(from + j, in_features - j);
+        store(out, widen(chunk.entries));
+        store(out + 16, widen(chunk.entries + 16));
+      }
+    }
+  });
+}
+
+inline uint32_t nonzero(bf16 w) { return (w.bits & 0x7fff) != 0; }
+inline uint32_t nonzero(fp16 w) { return (w.bits & 0x7fff) != 0; }
+inline uint32_t nonzero(float w) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &w, sizeof bits);
+  return (bits & 0x7fffffff) != 0;
+}
+
+void scan(const Weight& w, int32_t* bitmask, int64_t* counts, int64_t first, int64_t last) {
+  with_dtype(w.dtype, [&](auto* type) {
+    using T = typename Pointee<decltype(type)>::type;
+    const int64_t words = (w.in_features + 31) / 32;
+    for (int64_t row = first; row < last; ++row) {
+      const T* from = static_cast<const T*>(w.values) + row * w.row_stride;
+      counts[row] = 0;
+      for (int64_t word = 0; word < words; ++word) {
+        const int64_t n = w.in_features - word * 32;
+        uint32_t mask = 0;
+        for (int64_t i = 0; i < (n < 32 ? n : 32); ++i) mask |= nonzero(from[word * 32 + i]) << i;
+        bitmask[row * words + word] = static_cast<int32_t>(mask);
+        counts[row] += count(mask);
+      }
+    }
+  });
+}
+
+void gather(const Weight& w, const int32_t* bitmask, const int64_t* row_offsets, void* values, int64_t first,
+            int64_t last) {
+  with_dtype(w.dtype, [&](auto* type) {
+    using T = typename Pointee<decltype(type)>::type;
+    const int64_t words = (w.in_features + 31) / 32;
+    for (int64_t row = first; row < last; ++row) {
+      const T* from = static_cast<const T*>(w.values) + row * w.row_stride;
+      T* to = static_cast<T*>(values) + row_offsets[row];
+      for (int64_t word = 0; word < words; ++word) {
+        for (uint32_t mask = static_cast<uint32_t>(bitmask[row * words + word]); mask; mask &= mask - 1) {
+          *to++ = from[word * 32 + __builtin_ctz(mask)];
+        }
+      }
+    }
+  });
+}
+
+}  // namespace

@@ -1,0 +1,123 @@
+"""A linear layer whose weight is packed: few tokens read the non-zeros once, more expand it on the way into GEMMs.
+
+Up to 4 tokens, memory is what counts, and a bitmask product reads the packed weight instead of the dense one. Above, up
+to 512 tokens, blocks of rows are expanded into a piece of memory that stays in the CPU's cache, and multiplied there;
+beyond that one GEMM on the whole expanded weight is faster.
+
+Shapes: T tokens, O output features, I input features. x (T, I), W (O, I).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spp.ops import native
+from spp.ops.linear import KERNELS
+from spp.ops.scratch import scratch
+from spp.packed import PackedWeight
+
+_BLOCK_ROWS = 1024
+_MOST_BLOCKED_TOKENS = 512
+
+
+def apply(x: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str) -> Tensor:
+    """y = x W^T + bias, (..., O) in x's dtype, for x (..., I); gradients for x and bias.
+
+    Args:
+        x: (..., I) in the dtype to compute in.
+        weight: (O, I).
+        bias: (O,) or None.
+        backend: a key of `KERNELS`.
+    """
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    rows = _packed_linear(
+        x.reshape(-1, x.shape[-1]), weight.values, weight.bitmask, weight.row_offsets, bias, weight.in_features, backend
+    )
+    return rows.reshape(*x.shape[:-1], len(weight))
+
+
+@torch.library.custom_op("spp::packed_linear", mutates_args=())
+def _packed_linear(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    row_offsets: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    backend: str,
+) -> Tensor:
+    weight = PackedWeight(values, bitmask, row_offsets, in_features)
+    with torch.autocast(x.device.type, enabled=False):
+        if backend == "native":
+            if 1 <= len(x) <= native.MOST_TOKENS:
+                return native.matvec(x.contiguous(), weight, bias)
+            if len(x) <= _MOST_BLOCKED_TOKENS:
+                return _by_blocks(x, weight, bias)
+        return F.linear(x, _expanded(weight, x.dtype, backend), bias)
+
+
+def _by_blocks(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    y = x.new_empty(len(x), len(weight))
+    for first in range(0, len(weight), _BLOCK_ROWS):
+        block = native.row_block(weight, first, min(first + _BLOCK_ROWS, len(weight)))
+        rows = scratch("block", block.shape, x.dtype, x.device)
+        native.expand(block, rows)
+        into = y[:, first : first + len(block)]
+        if bias is None:
+            torch.mm(x, rows.T, out=into)
+        else:
+            torch.addmm(bias[first : first + len(block)], x, rows.T, out=into)
+    return y
+
+
+@torch.library.custom_op("spp::packed_input_gradient", mutates_args=())
+def _packed_input_gradient(
+    dy: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, in_features: int, backend: str
+) -> Tensor:
+    with torch.autocast(dy.device.type, enabled=False):
+        return dy @ _expanded(PackedWeight(values, bitmask, row_offsets, in_features), dy.dtype, backend)
+
+
+def _expanded(weight: PackedWeight, dtype: torch.dtype, backend: str) -> Tensor:
+    out = scratch("weight", weight.shape, dtype, weight.device)
+    KERNELS[backend].expand(weight, out)
+    return out
+
+
+@_packed_linear.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    row_offsets: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    backend: str,
+) -> Tensor:
+    return x.new_empty(len(x), len(bitmask))
+
+
+@_packed_input_gradient.register_fake
+def _(dy: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, in_features: int, backend: str) -> Tensor:
+    return dy.new_empty(len(dy), in_features)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, bitmask, row_offsets, _, in_features, backend = inputs
+    ctx.save_for_backward(values, bitmask, row_offsets)  # W is frozen, so that x is not needed
+    ctx.dtype, ctx.in_features, ctx.backend = x.dtype, in_features, backend
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    dy = dy.to(ctx.dtype).contiguous()
+    needs_x, _, _, _, needs_bias, *_ = ctx.needs_input_grad
+    dx = _packed_input_gradient(dy, *ctx.saved_tensors, ctx.in_features, ctx.backend) if needs_x else None
+    return dx, None, None, None, dy.sum(dim=0) if needs_bias else None, None, None
+
+
+torch.library.register_autograd("spp::packed_linear", _backward, setup_context=_save)

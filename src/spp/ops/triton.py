@@ -1,0 +1,319 @@
+"""Our Triton kernels for NVIDIA GPUs: form W', expand a packed W, reduce the gradient of W'; the only importer of triton.
+
+Every function here has the signature and the result of the one in `spp.ops.kernels`, and none waits for the GPU. So a
+damaged packed weight raises nothing: it gives wrong numbers, and nothing is ever read outside its values.
+
+A program takes a piece of up to `_ROWS` rows of one group, whose row of A it reads once, and one block of columns as
+(words, 32). Where W is packed, the index of a value is its row's offset + the bits of the row's words before + the lower
+bits of its own word. No sum is made with atomics: the same arguments give the same bits.
+
+TRITON_INTERPRET=1, set before the import, runs all of it on the CPU, slowly.
+
+Shapes: O output features, I input features, R row groups. W (O, I), A (R, I), B (O, 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp.errors import SppError
+from spp.packed import PackedWeight, Weight, word_count
+
+try:
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
+except ImportError:
+    triton = tl = None
+
+_DTYPES = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+"""What is computed in, and the integers of the same size."""
+
+# Reasoned, not measured: a thread stores 16 bytes of a bf16 row at a time, and the 1024 rows that G is formed in still
+# make enough programs of the gradients for every multiprocessor.
+_ROWS = 8
+_FORM_WORDS, _REDUCE_WORDS = 32, 16
+_WARPS = 4
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    return function if triton is None else triton.jit(function)
+
+
+@_jit
+def _popcount_asm(word):
+    return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@_jit
+def _popcount_arithmetic(word):
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word = word + (word >> 8)
+    return (word + (word >> 16)) & 0x3F
+
+
+_INTERPRETED = triton is not None and not isinstance(_popcount_asm, triton.JITFunction)
+_popcount = _popcount_arithmetic if _INTERPRETED else _popcount_asm  # the interpreter knows no assembly
+
+
+@_jit
+def _piece(pieces, first_group, first, last, out_features, rank, ROWS: tl.constexpr):
+    """This program's group, and its rows [start, stop) among [first, last); there may be none. All of it is int64."""
+    index = tl.program_id(0).to(tl.int64)
+    group = first_group + index // pieces
+    # The first i with floor(i * R / O) >= group is ceil(group * O / R).
+    start = tl.maximum((group * out_features + rank - 1) // rank, first) + index % pieces * ROWS
+    group_end = ((group + 1) * out_features + rank - 1) // rank
+    return group, start, tl.minimum(tl.minimum(start + ROWS, group_end), last)
+
+
+@_jit
+def _columns(WORDS: tl.constexpr):
+    """This program's columns, (WORDS, 32)."""
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    return word[:, None] * 32 + tl.arange(0, 32)[None, :]
+
+
+# fmt: off
+@_jit
+def _entries(
+    values, bitmask, row_offsets, nonzeros, row_stride, column_stride, in_features, row,
+    WORDS: tl.constexpr, ROW_WORDS: tl.constexpr,
+):
+    """W[row, this program's columns], (WORDS, 32), as stored; zeros where a packed W has no value."""
+    columns = _columns(WORDS)
+    present = columns < in_features
+    if bitmask is None:
+        places = row * row_stride + columns.to(tl.int64) * column_stride
+    else:
+        words = (in_features + 31) // 32
+        line = bitmask + row * words
+        first = tl.program_id(1) * WORDS
+        every = tl.arange(0, ROW_WORDS)
+        before = tl.sum(_popcount(tl.load(line + every, mask=every < first, other=0)))
+        own = first + tl.arange(0, WORDS)
+        word = tl.load(line + own, mask=own < words, other=0)
+        count = _popcount(word)
+        bit = tl.arange(0, 32)[None, :]
+        lower = word[:, None] & (0x7FFFFFFF >> (31 - bit))
+        index = (before + tl.cumsum(count) - count)[:, None] + _popcount(lower)
+        start = tl.load(row_offsets + row)
+        # Nothing outside the values, whatever the bits and offsets are.
+        room = tl.where(start >= 0, tl.minimum(nonzeros - start, in_features), 0).to(tl.int32)
+        present &= ((word[:, None] >> bit) & 1 != 0) & (index < room)
+        places = start + index
+    return tl.load(values + places, mask=present, other=0)
+
+
+@_jit
+def _form(
+    out, values, bitmask, row_offsets, nonzeros, row_stride, column_stride, A, B,
+    pieces, first_group, first, last, out_features, in_features, rank,
+    WITH_BASE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, ROW_WORDS: tl.constexpr,
+):
+    """c W + W * A[g] * B; W itself where there is no A."""
+    group, start, stop = _piece(pieces, first_group, first, last, out_features, rank, ROWS)
+    columns = _columns(WORDS)
+    inside = columns < in_features
+    if A is not None:
+        a = tl.load(A + group * in_features + columns, mask=inside, other=0)
+    for row in range(start, stop):
+        w = _entries(
+            values, bitmask, row_offsets, nonzeros, row_stride, column_stride, in_features, row, WORDS, ROW_WORDS
+        )
+        if A is not None:
+            wide = w.to(tl.float32)
+            total = wide * (a * tl.load(B + row))
+            if WITH_BASE:
+                total += wide
+            formed = tl.where(wide == 0, 0.0, total)
+        else:
+            formed = w
+        tl.store(out + row * in_features + columns, formed.to(out.dtype.element_ty), mask=inside)
+
+
+@_jit
+def _reduce(
+    G, values, bitmask, row_offsets, nonzeros, row_stride, column_stride, A, B, dA, dB,
+    pieces, first_group, first, last, out_features, in_features, rank,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, ROW_WORDS: tl.constexpr,
+):
+    """For P = G * W: sum_i P[i] * B[i] of the piece into its row of dA, sum_j P[i, j] * A[g, j] of the block into dB."""
+    group, start, stop = _piece(pieces, first_group, first, last, out_features, rank, ROWS)
+    columns = _columns(WORDS)
+    inside = columns < in_features
+    a = tl.load(A + group * in_features + columns, mask=inside, other=0)
+    total = tl.zeros((WORDS, 32), tl.float32)
+    for row in range(start, stop):
+        w = _entries(
+            values, bitmask, row_offsets, nonzeros, row_stride, column_stride, in_features, row, WORDS, ROW_WORDS
+        ).to(tl.float32)
+        g = tl.load(G + (row - first) * in_features + columns, mask=inside, other=0).to(tl.float32)
+        # A zero of W takes no part, even where G is not finite.
+        p = tl.where(w == 0, 0.0, g * w)
+        total += p * tl.load(B + row)
+        tl.store(dB + (row - first) * tl.num_programs(1) + tl.program_id(1), tl.sum(p * a))
+    tl.store(dA + tl.program_id(0).to(tl.int64) * in_features + columns, total, mask=inside)
+# fmt: on
+
+
+def why_not(*tensors: Tensor | PackedWeight) -> str | None:
+    """Why the kernels cannot take these tensors, in words; None where they can."""
+    if triton is None:
+        return "triton is not installed"
+    if torch.version.hip:
+        return "it is written for NVIDIA GPUs"
+    for tensor in tensors:
+        if not (tensor.device.type == "cuda" or _INTERPRETED and tensor.device.type == "cpu"):
+            return f"it runs on a GPU, and a tensor is on {tensor.device}"
+        if tensor.device != tensors[0].device:
+            return f"the tensors are on {tensors[0].device} and {tensor.device}"
+        if tensor.dtype not in _DTYPES:
+            return f"it computes in bfloat16, float16 and float32, and a tensor is {tensor.dtype}"
+    return None
+
+
+def effective_weight(weight: Weight, A: Tensor, B: Tensor, out: Tensor, *, with_base: bool) -> None:
+    """As `kernels.effective_weight`, in fp32; a dense weight may have any strides.
+
+    Raises:
+        SppError: a packed weight whose tensors do not fit each other.
+    """
+    _form_rows(_described(weight, out), weight.shape, A, B, out, with_base)
+
+
+def expand(weight: PackedWeight, out: Tensor) -> None:
+    """As `kernels.expand`.
+
+    Raises:
+        SppError: a packed weight whose tensors do not fit each other.
+    """
+    described = _described(weight, out)
+    if weight.dtype == out.dtype:  # as integers: copying floats may quieten a NaN
+        described["values"], out = weight.values.view(_DTYPES[out.dtype]), out.view(_DTYPES[out.dtype])
+    _form_rows(described, weight.shape, None, None, out, True)
+
+
+def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor) -> None:
+    """As `kernels.add_factor_gradients`, in fp32; the order of all sums is fixed.
+
+    Raises:
+        SppError: a packed weight whose tensors do not fit each other.
+    """
+    described = _described(weight, G)
+    out_features, in_features = weight.shape
+    last = first + len(G)
+    _require(G.shape[1:] == (in_features,) and 0 <= first and last <= out_features and G.is_contiguous(), "G", G)
+    if not G.numel():
+        return
+    plan = _Plan(out_features, in_features, len(A), first, last, _REDUCE_WORDS)
+    dA_of_pieces = torch.empty(plan.groups, plan.pieces, in_features, device=G.device)
+    dB_of_blocks = torch.empty(len(G), plan.blocks, device=G.device)
+    with torch.cuda.device_of(G):
+        _reduce[plan.grid](
+            G=G, A=_factor(A), B=_factor(B), dA=dA_of_pieces, dB=dB_of_blocks, **described, **plan.arguments()
+        )
+    dA[plan.first_group : plan.first_group + plan.groups] += dA_of_pieces.sum(dim=1)
+    dB[first:last, 0] = dB_of_blocks.sum(dim=1)
+
+
+def _form_rows(
+    described: dict[str, Any], shape: Sequence[int], A: Tensor | None, B: Tensor | None, out: Tensor, with_base: bool
+) -> None:
+    _require(out.shape == tuple(shape) and out.is_contiguous(), "out", out)
+    if not out.numel():
+        return
+    plan = _Plan(*shape, 1 if A is None else len(A), 0, shape[0], _FORM_WORDS)
+    with torch.cuda.device_of(out):
+        _form[plan.grid](
+            out=out,
+            A=_factor(A),
+            B=_factor(B),
+            WITH_BASE=with_base,
+            enable_fp_fusion=False,  # each product and sum is rounded, as in the reference
+            **described,
+            **plan.arguments(),
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which program takes what of the rows [first, last)."""
+
+    out_features: int
+    in_features: int
+    rank: int
+    first: int
+    last: int
+    block_words: int
+
+    @property
+    def first_group(self) -> int:
+        return self.first * self.rank // self.out_features
+
+    @property
+    def groups(self) -> int:
+        return (self.last - 1) * self.rank // self.out_features + 1 - self.first_group
+
+    @property
+    def pieces(self) -> int:
+        """Of a group, at most."""
+        largest = -(-self.out_features // self.rank)
+        return -(-min(largest, self.last - self.first) // _ROWS)
+
+    @property
+    def blocks(self) -> int:
+        return -(-word_count(self.in_features) // self.block_words)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.groups * self.pieces, self.blocks
+
+    def arguments(self) -> dict[str, int]:
+        """What both kernels take."""
+        return {
+            "pieces": self.pieces,
+            "first_group": self.first_group,
+            "first": self.first,
+            "last": self.last,
+            "out_features": self.out_features,
+            "in_features": self.in_features,
+            "rank": self.rank,
+            "ROWS": _ROWS,
+            "WORDS": self.block_words,
+            "ROW_WORDS": 1 << (word_count(self.in_features) - 1).bit_length(),
+            "num_warps": _WARPS,
+        }
+
+
+def _described(weight: Weight, other: Tensor) -> dict[str, Any]:
+    """The weight as the kernels take it, checked as far as the host can without waiting for the GPU."""
+    if reason := why_not(weight, other):
+        raise ValueError(f"the back-end triton cannot be used: {reason}")
+    if isinstance(weight, Tensor):
+        strides = {"row_stride": weight.stride(0), "column_stride": weight.stride(1)}
+        return {"values": weight, "bitmask": None, "row_offsets": None, "nonzeros": 0, **strides}
+    tensors = (weight.values, weight.bitmask, weight.row_offsets)
+    lengths = weight.bitmask.shape == (len(weight), word_count(weight.in_features))
+    offsets = weight.row_offsets.shape == (len(weight) + 1,) and weight.row_offsets.dtype == torch.int64
+    alike = all(tensor.is_contiguous() and tensor.device == weight.device for tensor in tensors)
+    if not (lengths and offsets and alike and weight.bitmask.dtype == torch.int32):
+        raise SppError("a packed weight's bitmask or row offsets have another length, dtype or device than they should")
+    named = dict(zip(("values", "bitmask", "row_offsets"), tensors, strict=True))
+    return {**named, "nonzeros": len(weight.values), "row_stride": 0, "column_stride": 0}
+
+
+def _factor(factor: Tensor | None) -> Tensor | None:
+    return None if factor is None else factor.detach().to(torch.float32).contiguous()
+
+
+def _require(holds: bool, name: str, tensor: Tensor) -> None:
+    if not holds:
+        found = (tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        raise ValueError(f"{name} does not fit the weight, or is not contiguous: {found}")
