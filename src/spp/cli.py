@@ -24,13 +24,14 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One subcommand: its options, which of them are positional, and `module:function` of its work."""
+    """One subcommand: its options, which of them are positional, and `module:function` of its work (and its preview)."""
 
     options: type[opt.Options]
     positional: tuple[str, ...] = ()
     stage: str
     example: str
     takes_recipe: bool = False
+    dry_run: str | None = None
 
 
 COMMANDS: dict[str, Command] = {
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Command] = {
         stage="spp.stages.train:train",
         example="spp train ./llama-2of4 ./adapter --data alpaca.json --epochs 3",
         takes_recipe=True,
+        dry_run="spp.stages.prediction:predict_training",
     ),
     "merge": Command(
         options=opt.MergeOptions,
@@ -105,11 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0 for success, 1 for failure, 2 for a wrong request."""
     arguments = vars(build_parser().parse_args(argv))
     name, as_json = arguments.pop("command"), arguments.pop("json")
+    dry_run = arguments.pop("dry_run", False)
     _quiet_libraries()
     _show_messages()
     try:
-        report = _execute(COMMANDS[name], arguments)
-        _present(name, report, as_json)
+        report = _execute(COMMANDS[name], arguments, dry_run=dry_run)
+        _present(f"{name} --dry-run" if dry_run else name, report, as_json)
         sys.stdout.flush()
     except BrokenPipeError:  # `spp inspect MODEL | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -150,6 +153,10 @@ def _add_command(commands: Any, name: str, command: Command) -> None:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--json", action="store_true", default=False, help="print the result as one JSON object")
+    if command.dry_run:
+        parser.add_argument(
+            "--dry-run", action="store_true", help="print the memory that this would take, part by part, and stop"
+        )
     if command.takes_recipe:
         flags = ["recipe"] if name == "run" else ["--recipe"]
         extra: dict[str, Any] = {"nargs": "?"} if name == "run" else {}
@@ -215,13 +222,14 @@ def _metavar(name: str, kinds: tuple[Any, ...]) -> str:
     }.get(name, "FILE")
 
 
-def _execute(command: Command, given: dict[str, Any]) -> Any:
+def _execute(command: Command, given: dict[str, Any], *, dry_run: bool) -> Any:
     recipe = given.pop("recipe", None)
     if command.options is opt.RunOptions and recipe is None and "model" not in given:
         recipe = "demo"  # the embedded default: the bundled model and a few minutes of training
     values = {**load_recipe(recipe, command.options), **given} if recipe else given
     options = command.options.build(values)
-    module, function = command.stage.split(":")
+    stage = command.dry_run if dry_run and command.dry_run else command.stage
+    module, function = stage.split(":")
     stage = getattr(importlib.import_module(module), function)
     return stage() if command.options is opt.Options else stage(options)
 

@@ -70,6 +70,11 @@ Weight = Tensor | PackedWeight
 """A weight (O, I) as the operator takes it."""
 
 
+def packed_bytes(nonzeros: int, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+    """Bytes of a packed weight."""
+    return nonzeros * dtype.itemsize + out_features * word_count(in_features) * 4 + (out_features + 1) * 8
+
+
 def word_count(in_features: int) -> int:
     """Words of the bitmask per row."""
     return -(-in_features // WORD_BITS)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
     from spp.stages.inspection import InspectReport
     from spp.stages.merge import MergeReport
     from spp.stages.pack import PackReport
+    from spp.stages.prediction import MemoryPrediction
     from spp.stages.prune import PruneReport
     from spp.stages.train import TrainReport
     from spp.stages.verify import VerifyReport
@@ -50,6 +51,21 @@ def _train(report: TrainReport) -> Iterable[RenderableType]:
         f"peak memory {size(report.peak_memory_bytes)}"
     )
     yield f"written to {report.out}; next: spp merge MODEL {report.out} OUT"
+
+
+def _train_dry_run(report: MemoryPrediction) -> Iterable[RenderableType]:
+    table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(justify="right")
+    for part, count in report.parts.items():
+        table.add_row(part, size(count))
+    table.add_row("predicted peak", size(report.total), style="bold")
+    table.add_row(f"available on {report.device}", size(report.available))
+    yield table
+    yield (
+        f"{report.sequences} sequences of {report.tokens} tokens at once, gradient checkpointing "
+        f"{'on' if report.gradient_checkpointing else 'off'}, {report.packed} layers packed; nothing was written"
+    )
 
 
 def _merge(report: MergeReport) -> Iterable[RenderableType]:
@@ -120,6 +136,7 @@ _DESCRIPTIONS: dict[str, Callable[[Any], Iterable[RenderableType]]] = {
     "run": _run,
     "prune": _prune,
     "train": _train,
+    "train --dry-run": _train_dry_run,
     "merge": _merge,
     "verify": _verify,
     "eval": _eval,

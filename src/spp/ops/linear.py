@@ -52,6 +52,11 @@ def apply(
     return rows.reshape(*x.shape[:-1], len(weight))
 
 
+def scratch_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
+    """Bytes of scratch memory that a layer's forward and backward share: W', and a block of G."""
+    return (out_features + min(out_features, _BLOCK_ROWS)) * in_features * dtype.itemsize
+
+
 def as_tensors(weight: Weight) -> list[Tensor]:
     """A weight as ops take it: itself, or the three tensors of a packed one."""
     return [weight] if isinstance(weight, Tensor) else [weight.values, weight.bitmask, weight.row_offsets]

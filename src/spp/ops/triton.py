@@ -1,11 +1,12 @@
-"""Our Triton kernels for NVIDIA GPUs: form W', expand a packed W, reduce the gradient of W'; the only importer of triton.
+# pyright: reportMissingImports=false, reportOptionalMemberAccess=false, reportInvalidTypeForm=false
+"""Our Triton kernels for NVIDIA GPUs: form W', expand a packed W, reduce the gradient of W'.
 
 Every function here has the signature and the result of the one in `spp.ops.kernels`, and none waits for the GPU. So a
 damaged packed weight raises nothing: it gives wrong numbers, and nothing is ever read outside its values.
 
 A program takes a piece of up to `_ROWS` rows of one group, whose row of A it reads once, and one block of columns as
-(words, 32). Where W is packed, the index of a value is its row's offset + the bits of the row's words before + the lower
-bits of its own word. No sum is made with atomics: the same arguments give the same bits.
+(words, 32). Where W is packed, the index of a value is its row's offset + the bits of the row's words before its own +
+the lower bits of its own. No sum is made with atomics: the same arguments give the same bits.
 
 TRITON_INTERPRET=1, set before the import, runs all of it on the CPU, slowly.
 
@@ -14,9 +15,8 @@ Shapes: O output features, I input features, R row groups. W (O, I), A (R, I), B
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ from spp.errors import SppError
 from spp.packed import PackedWeight, Weight, word_count
 
 try:
-    import triton  # pyright: ignore[reportMissingImports]
-    import triton.language as tl  # pyright: ignore[reportMissingImports]
+    import triton
+    import triton.language as tl
 except ImportError:
     triton = tl = None
 
@@ -105,7 +105,7 @@ def _entries(
         index = (before + tl.cumsum(count) - count)[:, None] + _popcount(lower)
         start = tl.load(row_offsets + row)
         # Nothing outside the values, whatever the bits and offsets are.
-        room = tl.where(start >= 0, tl.minimum(nonzeros - start, in_features), 0).to(tl.int32)
+        room = tl.where(start >= 0, tl.maximum(tl.minimum(nonzeros - start, in_features), 0), 0).to(tl.int32)
         present &= ((word[:, None] >> bit) & 1 != 0) & (index < room)
         places = start + index
     return tl.load(values + places, mask=present, other=0)
@@ -121,21 +121,16 @@ def _form(
     group, start, stop = _piece(pieces, first_group, first, last, out_features, rank, ROWS)
     columns = _columns(WORDS)
     inside = columns < in_features
-    if A is not None:
-        a = tl.load(A + group * in_features + columns, mask=inside, other=0)
+    a = 0.0 if A is None else tl.load(A + group * in_features + columns, mask=inside, other=0)
     for row in range(start, stop):
         w = _entries(
             values, bitmask, row_offsets, nonzeros, row_stride, column_stride, in_features, row, WORDS, ROW_WORDS
         )
         if A is not None:
-            wide = w.to(tl.float32)
-            total = wide * (a * tl.load(B + row))
-            if WITH_BASE:
-                total += wide
-            formed = tl.where(wide == 0, 0.0, total)
-        else:
-            formed = w
-        tl.store(out + row * in_features + columns, formed.to(out.dtype.element_ty), mask=inside)
+            w = w.to(tl.float32)
+            delta = w * (a * tl.load(B + row))
+            w = tl.where(w == 0, 0.0, delta + w if WITH_BASE else delta)
+        tl.store(out + row * in_features + columns, w.to(out.dtype.element_ty), mask=inside)
 
 
 @_jit
@@ -144,7 +139,7 @@ def _reduce(
     pieces, first_group, first, last, out_features, in_features, rank,
     ROWS: tl.constexpr, WORDS: tl.constexpr, ROW_WORDS: tl.constexpr,
 ):
-    """For P = G * W: sum_i P[i] * B[i] of the piece into its row of dA, sum_j P[i, j] * A[g, j] of the block into dB."""
+    """For P = G * W: sum_i P[i] * B[i] of a piece into its row of dA, sum_j P[i, j] * A[g, j] of a block into dB."""
     group, start, stop = _piece(pieces, first_group, first, last, out_features, rank, ROWS)
     columns = _columns(WORDS)
     inside = columns < in_features
@@ -185,7 +180,7 @@ def effective_weight(weight: Weight, A: Tensor, B: Tensor, out: Tensor, *, with_
     Raises:
         SppError: a packed weight whose tensors do not fit each other.
     """
-    _form_rows(_described(weight, out), weight.shape, A, B, out, with_base)
+    _form_rows(weight, _described(weight, out), A, B, out, with_base)
 
 
 def expand(weight: PackedWeight, out: Tensor) -> None:
@@ -197,7 +192,7 @@ def expand(weight: PackedWeight, out: Tensor) -> None:
     described = _described(weight, out)
     if weight.dtype == out.dtype:  # as integers: copying floats may quieten a NaN
         described["values"], out = weight.values.view(_DTYPES[out.dtype]), out.view(_DTYPES[out.dtype])
-    _form_rows(described, weight.shape, None, None, out, True)
+    _form_rows(weight, described, None, None, out, True)
 
 
 def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor) -> None:
@@ -207,89 +202,65 @@ def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Te
         SppError: a packed weight whose tensors do not fit each other.
     """
     described = _described(weight, G)
-    out_features, in_features = weight.shape
-    last = first + len(G)
-    _require(G.shape[1:] == (in_features,) and 0 <= first and last <= out_features and G.is_contiguous(), "G", G)
+    (out_features, in_features), last = weight.shape, first + len(G)
+    _require(G.shape[1:] == (in_features,) and first >= 0 and last <= out_features and G.is_contiguous(), "G", G)
     if not G.numel():
         return
-    plan = _Plan(out_features, in_features, len(A), first, last, _REDUCE_WORDS)
+    plan = _plan(weight, len(A), first, last, _REDUCE_WORDS)
     dA_of_pieces = torch.empty(plan.groups, plan.pieces, in_features, device=G.device)
     dB_of_blocks = torch.empty(len(G), plan.blocks, device=G.device)
     with torch.cuda.device_of(G):
-        _reduce[plan.grid](
-            G=G, A=_factor(A), B=_factor(B), dA=dA_of_pieces, dB=dB_of_blocks, **described, **plan.arguments()
+        _reduce[plan.groups * plan.pieces, plan.blocks](
+            G=G, A=_factor(A), B=_factor(B), dA=dA_of_pieces, dB=dB_of_blocks, **described, **plan.arguments
         )
     dA[plan.first_group : plan.first_group + plan.groups] += dA_of_pieces.sum(dim=1)
     dB[first:last, 0] = dB_of_blocks.sum(dim=1)
 
 
 def _form_rows(
-    described: dict[str, Any], shape: Sequence[int], A: Tensor | None, B: Tensor | None, out: Tensor, with_base: bool
+    weight: Weight, described: dict[str, Any], A: Tensor | None, B: Tensor | None, out: Tensor, with_base: bool
 ) -> None:
-    _require(out.shape == tuple(shape) and out.is_contiguous(), "out", out)
+    _require(out.shape == tuple(weight.shape) and out.is_contiguous(), "out", out)
     if not out.numel():
         return
-    plan = _Plan(*shape, 1 if A is None else len(A), 0, shape[0], _FORM_WORDS)
+    plan = _plan(weight, 1 if A is None else len(A), 0, len(weight), _FORM_WORDS)
+    arguments = {"out": out, "A": _factor(A), "B": _factor(B), "WITH_BASE": with_base, **described, **plan.arguments}
     with torch.cuda.device_of(out):
-        _form[plan.grid](
-            out=out,
-            A=_factor(A),
-            B=_factor(B),
-            WITH_BASE=with_base,
-            enable_fp_fusion=False,  # each product and sum is rounded, as in the reference
-            **described,
-            **plan.arguments(),
-        )
+        _form[plan.groups * plan.pieces, plan.blocks](**arguments)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Which program takes what of the rows [first, last)."""
+class _Plan(NamedTuple):
+    """Which program takes what: of some groups, up to so many pieces each, and so many blocks of columns."""
 
-    out_features: int
-    in_features: int
-    rank: int
-    first: int
-    last: int
-    block_words: int
+    first_group: int
+    groups: int
+    pieces: int
+    blocks: int
+    arguments: dict[str, int]
 
-    @property
-    def first_group(self) -> int:
-        return self.first * self.rank // self.out_features
 
-    @property
-    def groups(self) -> int:
-        return (self.last - 1) * self.rank // self.out_features + 1 - self.first_group
-
-    @property
-    def pieces(self) -> int:
-        """Of a group, at most."""
-        largest = -(-self.out_features // self.rank)
-        return -(-min(largest, self.last - self.first) // _ROWS)
-
-    @property
-    def blocks(self) -> int:
-        return -(-word_count(self.in_features) // self.block_words)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.groups * self.pieces, self.blocks
-
-    def arguments(self) -> dict[str, int]:
-        """What both kernels take."""
-        return {
-            "pieces": self.pieces,
-            "first_group": self.first_group,
-            "first": self.first,
-            "last": self.last,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "rank": self.rank,
-            "ROWS": _ROWS,
-            "WORDS": self.block_words,
-            "ROW_WORDS": 1 << (word_count(self.in_features) - 1).bit_length(),
-            "num_warps": _WARPS,
-        }
+def _plan(weight: Weight, rank: int, first: int, last: int, block_words: int) -> _Plan:
+    """For the rows [first, last)."""
+    out_features, in_features = weight.shape
+    words = word_count(in_features)
+    first_group, last_group = (row * rank // out_features for row in (first, last - 1))
+    largest_group = -(-out_features // rank)
+    pieces = -(-min(largest_group, last - first) // _ROWS)
+    arguments = {
+        "pieces": pieces,
+        "first_group": first_group,
+        "first": first,
+        "last": last,
+        "out_features": out_features,
+        "in_features": in_features,
+        "rank": rank,
+        "ROWS": _ROWS,
+        "WORDS": block_words,
+        "ROW_WORDS": triton.next_power_of_2(words),
+        "num_warps": _WARPS,
+        "enable_fp_fusion": False,  # each product and sum is rounded, as in the reference
+    }
+    return _Plan(first_group, last_group + 1 - first_group, pieces, -(-words // block_words), arguments)
 
 
 def _described(weight: Weight, other: Tensor) -> dict[str, Any]:

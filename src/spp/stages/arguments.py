@@ -40,7 +40,14 @@ def batching(options: TrainingSettings) -> tuple[int, int]:
 
 
 def training_arguments(
-    options: TrainOptions, folder: Path, dtype: torch.dtype, device: torch.device, sequences: int, accumulation: int
+    options: TrainOptions,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    sequences: int,
+    accumulation: int,
+    *,
+    gradient_checkpointing: bool,
 ) -> TrainingArguments:
     """The Trainer's arguments.
 
@@ -51,6 +58,7 @@ def training_arguments(
         device: to train on.
         sequences: at once on a device.
         accumulation: batches of them in a step.
+        gradient_checkpointing: whether to recompute activations in backward.
     """
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -62,7 +70,7 @@ def training_arguments(
         weight_decay=options.weight_decay,
         warmup_steps=options.warmup_ratio if options.warmup_ratio < 1 else 1 - 1e-9,  # below 1 it is a share
         lr_scheduler_type=_SCHEDULES[options.schedule],
-        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing=gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         fp16=dtype == torch.float16 and device.type != "cpu",  # scales the loss, which fp16 gradients need
         save_strategy="steps",

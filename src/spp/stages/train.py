@@ -11,27 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, set_seed
+from peft import PeftModel
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from spp import __version__
 from spp.checkpoint import MANIFEST, Checkpoint, check_output, new_folder, resolve_model, write_json
-from spp.data.examples import IGNORED, Example, pack, truncate, whole_examples
-from spp.data.records import load_records
-from spp.data.tokens import require_known_ids
+from spp.data.examples import IGNORED, Example
 from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
-from spp.loading import compute_dtype, context_window, load_base, load_tokenizer, pick_device
+from spp.loading import compute_dtype, context_window, load_base, pick_device
 from spp.memory import peak_memory_bytes
-from spp.models import prunable_linears, sparsity, unreached_weights
+from spp.models import sparsity, unreached_weights
 from spp.options import TrainingSettings, TrainOptions
 from spp.packed_linear import PackedLinear
+from spp.stages.adapting import target_layers, with_new_adapter
 from spp.stages.arguments import batching, training_arguments
+from spp.stages.prediction import needs_checkpointing
 from spp.stages.resuming import Checkpoints
+from spp.stages.training_data import training_examples
 from spp.stages.watching import Watch
-from spp.tuner import SppConfig
 
 logger = logging.getLogger("spp")
 
@@ -94,8 +94,8 @@ def train(options: TrainOptions) -> TrainReport:
     dtype = compute_dtype(options.dtype, device)
     model = load_base(options.model, options, dtype=dtype, pack=options.pack, on=device)
     window = context_window(model.config, options.window)
-    examples, packing = _examples(options, window, model.config.get_text_config().vocab_size)
-    targets = _targets(model, options.target_modules)
+    examples, packing = training_examples(options, window, model.config.get_text_config().vocab_size)
+    targets = target_layers(model, options.target_modules)
     share_of_zeros = sparsity(targets.values())
     if share_of_zeros < _DENSE_BELOW:
         logger.warning(
@@ -106,11 +106,17 @@ def train(options: TrainOptions) -> TrainReport:
         )
     if unreached := unreached_weights(model):
         logger.warning("%d weights are no linear layers and get no adapter, e.g. %s", len(unreached), unreached[0])
-    set_seed(options.seed)
-    adapted = _with_adapter(model, targets, options)
-
     beside = _beside(options.out)
-    arguments = training_arguments(options, beside, model.dtype, device, sequences, accumulation)
+    batch = torch.Size((sequences, max(len(one.input_ids) for one in examples)))
+    checkpointing = needs_checkpointing(options, model, batch, device)
+    if checkpointing and options.gradient_checkpointing is None:
+        logger.info("gradient checkpointing is on: the batch would not fit into memory without")
+    set_seed(options.seed)
+    adapted = with_new_adapter(model, targets, options)
+
+    arguments = training_arguments(
+        options, beside, model.dtype, device, sequences, accumulation, gradient_checkpointing=checkpointing
+    )
     with arguments.main_process_first(local=False):  # the first process tidies up, the others find it done
         checkpoints = Checkpoints(beside, _request(options, base, examples))
         latest = checkpoints.latest()
@@ -154,56 +160,6 @@ def train(options: TrainOptions) -> TrainReport:
             write_json(partial / MANIFEST, _manifest(options, base, report))
         checkpoints.remove()
     return report
-
-
-def _examples(options: TrainOptions, window: int, vocabulary: int) -> tuple[list[Example], bool]:
-    """What to train on, and whether documents were packed into full windows."""
-    tokenizer = load_tokenizer(options.model, options)
-    records = load_records(options.data, "train")
-    whole = whole_examples(records, tokenizer, completion_only=options.completion_only)
-    packing = options.packing
-    if packing is None:
-        packing = sum(len(one.input_ids) for one in whole) > window * len(whole)
-    examples = pack(whole, window) if packing else truncate(whole, window)
-    if not examples:
-        raise UsageError(f"data {options.data!r} has no example with a token to predict within {window} tokens")
-    require_known_ids((one.input_ids for one in examples), vocabulary, "data")
-    how = "packed documents" if packing else "one document each"
-    logger.info("training on %d sequences of up to %d tokens (%s) from %s", len(examples), window, how, options.data)
-    return examples, packing
-
-
-def _targets(model: PreTrainedModel, names: str) -> dict[str, nn.Module]:
-    """Full module name -> linear layer, for `all-linear` or names separated by commas."""
-    linears = prunable_linears(model)
-    if names.strip().lower() == "all-linear":
-        return linears
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-
-    def has(full: str, name: str) -> bool:
-        return full == name or full.endswith(f".{name}")
-
-    if unknown := [name for name in wanted if not any(has(full, name) for full in linears)]:
-        known = ", ".join(sorted({full.rpartition(".")[2] for full in linears}))
-        raise UsageError(f"target-modules: the model has no {', '.join(unknown)}; its linear layers are {known}")
-    if not wanted:
-        raise UsageError("target-modules is empty; name modules, or pass all-linear")
-    return {full: module for full, module in linears.items() if any(has(full, name) for name in wanted)}
-
-
-def _with_adapter(model: PreTrainedModel, targets: dict[str, nn.Module], options: TrainOptions) -> PeftModel:
-    config = SppConfig(
-        r=options.rank,
-        scale=options.scale,
-        mode=options.mode,
-        dropout=options.dropout,
-        target_modules=list(targets),
-        task_type="CAUSAL_LM",
-    )
-    adapted = get_peft_model(model, config)
-    assert isinstance(adapted, PeftModel)
-    model.config.use_cache = False  # the cache is for generation, and in the way of checkpointing
-    return adapted
 
 
 def _run(trainer: Trainer, watch: Watch, latest: Path | None) -> None:

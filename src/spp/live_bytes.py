@@ -1,0 +1,77 @@
+"""Count the bytes of tensors that are alive, op by op; on fake tensors, without computing or allocating anything."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """While active, counts the storages that ops make, until the last tensor on each is gone.
+
+    Attributes:
+        now: bytes alive, of those made while this was active.
+        peak: most of them at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
+
+
+def peak_of_a_step(model: nn.Module, batch: dict[str, torch.Size], device: torch.device) -> int:
+    """Most bytes that the forward and the backward pass of a training step hold besides the parameters.
+
+    Nothing is computed: the parameters and buffers are replaced by fake ones, so that `model` is of no use afterwards.
+
+    Args:
+        model: on any device, the meta device among them; gives `loss` and `logits`, and is in training mode.
+        batch: name -> shape of its integer inputs.
+        device: where the step would run; kernels differ in what they keep.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, held in module._parameters.items():
+                if held is not None:
+                    fake = torch.empty(held.shape, dtype=held.dtype, device=device)
+                    module._parameters[name] = nn.Parameter(fake, requires_grad=held.requires_grad)
+            for name, held in module._buffers.items():
+                if held is not None:
+                    module._buffers[name] = torch.empty(held.shape, dtype=held.dtype, device=device)
+        inputs = {name: torch.ones(shape, dtype=torch.int64, device=device) for name, shape in batch.items()}
+        with LiveBytes() as live:
+            output = model(**inputs)
+            loss = output.loss
+            del output  # and the logits with it, as in training
+            loss.backward()
+    return live.peak

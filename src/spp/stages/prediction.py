@@ -1,0 +1,184 @@
+"""How much memory a training run will need, before it is started: what `spp train --dry-run` prints.
+
+Weights are counted in the files. A training step is run on tensors without contents, so that whatever the model's code
+keeps for backward is counted as it is, with no formula for any architecture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from spp.checkpoint import Checkpoint, resolve_model
+from spp.errors import UsageError
+from spp.live_bytes import peak_of_a_step
+from spp.loading import compute_dtype, context_window, load_config, pick_device
+from spp.models import is_transposed, prunable_linears
+from spp.ops import packs_well
+from spp.ops.linear import scratch_bytes
+from spp.options import TrainOptions
+from spp.packed import packed_bytes
+from spp.packing import WORTH_PACKING
+from spp.progress import track
+from spp.rewriting import tensor_name
+from spp.stages.adapting import target_layers, with_new_adapter
+from spp.stages.arguments import batching
+from spp.stages.training_data import training_examples
+
+_SHARE_TO_USE = 0.9  # of what is free; the rest is for what no one counts
+_PLAINLY_FITS = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPrediction:
+    """The predicted peak of a training run on one device, in bytes by part.
+
+    Attributes:
+        parts: what -> bytes.
+        available: free on the device now.
+        gradient_checkpointing: whether the run would use it.
+        packed: layers whose weights would be packed.
+        sequences, tokens: of a batch on the device, and of a sequence in it.
+    """
+
+    parts: dict[str, int]
+    available: int
+    device: str
+    gradient_checkpointing: bool
+    packed: int
+    sequences: int
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+
+def predict_training(options: TrainOptions) -> MemoryPrediction:
+    """What `spp train` with these options would need; it reads the data and the weights, and writes nothing.
+
+    Raises:
+        UsageError: as `train`, for what can be wrong with the request.
+        SppError: a damaged model.
+    """
+    checkpoint = Checkpoint.open(resolve_model(options.model))
+    config = load_config(options.model, options)
+    device = pick_device(options.device)
+    sequences, _ = batching(options)
+    examples, _ = training_examples(
+        options, context_window(config, options.window), config.get_text_config().vocab_size
+    )
+    batch = torch.Size((sequences, max(len(one.input_ids) for one in examples)))
+    skeleton = _skeleton(options, config, device)
+    weights, packed = _weights(checkpoint, skeleton, options, device)
+    step = needs_of_a_step(options, config, batch, device)
+    parts = {**({"Python and libraries": psutil.Process().memory_info().rss} if device.type == "cpu" else {}), **weights}
+    checkpointing = options.gradient_checkpointing
+    if checkpointing is None:
+        checkpointing = sum(parts.values()) + sum(step.values()) > _SHARE_TO_USE * available_bytes(device)
+    if checkpointing:
+        step = needs_of_a_step(options, config, batch, device, checkpointing=True)
+    return MemoryPrediction(
+        parts={**parts, **step},
+        available=available_bytes(device),
+        device=str(device),
+        gradient_checkpointing=checkpointing,
+        packed=packed,
+        sequences=batch[0],
+        tokens=batch[1],
+    )
+
+
+def needs_checkpointing(options: TrainOptions, model: PreTrainedModel, batch: torch.Size, device: torch.device) -> bool:
+    """Whether a model that is loaded can be trained on batches of this shape only with gradient checkpointing.
+
+    Args:
+        options: of the run; what they say about checkpointing is followed.
+        model: in the CPU's memory, without adapter.
+        batch: sequences, tokens.
+        device: to train on.
+    """
+    if options.gradient_checkpointing is not None:
+        return options.gradient_checkpointing
+    free = available_bytes(device)
+    to_move = 0 if device.type == "cpu" else sum(parameter.nbytes for parameter in model.parameters())
+    config = model.config.get_text_config()
+    # Counting takes seconds. A decoder keeps about 32 tensors of the hidden size a layer, and four of logits.
+    roughly = 4 * batch.numel() * (32 * config.hidden_size * config.num_hidden_layers + 4 * config.vocab_size)
+    if to_move + roughly < _PLAINLY_FITS * free:
+        return False
+    return to_move + sum(needs_of_a_step(options, model.config, batch, device).values()) > _SHARE_TO_USE * free
+
+
+def needs_of_a_step(
+    options: TrainOptions, config: Any, batch: torch.Size, device: torch.device, *, checkpointing: bool = False
+) -> dict[str, int]:
+    """Bytes by part that training takes besides the base's weights: adapter, optimiser, activations, scratch."""
+    model = _skeleton(options, config, device)
+    targets = target_layers(model, options.target_modules)
+    scratch = max(scratch_bytes(*_shape(layer), model.dtype) for layer in targets.values())
+    adapted = with_new_adapter(model, targets, options)
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    if checkpointing:
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    inputs = dict.fromkeys(("input_ids", "attention_mask", "labels"), batch)
+    return {
+        "adapter": 4 * trained,
+        "optimiser": 2 * 4 * trained,  # AdamW's two moments
+        "activations and gradients": peak_of_a_step(adapted.train(), inputs, device),
+        "scratch": scratch,
+    }
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _skeleton(options: TrainOptions, config: Any, device: torch.device) -> PreTrainedModel:
+    """The model without memory, in the dtype that it would compute in."""
+    dtype = compute_dtype(options.dtype, device)
+    dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
+
+
+def _weights(
+    checkpoint: Checkpoint, model: PreTrainedModel, options: TrainOptions, device: torch.device
+) -> tuple[dict[str, int], int]:
+    """Bytes of the base by part, and how many layers would be packed."""
+    linears = prunable_linears(model)
+    pack = (packs_well(device) if options.pack is None else options.pack) or (
+        bool(checkpoint.packed) and options.pack is not False
+    )
+    kinds = {"packed weights": 0, "dense weights": 0}
+    packed = 0
+    for name, layer in track(linears.items(), "counting weights", total=len(linears)):
+        stored = tensor_name(checkpoint, name)
+        if stored is None:
+            raise UsageError(f"model {options.model!r} lacks the weight of {name}, or it is stored under another name")
+        dense = layer.get_parameter("weight").nbytes
+        tensor = checkpoint.tensor(stored) if pack else None
+        if tensor is not None and 1 - int(tensor.count_nonzero()) / tensor.numel() >= WORTH_PACKING:
+            rows, columns = _shape(layer)
+            kinds["packed weights"] += packed_bytes(int(tensor.count_nonzero()), rows, columns, tensor.dtype)
+            packed += 1
+        else:
+            kinds["dense weights"] += dense
+    counted = {id(layer.get_parameter("weight")) for layer in linears.values()}
+    rest = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in counted)
+    return {**kinds, "embeddings, head, norms": rest}, packed
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    """(O, I) of a linear layer."""
+    first, second = layer.get_parameter("weight").shape
+    return (second, first) if is_transposed(layer) else (first, second)
