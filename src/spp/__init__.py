@@ -35,6 +35,9 @@ if TYPE_CHECKING:  # explicit re-exports
     from spp.options import (
         VerifyOptions as VerifyOptions,
     )
+    from spp.packed_linear import PackedLinear as PackedLinear
+    from spp.packing import pack_ as pack_
+    from spp.packing import unpack_ as unpack_
     from spp.pipeline import run as run
     from spp.stages.evaluate import evaluate as evaluate
     from spp.stages.merge import merge as merge
@@ -47,6 +50,7 @@ if TYPE_CHECKING:  # explicit re-exports
 _HOMES = {
     "EvalOptions": "spp.options",
     "MergeOptions": "spp.options",
+    "PackedLinear": "spp.packed_linear",
     "PruneOptions": "spp.options",
     "RunOptions": "spp.options",
     "SppConfig": "spp.tuner",
@@ -57,10 +61,12 @@ _HOMES = {
     "VerifyOptions": "spp.options",
     "evaluate": "spp.stages.evaluate",
     "merge": "spp.stages.merge",
+    "pack_": "spp.packing",
     "prune": "spp.stages.prune",
     "run": "spp.pipeline",
     "spp_linear": "spp.ops",
     "train": "spp.stages.train",
+    "unpack_": "spp.packing",
     "verify": "spp.stages.verify",
 }
 

@@ -170,7 +170,7 @@ def problems(packed: PackedWeight) -> Iterator[str]:
             f"{int(offsets[row + 1] - offsets[row])} values"
         )
     used = packed.in_features - (words - 1) * WORD_BITS
-    if used < WORD_BITS and bool((packed.bitmask[:, -1].to(torch.int64) & 0xFFFFFFFF >> used).any()):
+    if used < WORD_BITS and bool((packed.bitmask[:, -1] >> used).any()):
         yield "the bitmask has bits beyond the last column"
 
 

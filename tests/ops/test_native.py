@@ -17,7 +17,7 @@ from spp.errors import SppError
 from spp.ops import kernels, native
 from spp.packed import PackedWeight
 
-LEVELS = [level for level in range(3) if native.instructions(level)]
+LEVELS = [level for level in range(4) if native.instructions(level)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 NASTY = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-40, 6e-8, 3e38, 65504.0, 1.0, -2.5]
 
@@ -136,6 +136,26 @@ def test_few_tokens(level, packed, shape, density, dtype, x_dtype, tokens, seed)
     step = torch.finfo(x_dtype).eps + 2 * torch.finfo(torch.float32).eps * math.sqrt(shape[1])
     assert y.dtype == x_dtype
     assert ((y.double() - exact).abs() <= step * scale + 1e-7).all()
+
+
+@every_level
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.sampled_from(DTYPES), st.integers(1, 4), seeds)
+def test_few_tokens_of_nasty_values(level, shape, dtype, tokens, seed):
+    """NaN and infinity exactly where the dense product has them, 0 * infinity among them."""
+    weight = draw_weight(shape, 0.7, dtype, seed, nasty=True)
+    x = torch.tensor(NASTY)[torch.randint(len(NASTY), (tokens, shape[1]), generator=torch.Generator().manual_seed(seed))]
+    x = x.to(dtype)
+    y = native.matvec(x, native.pack(weight), None, level=level)
+    exact = x.double() @ weight.double().T
+    assert y.isnan()[exact.isnan()].all()
+    infinite = exact.isinf()
+    assert (y[infinite].double() == exact[infinite]).all()
+    scale = x.double().abs() @ weight.double().abs().T
+    tame = exact.isfinite() & (scale < torch.finfo(dtype).max / 4)
+    error = (y.double() - exact).abs()[tame]
+    # A denormal weight may count as zero: it is worth at most 2^-126 times the largest x.
+    assert (error <= 2 * torch.finfo(dtype).eps * scale[tame] + 2.0**-126 * 3.4e38 * shape[1]).all()
 
 
 @every_level

@@ -79,10 +79,10 @@ _LIBRARY = _load()
 
 
 def instructions(level: int = _BEST) -> str | None:
-    """The instruction set that is used: avx512, avx2 or portable; None where the library is not there.
+    """The instruction set that is used: avx512_bf16, avx512, avx2 or portable; None where the library is not there.
 
     Args:
-        level: 0 is portable, 1 and 2 are those above it on this machine; None is returned for one that it lacks.
+        level: 0 is portable, 1 to 3 are those above it; None is returned for one that this machine lacks.
     """
     name = _LIBRARY.spp_instructions(level) if _LIBRARY else None
     return name.decode() if name else None
@@ -182,7 +182,7 @@ def add_factor_gradients(
 def matvec(x: Tensor, weight: Weight, bias: Tensor | None, *, level: int = _BEST) -> Tensor:
     """y = x W^T + bias for up to `MOST_TOKENS` tokens, reading each weight once: (T, O) in x's dtype.
 
-    A zero of a packed W takes no part for one token, even where x is not finite.
+    Sums are in fp32. On a CPU with AVX512_BF16, denormals count as zeros where W and x are bf16.
 
     Args:
         x: (T, I), contiguous.

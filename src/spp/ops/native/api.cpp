@@ -53,7 +53,7 @@ const Kernels* best() {
                      __builtin_cpu_supports("bmi2");
   if (basic && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return &spp::avx512;
+    return __builtin_cpu_supports("avx512bf16") ? &spp::avx512_bf16 : &spp::avx512;
   }
   if (basic) return &spp::avx2;
 #endif
@@ -62,7 +62,7 @@ const Kernels* best() {
 
 const Kernels* kernels(int level) {
 #if defined(__x86_64__)
-  static const Kernels* const all[] = {&spp::portable, &spp::avx2, &spp::avx512};
+  static const Kernels* const all[] = {&spp::portable, &spp::avx2, &spp::avx512, &spp::avx512_bf16};
 #else
   static const Kernels* const all[] = {&spp::portable};
 #endif

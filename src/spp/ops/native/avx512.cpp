@@ -101,109 +101,12 @@ inline void expand_bits(float* out, uint32_t mask, const float* p, const float* 
 
 #include "rows.h"
 #include "table.h"
-
-namespace {
-
-// One token, and weights and x of the same 16-bit dtype: instead of the weights going to their columns, x comes to the
-// weights. It is compressed by the row's bits, so that multiplying touches non-zeros only. A zero takes no part, even
-// where x is not finite. The product follows one segment behind: loading what was just stored would stall.
-bool compresses(const Weight& w, Dtype dtype, int64_t tokens) {
-  return w.bitmask && tokens == 1 && dtype == w.dtype && dtype != Dtype::fp32;
-}
-
-constexpr int64_t kSegment = 4096;  // columns compressed at a time
-
-int64_t compress(const uint32_t* word, const uint16_t* x, int64_t columns, uint16_t* out) {
-  uint16_t* to = out;
-  int64_t j = 0;
-  for (; j + kChunk <= columns; j += kChunk, ++word) {
-    _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(*word, _mm512_loadu_si512(x + j)));
-    to += count(*word);
-  }
-  if (j < columns) {
-    const uint32_t mask = *word & low_bits(columns - j);
-    _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(mask, _mm512_maskz_loadu_epi16(mask, x + j)));
-    to += count(mask);
-  }
-  return to - out;
-}
-
-// The sum of w[i] * x[i] over 32 entries, as two parts that are added to `low` and `high`.
-inline void multiply(bf16, __m512i w, __m512i x, V& low, V& high) {
-  const __m512i top = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  low = fma(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), low);
-  high = fma(_mm512_castsi512_ps(_mm512_and_si512(w, top)), _mm512_castsi512_ps(_mm512_and_si512(x, top)), high);
-}
-inline void multiply(fp16, __m512i w, __m512i x, V& low, V& high) {
-  low = fma(from_fp16(_mm512_castsi512_si256(w)), from_fp16(_mm512_castsi512_si256(x)), low);
-  high = fma(from_fp16(_mm512_extracti64x4_epi64(w, 1)), from_fp16(_mm512_extracti64x4_epi64(x, 1)), high);
-}
-
-template <class T>
-struct Segment {
-  const T* w;
-  const uint16_t* x;
-  int64_t n;
-
-  float dot() const {
-    V low[2] = {zero(), zero()}, high[2] = {zero(), zero()};
-    int64_t i = 0;
-    for (; i + 64 <= n; i += 64) {
-      multiply(T{}, _mm512_loadu_si512(w + i), _mm512_loadu_si512(x + i), low[0], high[0]);
-      multiply(T{}, _mm512_loadu_si512(w + i + 32), _mm512_loadu_si512(x + i + 32), low[1], high[1]);
-    }
-    for (; i < n; i += 32) {
-      const __mmask32 there = low_bits(n - i);
-      multiply(T{}, _mm512_maskz_loadu_epi16(there, w + i), _mm512_maskz_loadu_epi16(there, x + i), low[0], high[0]);
-    }
-    return sum(add(add(low[0], low[1]), add(high[0], high[1])));
-  }
-};
-
-template <class T>
-bool matvec_compressed(const Weight& weight, const uint16_t* x, const float* bias, T* y, int64_t first, int64_t last) {
-  alignas(64) uint16_t buffers[2][kSegment + kChunk];
-  PackedRows<T> rows(weight);
-  Segment<T> before{nullptr, nullptr, 0};
-  float total = 0.0f;
-  int64_t parity = 0;
-  for (int64_t row = first; row < last; ++row) {
-    if (!rows.start(row)) return false;
-    for (int64_t j = 0; j < weight.in_features; j += kSegment, parity ^= 1) {
-      const int64_t columns = weight.in_features - j < kSegment ? weight.in_features - j : kSegment;
-      const int64_t n = compress(rows.word + j / 32, x + j, columns, buffers[parity]);
-      total += before.dot();
-      before = {rows.at, buffers[parity], n};
-      rows.at += n;
-      if (j == 0 && row > first) {
-        narrow_one(y + row - 1, total + (bias ? bias[row - 1] : 0.0f));
-        total = 0.0f;
-      }
-    }
-  }
-  total += before.dot();
-  narrow_one(y + last - 1, total + (bias ? bias[last - 1] : 0.0f));
-  return true;
-}
-
-bool matvec_512(const Weight& w, const float* x, Dtype dtype, int64_t tokens, const float* bias, void* y, int64_t first,
-                int64_t last) {
-  if (!compresses(w, dtype, tokens)) return matvec(w, x, dtype, tokens, bias, y, first, last);
-  const auto* words = reinterpret_cast<const uint16_t*>(x);
-  return dtype == Dtype::bf16 ? matvec_compressed(w, words, bias, static_cast<bf16*>(y), first, last)
-                              : matvec_compressed(w, words, bias, static_cast<fp16*>(y), first, last);
-}
-
-void arrange_512(const Weight& w, const void* x, Dtype dtype, int64_t tokens, float* out) {
-  if (!compresses(w, dtype, tokens)) return arrange(w, x, dtype, tokens, out);
-  __builtin_memcpy(out, x, static_cast<uint64_t>(w.in_features) * sizeof(uint16_t));
-}
-
-}  // namespace
+#include "matvec512.h"
 
 namespace spp {
 const Kernels avx512 = {"avx512", effective, reduce, matvec_512, arrange_512, scan, gather};
-}
+const Kernels avx512_bf16 = {"avx512_bf16", effective, reduce, matvec_512_bf16, arrange_512_bf16, scan, gather};
+}  // namespace spp
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -80,6 +80,7 @@ extern const Kernels portable;
 #if defined(__x86_64__)
 extern const Kernels avx2;
 extern const Kernels avx512;
+extern const Kernels avx512_bf16;  // the same, with VDPBF16PS
 #endif
 
 }  // namespace spp
