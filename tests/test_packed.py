@@ -46,7 +46,9 @@ DAMAGE = {
     "row_offsets is": lambda p: {"row_offsets": p.row_offsets.int()},
     "contiguous, is expected": lambda p: {"bitmask": p.bitmask.T.contiguous().T},
     "there are 3 values": lambda p: {"values": p.values[:-1]},
-    "rows have another number of bits than of values, e.g. row 0": lambda p: {"bitmask": p.bitmask + torch.tensor([[2, 0], [0, 0]], dtype=torch.int32)},
+    "rows have another number of bits than of values, e.g. row 0": lambda p: {
+        "bitmask": p.bitmask + torch.tensor([[2, 0], [0, 0]], dtype=torch.int32)
+    },
     "run from 1 to": lambda p: {"row_offsets": p.row_offsets + 1},
     "bits beyond the last column": lambda p: {"bitmask": p.bitmask + torch.tensor([[0, 8], [0, 0]], dtype=torch.int32)},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,7 +12,11 @@ if TYPE_CHECKING:
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far; Linux counts in KiB, macOS in bytes."""
+    """Largest resident set of this process so far; the system counts in KiB, macOS in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux, where getrusage may report the size of the process that started this one
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

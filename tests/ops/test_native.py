@@ -144,7 +144,9 @@ def test_few_tokens(level, packed, shape, density, dtype, x_dtype, tokens, seed)
 def test_few_tokens_of_nasty_values(level, shape, dtype, tokens, seed):
     """NaN and infinity exactly where the dense product has them, 0 * infinity among them."""
     weight = draw_weight(shape, 0.7, dtype, seed, nasty=True)
-    x = torch.tensor(NASTY)[torch.randint(len(NASTY), (tokens, shape[1]), generator=torch.Generator().manual_seed(seed))]
+    x = torch.tensor(NASTY)[
+        torch.randint(len(NASTY), (tokens, shape[1]), generator=torch.Generator().manual_seed(seed))
+    ]
     x = x.to(dtype)
     y = native.matvec(x, native.pack(weight), None, level=level)
     exact = x.double() @ weight.double().T

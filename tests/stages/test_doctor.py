@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from spp import __version__
-from spp.ops import BACKENDS, pick_backend
+from spp.ops import BACKENDS, native
 from spp.stages import doctor
 from spp.stages.doctor import diagnose, doctor_table, environment, versions
 
@@ -78,7 +78,8 @@ def test_the_environment_is_plausible_and_says_nothing_of_the_user():
 def test_a_sound_installation():
     report = diagnose()
     assert report.problems == [] and report.peft_knows_spp
-    assert report.backends == list(BACKENDS) and report.auto_backend == pick_backend()
+    assert list(report.backends) == list(BACKENDS) and report.backends["reference"] == "available"
+    assert report.backends["native"].startswith("available (") == bool(native.instructions())
     text = shown(report)
     assert "problems" in text and "none" in text and "registered" in text and "NOT registered" not in text
     json.dumps(asdict(report))
@@ -119,7 +120,7 @@ def test_torch_that_is_broken_leaves_a_report(without):
 def test_an_operator_and_a_registration_that_fail_are_named(without):
     without("spp", ImportError("PeftType of this PEFT cannot be extended by SPP"))
     report = diagnose()
-    assert (report.backends, report.auto_backend, report.peft_knows_spp) == ([], None, False)
+    assert (report.backends, report.peft_knows_spp) == ({}, False)
     assert [problem.split(":")[0] for problem in report.problems] == [
         "the SPP operator does not load",
         "PEFT does not take the adapter type SPP",
@@ -143,7 +144,11 @@ def test_accelerators_come_with_their_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
     assert environment()["accelerators"][1] == {"name": "NVIDIA H100", "memory_bytes": 80 * 2**30}
-    report = doctor.DoctorReport(
-        versions={}, environment=environment(), backends=[], auto_backend=None, peft_knows_spp=True, problems=[]
-    )
+    report = doctor.DoctorReport(versions={}, environment=environment(), backends={}, peft_knows_spp=True, problems=[])
     assert "NVIDIA H100, 80.0 GiB" in shown(report)
+
+
+def test_without_a_compiler_it_is_said_what_to_do(monkeypatch):
+    monkeypatch.setattr(native, "_LIBRARY", None)
+    state = diagnose().backends["native"]
+    assert state.startswith("not available: it was not built") and "C++ compiler" in state

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from spp import packed
-from spp.ops import kernels, linear, native, products, reference
-
+from spp.ops import linear, native, products, reference
 from spp.packed import PackedWeight, Weight
 
 logger = logging.getLogger("spp")
 
-Backend = Literal["auto", "reference", "torch", "native"]
+Backend = Literal["auto", "reference", "torch", "native", "triton"]
 Mode = Literal["fused", "split"]
 BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Backend) if name != "auto")
 
@@ -108,13 +107,32 @@ def unpack(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         SppError: the packed weight is damaged.
     """
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
-    (kernels if native.why_not(weight, out) else native).expand(weight, out)
+    linear.kernels_of(_accelerated(weight, out) or "torch").expand(weight, out)
     return out
 
 
 def packs_well(device: torch.device) -> bool:
     """Whether packed weights are fast there, that is, whether our kernels for them can be used."""
-    return native.why_not(torch.empty(0, device=device)) is None
+    return _accelerated(torch.empty(1, 1, device=device)) is not None
+
+
+def why_not(backend: str, weight: Weight, *others: Tensor) -> str | None:
+    """Why a back-end cannot take this weight, with these tensors to compute with, in words; None where it can."""
+    if weight.requires_grad and backend != "reference":
+        return "it gives the weight no gradient; freeze it, or use reference"
+    if backend == "native":
+        return native.why_not(weight, *others)
+    if backend == "triton":
+        from spp.ops import triton  # takes its time, and most machines never need it
+
+        return triton.why_not(weight, *others)
+    return None
+
+
+def _accelerated(weight: Weight, *others: Tensor) -> str | None:
+    """The name of our kernels for these tensors, if there are any."""
+    backend = "triton" if weight.device.type == "cuda" else "native"
+    return backend if why_not(backend, weight, *others) is None else None
 
 
 def resolve(backend: str, x: Tensor, weight: Weight) -> str:
@@ -124,16 +142,14 @@ def resolve(backend: str, x: Tensor, weight: Weight) -> str:
         ValueError: an explicit one is unknown, or cannot do this.
     """
     if backend == "auto":
-        backend = "reference" if weight.requires_grad else "torch" if native.why_not(weight, x) else "native"
+        backend = "reference" if weight.requires_grad else _accelerated(weight, x) or "torch"
         if not torch.compiler.is_compiling():
             _say_once(backend)
         return backend
     if backend not in BACKENDS:
         raise ValueError(f"back-end {backend!r} is unknown; use auto, {', '.join(BACKENDS)}")
-    if backend != "reference" and weight.requires_grad:
-        raise ValueError(f"the back-end {backend} gives the weight no gradient; freeze it, or use reference")
-    if backend == "native" and (reason := native.why_not(weight, x)):
-        raise ValueError(f"the back-end native cannot be used: {reason}")
+    if reason := why_not(backend, weight, x):
+        raise ValueError(f"the back-end {backend} cannot be used: {reason}")
     return backend
 
 

@@ -14,6 +14,7 @@ Shapes: T tokens, O output features, I input features, R row groups. x (T, I), W
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal
 
@@ -21,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spp.ops import kernels, native
 from spp.ops.reference import wide_dtype
 from spp.ops.scratch import scratch
 from spp.packed import PackedWeight, Weight
@@ -29,7 +29,7 @@ from spp.packed import PackedWeight, Weight
 Part = Literal["fused", "split", "adapter"]
 """What is computed: x W'^T with W' rounded once, the same as two products, or the adapter's product x Delta^T alone."""
 
-KERNELS: dict[str, ModuleType] = {"torch": kernels, "native": native}
+_MODULES = {"torch": "spp.ops.kernels", "native": "spp.ops.native", "triton": "spp.ops.triton"}
 _BLOCK_ROWS = 1024
 
 
@@ -43,13 +43,18 @@ def apply(
         weight: (O, I); gets no gradient.
         A, B, scale, bias: as for `spp.ops.spp_linear`.
         part: see `Part`.
-        backend: a key of `KERNELS`.
+        backend: torch, native or triton.
     """
     if bias is not None:
         bias = bias.to(x.dtype)
     # Shaped outside: autograd lets nobody change a view in place that an op returned, and some models do that.
     rows = _linear(x.reshape(-1, x.shape[-1]), as_tensors(weight), A, B, scale, bias, part, backend)
     return rows.reshape(*x.shape[:-1], len(weight))
+
+
+def kernels_of(backend: str) -> ModuleType:
+    """The module of a back-end: `effective_weight`, `expand` and `add_factor_gradients` as in `spp.ops.kernels`."""
+    return import_module(_MODULES[backend])  # only now: triton takes its time
 
 
 def scratch_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
@@ -94,7 +99,7 @@ def _factor_gradients(
             rows = dy[:, first : first + _BLOCK_ROWS].T
             G = scratch("gradient", (len(rows), x.shape[1]), x.dtype, x.device)
             torch.mm(rows, x, out=G)
-            KERNELS[backend].add_factor_gradients(G, first, whole, wide_A, wide_B, dA, dB)
+            kernels_of(backend).add_factor_gradients(G, first, whole, wide_A, wide_B, dA, dB)
     return dA.mul_(scale).to(A.dtype), dB.mul_(scale).to(B.dtype)
 
 
@@ -146,7 +151,7 @@ def _effective(
     whole = _whole(weight, A)
     wide = wide_dtype(whole, A, B)
     out = scratch("weight", whole.shape, dtype, A.device)
-    KERNELS[backend].effective_weight(whole, A.to(wide), scale * B.to(wide), out, with_base=with_base)
+    kernels_of(backend).effective_weight(whole, A.to(wide), scale * B.to(wide), out, with_base=with_base)
     return out
 
 
@@ -155,7 +160,7 @@ def _base(dtype: torch.dtype, weight: Weight, backend: str) -> Tensor:
     if isinstance(weight, Tensor):
         return weight.to(dtype)
     out = scratch("weight", weight.shape, dtype, weight.device)
-    KERNELS[backend].expand(weight, out)
+    kernels_of(backend).expand(weight, out)
     return out
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spp.ops import native
-from spp.ops.linear import KERNELS
+from spp.ops.linear import kernels_of
 from spp.ops.scratch import scratch
 from spp.packed import PackedWeight
 
@@ -31,7 +31,7 @@ def apply(x: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str) ->
         x: (..., I) in the dtype to compute in.
         weight: (O, I).
         bias: (O,) or None.
-        backend: a key of `KERNELS`.
+        backend: torch, native or triton.
     """
     if bias is not None:
         bias = bias.to(x.dtype)
@@ -85,7 +85,7 @@ def _packed_input_gradient(
 
 def _expanded(weight: PackedWeight, dtype: torch.dtype, backend: str) -> Tensor:
     out = scratch("weight", weight.shape, dtype, weight.device)
-    KERNELS[backend].expand(weight, out)
+    kernels_of(backend).expand(weight, out)
     return out
 
 

@@ -30,8 +30,7 @@ try:
 except ImportError:
     triton = tl = None
 
-_DTYPES = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
-"""What is computed in, and the integers of the same size."""
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Reasoned, not measured: a thread stores 16 bytes of a bf16 row at a time, and the 1024 rows that G is formed in still
 # make enough programs of the gradients for every multiprocessor.
@@ -117,7 +116,7 @@ def _form(
     pieces, first_group, first, last, out_features, in_features, rank,
     WITH_BASE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, ROW_WORDS: tl.constexpr,
 ):
-    """c W + W * A[g] * B; W itself where there is no A."""
+    """c W + W * A[g] * B; W itself where there is no A, and its very bits where the dtypes are the same."""
     group, start, stop = _piece(pieces, first_group, first, last, out_features, rank, ROWS)
     columns = _columns(WORDS)
     inside = columns < in_features
@@ -180,7 +179,7 @@ def effective_weight(weight: Weight, A: Tensor, B: Tensor, out: Tensor, *, with_
     Raises:
         SppError: a packed weight whose tensors do not fit each other.
     """
-    _form_rows(weight, _described(weight, out), A, B, out, with_base)
+    _form_rows(weight, A, B, out, with_base)
 
 
 def expand(weight: PackedWeight, out: Tensor) -> None:
@@ -189,10 +188,7 @@ def expand(weight: PackedWeight, out: Tensor) -> None:
     Raises:
         SppError: a packed weight whose tensors do not fit each other.
     """
-    described = _described(weight, out)
-    if weight.dtype == out.dtype:  # as integers: copying floats may quieten a NaN
-        described["values"], out = weight.values.view(_DTYPES[out.dtype]), out.view(_DTYPES[out.dtype])
-    _form_rows(weight, described, None, None, out, True)
+    _form_rows(weight, None, None, out, True)
 
 
 def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor) -> None:
@@ -217,9 +213,8 @@ def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Te
     dB[first:last, 0] = dB_of_blocks.sum(dim=1)
 
 
-def _form_rows(
-    weight: Weight, described: dict[str, Any], A: Tensor | None, B: Tensor | None, out: Tensor, with_base: bool
-) -> None:
+def _form_rows(weight: Weight, A: Tensor | None, B: Tensor | None, out: Tensor, with_base: bool) -> None:
+    described = _described(weight, out)
     _require(out.shape == tuple(weight.shape) and out.is_contiguous(), "out", out)
     if not out.numel():
         return

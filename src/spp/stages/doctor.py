@@ -31,16 +31,14 @@ class DoctorReport:
     Attributes:
         versions: package -> version; None where it is not installed.
         environment: see `environment`.
-        backends: names of the back-ends of the SPP operator.
-        auto_backend: the one that `auto` stands for; None where the operator does not load.
+        backends: back-end of the SPP operator -> how it runs here, or why it does not.
         peft_knows_spp: whether PEFT lists SPP among its adapter types.
         problems: what is broken, one sentence each.
     """
 
     versions: dict[str, str | None]
     environment: dict[str, Any]
-    backends: list[str]
-    auto_backend: str | None
+    backends: dict[str, str]
     peft_knows_spp: bool
     problems: list[str]
 
@@ -52,12 +50,10 @@ def diagnose() -> DoctorReport:
     for name in (*_REQUIRED, *_OPTIONAL):
         if found[name] is not None:
             _attempt(lambda name=name: import_module(name), f"{name} {found[name]} cannot be imported", problems)
-    operator = _attempt(lambda: import_module("spp.ops"), "the SPP operator does not load", problems)
     return DoctorReport(
         versions=found,
         environment=environment(),
-        backends=list(operator.BACKENDS) if operator else [],
-        auto_backend=operator.pick_backend() if operator else None,
+        backends=_attempt(_backends, "the SPP operator does not load", problems) or {},
         peft_knows_spp=bool(_attempt(_peft_knows_spp, "PEFT does not take the adapter type SPP", problems)),
         problems=problems,
     )
@@ -73,6 +69,25 @@ def _attempt(action: Callable[[], Value], failure: str, problems: list[str]) -> 
         first_line = (str(error).strip().splitlines() or [""])[0]
         problems.append(f"{failure}: {type(error).__name__}: {first_line}".removesuffix(": "))
         return None
+
+
+def _backends() -> dict[str, str]:
+    import torch
+
+    ops, native = import_module("spp.ops"), import_module("spp.ops.native")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_device = {"native": "cpu", "triton": device}
+    found: dict[str, str] = {}
+    for name in ops.BACKENDS:
+        weight = torch.empty(1, 1, device=on_device.get(name, "cpu"))
+        reason = ops.why_not(name, weight)
+        found[name] = f"not available: {reason}" if reason else "available"
+    if native.instructions():
+        threads = "torch's threads" if native.multithreaded() else "one thread: torch's OpenMP was not found"
+        found["native"] = f"available ({native.instructions()}, {threads})"
+    else:
+        found["native"] += "; install a C++ compiler and then spp again"
+    return found
 
 
 def _peft_knows_spp() -> bool:
@@ -157,8 +172,7 @@ def doctor_table(report: DoctorReport) -> Table:
         [(name, version or _absent(name)) for name, version in report.versions.items()],
         _hardware_rows(report.environment),
         [
-            ("operator back-ends", ", ".join(report.backends) or "none"),
-            ("auto picks", report.auto_backend or "none"),
+            *((f"back-end {name}", state) for name, state in report.backends.items()),
             ("PEFT adapter type SPP", "registered" if report.peft_knows_spp else "NOT registered"),
         ],
         [("PROBLEM", problem) for problem in report.problems] or [("problems", "none")],

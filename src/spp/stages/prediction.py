@@ -78,7 +78,10 @@ def predict_training(options: TrainOptions) -> MemoryPrediction:
     skeleton = _skeleton(options, config, device)
     weights, packed = _weights(checkpoint, skeleton, options, device)
     step = needs_of_a_step(options, config, batch, device)
-    parts = {**({"Python and libraries": psutil.Process().memory_info().rss} if device.type == "cpu" else {}), **weights}
+    parts = {
+        **({"Python and libraries": psutil.Process().memory_info().rss} if device.type == "cpu" else {}),
+        **weights,
+    }
     checkpointing = options.gradient_checkpointing
     if checkpointing is None:
         checkpointing = sum(parts.values()) + sum(step.values()) > _SHARE_TO_USE * available_bytes(device)

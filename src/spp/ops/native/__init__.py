@@ -96,7 +96,7 @@ def multithreaded() -> bool:
 def why_not(weight: Weight, *others: Tensor) -> str | None:
     """Why the kernels cannot take this weight, with these tensors to compute with, in words; None where they can."""
     if _LIBRARY is None:
-        return "it was not built when spp was installed (spp doctor says more)"
+        return "it was not built when spp was installed"
     for tensor in (weight, *others):
         if tensor.device.type != "cpu":
             return f"it runs on the CPU, and a tensor is on {tensor.device}"
@@ -152,7 +152,7 @@ def add_factor_gradients(
     library, described = _described(weight)
     factors, _keep = _factors(A, B)
     out_features, in_features = weight.shape
-    fits = G.shape[1:] == (in_features,) and 0 <= first and first + len(G) <= out_features and G.is_contiguous()
+    fits = G.shape[1:] == (in_features,) and first >= 0 and first + len(G) <= out_features and G.is_contiguous()
     _require(fits, "G", G)
     for name, tensor, like in (("dA", dA, A), ("dB", dB, B)):
         ready = tensor.shape == like.shape and tensor.dtype == torch.float32 and tensor.is_contiguous()

@@ -1,0 +1,161 @@
+"""One method of `benchmarks/step.py` in a process of its own: build a random pruned Llama, train it a few steps.
+
+Takes a JSON object of `Settings` as its argument, and prints one JSON object.
+
+Weights are made layer by layer and, for packed methods, packed at once, so that building takes no more memory than the
+model that comes of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # Python puts a script's folder first on the path, and there operator.py stands in for the library's `operator`.
+    _here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import HiraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from benchmarks.common import sparse_weight
+from spp import SppConfig
+from spp.models import prunable_linears
+from spp.packing import packed_layer
+
+RANK = 16
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "300m": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+}
+METHODS: dict[str, Callable[[], PeftConfig]] = {
+    "spp": lambda: SppConfig(r=RANK, target_modules="all-linear"),
+    "spp_dense": lambda: SppConfig(r=RANK, target_modules="all-linear"),
+    "peft_lora": lambda: LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "peft_hira": lambda: HiraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+}
+PACKED = ("spp",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What one process does.
+
+    Attributes:
+        method: a key of `METHODS`.
+        size: a key of `SIZES`.
+        sparsity: share of zeros in the decoder's linear layers.
+        batch, tokens: sequences per step, and tokens in each.
+        steps: training steps that are timed, after one that is not.
+        threads: of torch; None leaves it alone.
+    """
+
+    method: str
+    size: str
+    sparsity: float
+    batch: int
+    tokens: int
+    steps: int
+    threads: int | None = None
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Build, train, and report.
+
+    Returns:
+        step_ms (one per step), losses, trained_parameters, and imports_bytes, built_bytes and peak_bytes: the process's
+        resident memory after imports, with the adapted model, and at its highest.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    imports = _resident()["VmRSS"]
+    torch.manual_seed(0)
+    model = random_llama(settings.size, settings.sparsity, packed=settings.method in PACKED)
+    adapted = get_peft_model(model, METHODS[settings.method]())
+    built = _resident()["VmRSS"]
+    step_ms, losses = _train(adapted, settings)
+    return {
+        "step_ms": step_ms,
+        "losses": losses,
+        "trained_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        "imports_bytes": imports,
+        "built_bytes": built,
+        "peak_bytes": _resident()["VmHWM"],
+    }
+
+
+def random_llama(size: str, sparsity: float, *, packed: bool) -> LlamaForCausalLM:
+    """A frozen random Llama in bf16, its decoder's linear layers magnitude-pruned row by row."""
+    config = LlamaConfig(vocab_size=32000, use_cache=False, **SIZES[size])
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    prunable = list(prunable_linears(model))  # names only: a module kept alive keeps its weight
+    for seed, name in enumerate(prunable):
+        linear = model.get_submodule(name)
+        weight = sparse_weight(linear.out_features, linear.in_features, 1 - sparsity, torch.bfloat16, seed=seed)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if packed:
+            model.set_submodule(name, packed_layer(linear))
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                module.register_parameter(name, _made(parameter))
+    return model.train()
+
+
+def _made(parameter: nn.Parameter) -> nn.Parameter:
+    """A norm's ones, or small random numbers for an embedding."""
+    data = torch.ones(parameter.shape, dtype=torch.bfloat16)
+    if data.ndim > 1:
+        data.normal_(std=0.02)
+    return nn.Parameter(data, requires_grad=False)
+
+
+def _train(model: PeftModel, settings: Settings) -> tuple[list[float], list[float]]:
+    """Milliseconds and losses of the timed steps: forward, loss, backward, AdamW on the adapter, under autocast."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    ids = torch.randint(32000, (settings.batch, settings.tokens), generator=torch.Generator().manual_seed(1))
+    times, losses = [], []
+    for _ in range(1 + settings.steps):
+        began = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append((time.perf_counter() - began) * 1e3)
+        losses.append(loss.item())
+    return times[1:], losses[1:]
+
+
+def _resident() -> dict[str, int]:
+    """This process's resident bytes: VmRSS now, and VmHWM at most so far.
+
+    Not getrusage's ru_maxrss, which on Linux starts from what the parent process had.
+    """
+    lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(value.split()[0]) * 1024 for name, _, value in lines if name in ("VmRSS", "VmHWM")}
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(Settings(**json.loads(sys.argv[1])))))

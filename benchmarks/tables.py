@@ -1,0 +1,220 @@
+"""The rows in benchmarks/data as tables of a Markdown page, each between two markers.
+
+The markers are `<!-- operator -->` and `<!-- /operator -->`, and the same with step and decode.
+
+python benchmarks/tables.py --write docs/performance.md
+python benchmarks/tables.py --check docs/performance.md      # exit code 1 where the page is not up to date
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # Python puts a script's folder first on the path, and there operator.py stands in for the library's `operator`.
+    _here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
+
+import argparse
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.common import DATA, read_rows, significant
+
+Row = Mapping[str, str]
+
+_OPERATOR_METHODS = {
+    "native": "SPP native",
+    "triton": "SPP Triton",
+    "packed": "SPP packed",
+    "torch": "SPP torch",
+    "reference": "SPP reference",
+    "floor4": "4 GEMMs",
+    "split": "SPP split",
+    "split_packed": "SPP split, packed",
+    "published1": "published 1",
+    "published2": "published 2",
+    "peft_hira": "PEFT HiRA",
+    "peft_lora": "PEFT LoRA",
+    "full": "full",
+}
+_STEP_METHODS = {
+    "spp": "SPP, packed",
+    "spp_dense": "SPP, dense",
+    "peft_lora": "PEFT LoRA",
+    "peft_hira": "PEFT HiRA",
+}
+_DECODE_METHODS = {
+    "torch": "torch dense",
+    "own_dense": "our dense kernel",
+    "packed_50": "packed 50 %",
+    "packed_75": "packed 75 %",
+    "packed_90": "packed 90 %",
+}
+_RUN = ("device", "hardware", "threads")
+
+
+def tables(folder: Path = DATA) -> dict[str, str]:
+    """Name of the marker -> Markdown."""
+    return {
+        "operator": operator_table(read_rows(folder / "operator.csv")),
+        "step": step_table(read_rows(folder / "step.csv")),
+        "decode": decode_table(read_rows(folder / "decode.csv")),
+    }
+
+
+def operator_table(rows: Sequence[Row]) -> str:
+    """One table per dtype: the floor in ms, and every method's ratio to it."""
+    configurations = _latest(rows, (*_RUN, "dtype", "shape", "density", "tokens"))
+    made = []
+    for dtype in sorted({row["dtype"] for row in rows}):
+        chosen = [methods for methods in configurations if _any(methods)["dtype"] == dtype]
+        present = [name for name in _OPERATOR_METHODS if any(name in methods for methods in chosen)]
+        heads = ["hardware", "layer", "density", "tokens", "floor, ms", *(_OPERATOR_METHODS[name] for name in present)]
+        lines = [
+            [
+                *_where(methods, "shape", "density", "tokens"),
+                _number(methods.get("floor"), "median_ms"),
+                *(_number(methods.get(name), "ratio_to_floor") for name in present),
+            ]
+            for methods in chosen
+        ]
+        made.append(f"{dtype}:\n\n" + _markdown(heads, lines + _gpu_row(rows)))
+    return "\n\n".join(made) or _NOTHING
+
+
+def step_table(rows: Sequence[Row]) -> str:
+    """Time and peak memory of a whole step, one line per method."""
+    heads = [
+        "hardware",
+        "model",
+        "sparsity",
+        "batch",
+        "tokens",
+        "method",
+        "step, ms",
+        "to LoRA",
+        "peak MiB",
+        "above imports",
+    ]
+    lines = [
+        [
+            *_where(methods, "size", "sparsity", "batch", "tokens"),
+            heading,
+            _number(row, "median_ms"),
+            _number(row, "ratio_to_lora"),
+            _mebibytes(int(row["peak_bytes"])),
+            _mebibytes(int(row["peak_bytes"]) - int(row["imports_bytes"])),
+        ]
+        for methods in _latest(rows, (*_RUN, "size", "sparsity", "batch", "tokens"))
+        for name, heading in _STEP_METHODS.items()
+        if (row := methods.get(name))
+    ]
+    return _markdown(heads, lines + _gpu_row(rows)) if rows else _NOTHING
+
+
+def decode_table(rows: Sequence[Row]) -> str:
+    """Milliseconds of a product; for ours, how many times faster than torch's in parentheses."""
+    heads = ["hardware", "layer", "dtype", "tokens", *(f"{heading}, ms" for heading in _DECODE_METHODS.values())]
+    lines = [
+        [
+            *_where(methods, "shape", "dtype", "tokens"),
+            *(_with_speedup(methods.get(name), methods.get("torch")) for name in _DECODE_METHODS),
+        ]
+        for methods in _latest(rows, (*_RUN, "dtype", "shape", "tokens"))
+    ]
+    return _markdown(heads, lines + _gpu_row(rows)) if rows else _NOTHING
+
+
+def replaced(page: str, made: Mapping[str, str]) -> str:
+    """The page with every table between its markers.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    for name, table in made.items():
+        between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not between.search(page):
+            raise ValueError(f"the page has no <!-- {name} --> on a line of its own with <!-- /{name} --> after it")
+        page = between.sub(lambda found, table=table: f"{found[1]}\n{table}\n\n{found[2]}", page, count=1)
+    return page
+
+
+_NOTHING = "Not measured."
+
+
+def _latest(rows: Iterable[Row], keys: Sequence[str]) -> list[dict[str, Row]]:
+    """For every configuration the rows of its last run, by method, so that a line's numbers were measured together."""
+    runs: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:  # in the order they were appended
+        found = runs.setdefault(tuple(row[key] for key in keys), {})
+        if found and row["date"] != _any(found)["date"]:
+            found.clear()
+        found[row["method"]] = row
+    return [runs[key] for key in sorted(runs, key=_natural)]
+
+
+def _natural(key: Iterable[str]) -> list[tuple[float, str]]:
+    """Sorts numbers as numbers, also those in front of an x: 256 before 1024, 4096x11008 before 11008x4096."""
+    return [(float(found[0]) if (found := re.match(r"\d+(\.\d+)?", part)) else 0.0, part) for part in key]
+
+
+def _any(methods: Mapping[str, Row]) -> Row:
+    return next(iter(methods.values()))
+
+
+def _where(methods: Mapping[str, Row], *columns: str) -> list[str]:
+    row = _any(methods)
+    hardware = row["hardware"] if row["device"] == "cuda" else f"{row['hardware']}, {row['threads']} threads"
+    return [hardware, *(row[column] for column in columns)]
+
+
+def _number(row: Row | None, column: str) -> str:
+    """A number, or a dash where there is none."""
+    return significant(float(row[column])) if row and row[column] else "–"
+
+
+def _with_speedup(row: Row | None, torch: Row | None) -> str:
+    text = _number(row, "median_ms")
+    if row is None or torch is None or row is torch:
+        return text
+    return f"{text} ({float(torch['median_ms']) / float(row['median_ms']):.2f} x)"
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.0f}"
+
+
+def _gpu_row(rows: Iterable[Row]) -> list[list[str]]:
+    return [] if any(row["device"] == "cuda" for row in rows) else [["NVIDIA H100", "not measured"]]
+
+
+def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    filled = [[*line, *[""] * (len(heads) - len(line))] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *filled])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write or check a page."""
+    parser = argparse.ArgumentParser(prog="benchmarks/tables.py", description=__doc__.split("\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--write", type=Path, metavar="PATH", help="put the tables into this page")
+    what.add_argument("--check", type=Path, metavar="PATH", help="only say whether its tables are these")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the CSV files (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    path = args.write or args.check
+    page = path.read_text(encoding="utf-8")
+    try:
+        new = replaced(page, tables(args.data))
+    except ValueError as error:
+        parser.error(f"{path}: {error}")
+    if args.write:
+        path.write_text(new, encoding="utf-8")
+    elif new != page:
+        sys.exit(f"{path} is not up to date; run: python benchmarks/tables.py --write {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Tables for the page on performance: the last run of each configuration, between markers."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import common, tables
+
+MACHINE = {"device": "cpu", "hardware": "A CPU", "threads": 2}
+PAGE = "".join(f"Text.\n\n<!-- {name} -->\nold\n<!-- /{name} -->\n\n" for name in ("operator", "step", "decode"))
+
+
+def operator_rows(date, times, machine=None, tokens=256):
+    case = {"date": date, **(machine or MACHINE), "shape": "64x48", "tokens": tokens, "dtype": "bf16", "density": 0.5}
+    floor = times["floor"]
+    return [case | {"method": name, "median_ms": ms, "ratio_to_floor": ms / floor} for name, ms in times.items()]
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    common.append_rows(folder / "operator.csv", operator_rows("1", {"floor": 1.0, "native": 9.0, "full": 9.0}))
+    common.append_rows(folder / "operator.csv", operator_rows("2", {"floor": 2.0, "native": 2.2}))
+    common.append_rows(folder / "operator.csv", operator_rows("1", {"floor": 0.123456, "published1": 0.3}, tokens=64))
+    decode = {"date": "1", **MACHINE, "shape": "64x48", "tokens": 1, "dtype": "bf16"}
+    times = {"torch": 3.28, "packed_50": 1.17}
+    common.append_rows(
+        folder / "decode.csv", [decode | {"method": name, "median_ms": ms} for name, ms in times.items()]
+    )
+    return folder
+
+
+def cells(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+
+
+def test_operator_table_has_the_last_run(data):
+    head, _, *lines = cells(tables.tables(data)["operator"])
+    assert head == ["hardware", "layer", "density", "tokens", "floor, ms", "SPP native", "published 1"]
+    assert lines == [
+        ["A CPU, 2 threads", "64x48", "0.5", "64", "0.123", "–", "2.43"],
+        ["A CPU, 2 threads", "64x48", "0.5", "256", "2.00", "1.10", "–"],
+        ["NVIDIA H100", "not measured", "", "", "", "", ""],
+    ]
+
+
+def test_a_measured_gpu_has_rows(data):
+    gpu = {"device": "cuda", "hardware": "NVIDIA H100 80GB HBM3", "threads": 8}
+    common.append_rows(data / "operator.csv", operator_rows("3", {"floor": 1.0, "native": 1.05}, gpu))
+    table = tables.tables(data)["operator"]
+    assert "not measured" not in table and "| NVIDIA H100 80GB HBM3 | 64x48 |" in table
+
+
+def test_decode_table_shows_times_and_gains(data):
+    _, _, line, gpu = cells(tables.tables(data)["decode"])
+    assert line == ["A CPU, 2 threads", "64x48", "bf16", "1", "3.28", "–", "1.17 (2.80 x)", "–", "–"]
+    assert gpu[:2] == ["NVIDIA H100", "not measured"]
+
+
+def test_step_table(data):
+    case = {"date": "1", **MACHINE, "size": "1b", "sparsity": 0.75, "batch": 1, "tokens": 512}
+    memory = {"imports_bytes": 100 * 2**20, "peak_bytes": 350 * 2**20}
+    common.append_rows(data / "step.csv", [case | {"method": "spp", "median_ms": 1234.5, "ratio_to_lora": ""} | memory])
+    _, _, line, _ = cells(tables.tables(data)["step"])
+    assert line == ["A CPU, 2 threads", "1b", "0.75", "1", "512", "SPP, packed", "1234", "–", "350", "250"]
+
+
+def test_page_is_written_once_and_checked(data, tmp_path):
+    page = tmp_path / "performance.md"
+    page.write_text(PAGE)
+    with pytest.raises(SystemExit, match="not up to date"):
+        tables.main(["--check", str(page), "--data", str(data)])
+    tables.main(["--write", str(page), "--data", str(data)])
+    tables.main(["--check", str(page), "--data", str(data)])
+    text = page.read_text()
+    assert text.count("Text.") == 3 and "old" not in text and "Not measured." in text  # no step was measured
+
+
+def test_page_without_markers(data, tmp_path, capsys):
+    page = tmp_path / "performance.md"
+    page.write_text("Nothing.\n")
+    with pytest.raises(SystemExit):
+        tables.main(["--write", str(page), "--data", str(data)])
+    assert "no <!-- operator -->" in capsys.readouterr().err and page.read_text() == "Nothing.\n"
