@@ -10,7 +10,7 @@ help:  ## show this list
 
 install: $(INSTALLED)  ## make the virtual environment and install spp with its development tools
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard src/spp/ops/native/*.cpp src/spp/ops/native/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@

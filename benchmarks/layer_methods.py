@@ -122,9 +122,7 @@ class Layer:
 
     def _spp(self, backend: str, *, packed: bool = False, mode: str = "fused") -> Step | None:
         weight: Weight = self.packed if packed else self.weight
-        try:
-            ops.resolve(backend, self.x, weight)
-        except ValueError:
+        if backend != "auto" and ops.why_not(backend, weight, self.x):
             return None
         return self._trained(
             lambda: ops.spp_linear(self.x, weight, self.A, self.B, SCALE, backend=backend, mode=mode), [self.A, self.B]

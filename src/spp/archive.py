@@ -85,8 +85,8 @@ def entries(path: Path) -> dict[str, PackedEntry]:
         raise SppError(f"{path}: not a whole safetensors file ({error}); it is truncated or damaged") from error
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise SppError(
-            f"{path}: its metadata say format {metadata.get('format')!r}, version {metadata.get('version')!r}, and this "
-            f"spp reads {FORMAT!r}, version {VERSION!r}"
+            f"{path}: its metadata say format {metadata.get('format')!r}, version {metadata.get('version')!r}; "
+            f"this spp reads {FORMAT!r}, version {VERSION!r}"
         )
     try:
         described = json.loads(metadata["weights"])

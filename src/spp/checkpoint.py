@@ -165,7 +165,7 @@ class Checkpoint:
                     yield name, self._read(file, name)
 
     def first_row(self, name: str) -> Tensor:
-        """The first row of a tensor (all of it, if it has no dimension), without reading more where that is possible."""
+        """The first row of a tensor (all of it, if it has no dimension), reading no more than needed."""
         if name in self.packed:
             return self.tensor(name)[:1]
         with safe_open(self.files[name], framework="pt") as file:

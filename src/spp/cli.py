@@ -24,7 +24,7 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One subcommand: its options, which of them are positional, and `module:function` of its work (and its preview)."""
+    """One subcommand: its options, which of them are positional, `module:function` of its work, and of its preview."""
 
     options: type[opt.Options]
     positional: tuple[str, ...] = ()

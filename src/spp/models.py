@@ -55,7 +55,7 @@ def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
 
 
 def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Full module name -> linear layer (`nn.Linear`, GPT-2's `Conv1D`, packed ones) inside the decoder blocks, in order.
+    """Full module name -> linear layer (`nn.Linear`, GPT-2's `Conv1D`, `PackedLinear`) in the decoder blocks, in order.
 
     Raises:
         UsageError: see `decoder_blocks`; or the weights are quantised.

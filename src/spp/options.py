@@ -102,8 +102,8 @@ class AdapterSettings(Options):
     scale: float = Field(2.0, gt=0, description="factor s of the update s * W * A[group] * B")
     mode: Literal["fused", "split"] = Field(
         "fused",
-        description="fused: three GEMMs a step, on the merged weight rounded once; split: four, and updates too small to "
-        "change a bfloat16 weight still count",
+        description="fused: three GEMMs a step, on the merged weight rounded once; split: four, and updates too small "
+        "to change a bfloat16 weight still count",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter branch; above 0 costs one more GEMM")
     target_modules: str = Field(

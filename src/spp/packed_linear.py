@@ -65,13 +65,15 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y, (..., O) in x's dtype, for x (..., I)."""
-        return packed_linear(x, self.packed, self.bias)
+        return packed_linear(x, self.packed, self._parameters["bias"])
 
     def extra_repr(self) -> str:
         zeros = 1 - self.values.numel() / (self.out_features * self.in_features)
         return f"in_features={self.in_features}, out_features={self.out_features}, sparsity={zeros:.3f}"
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         # Another model of this shape has other numbers of values.
         given = state_dict.get(f"{prefix}values")
         if isinstance(given, Tensor) and given.ndim == 1 and given.shape != self.values.shape:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -74,7 +74,6 @@ class _LazyTensor:
         return self._checkpoint.tensor(self._name)[index]
 
 
-@register_quantization_config(_METHOD)
 class PackOnLoad(QuantizationConfigMixin):
     """What `from_pretrained` takes as `quantization_config` to pack.
 
@@ -84,11 +83,10 @@ class PackOnLoad(QuantizationConfigMixin):
     """
 
     def __init__(self, min_sparsity: float, dtype: torch.dtype) -> None:
-        super().__init__(quant_method=_METHOD)  # pyright: ignore[reportArgumentType]
+        super().__init__(_METHOD)  # pyright: ignore[reportArgumentType, reportCallIssue]
         self.min_sparsity, self.dtype = min_sparsity, dtype
 
 
-@register_quantizer(_METHOD)
 class _Packer(HfQuantizer):
     """Packs linear layers of the decoder blocks, and takes itself out of the model when the load is over."""
 
@@ -104,23 +102,29 @@ class _Packer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _Pack(self.quantization_config)
 
-    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def postprocess_model(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> None:
         self.remove_quantization_config(model)
         del model.is_quantized
         # transformers leaves shapes to a quantiser.
         for name, parameter in model.named_parameters():
             if name in self._shapes and parameter.shape != self._shapes[name]:
                 raise SppError(
-                    f"{name} is {tuple(parameter.shape)}, and config.json says {tuple(self._shapes[name])}; they do not "
-                    "belong together"
+                    f"{name} is {tuple(parameter.shape)}, and config.json says {tuple(self._shapes[name])}; they do "
+                    "not belong together"
                 )
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
+
+
+register_quantization_config(_METHOD)(PackOnLoad)
+register_quantizer(_METHOD)(_Packer)
 
 
 class _Pack(ConversionOps):
@@ -160,6 +164,6 @@ def _with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
 
 
 def _narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values in `dtype` if that loses nothing, for they were read into the wider dtype that the model computes in."""
+    """The values in `dtype` if that loses nothing: they were read into the dtype that the model computes in."""
     narrow = values.detach().to(dtype)
     return narrow if narrow.to(values.dtype).equal(values) else values.detach()

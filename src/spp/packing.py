@@ -39,8 +39,8 @@ def pack_(model: PreTrainedModel, *, min_sparsity: float = WORTH_PACKING) -> Pre
             found += 1
     if not found:
         raise UsageError(
-            f"no linear layer of this {type(model).__name__} has {min_sparsity:.0%} zeros or more; packing would make it "
-            "larger or save little. Prune it first (spp prune)"
+            f"no linear layer of this {type(model).__name__} has {min_sparsity:.0%} zeros or more; packing would make "
+            "it larger or save little. Prune it first (spp prune)"
         )
     return model
 
@@ -80,5 +80,5 @@ def _dense_layer(module: PackedLinear) -> nn.Module:
     else:
         layer = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     layer.register_parameter("weight", weight)
-    layer.register_parameter("bias", module.bias)
+    layer.register_parameter("bias", module._parameters["bias"])
     return layer.train(module.training)

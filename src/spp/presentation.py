@@ -114,9 +114,9 @@ def _unpack(report: PackReport) -> Iterable[RenderableType]:
 def _generate(report: GenerateReport) -> Iterable[RenderableType]:
     yield report.prompt + report.text
     yield (
-        f"\n{report.prompt_tokens} tokens of prompt in {report.prompt_seconds:.2f} s, {report.new_tokens} new tokens at "
-        f"{report.tokens_per_second:.1f} tokens/s; weights {size(report.weight_bytes)} ({report.packed} layers packed, "
-        f"{report.dtype}), peak memory {size(report.peak_memory_bytes)}"
+        f"\n{report.prompt_tokens} tokens of prompt in {report.prompt_seconds:.2f} s, {report.new_tokens} new tokens "
+        f"at {report.tokens_per_second:.1f} tokens/s; weights {size(report.weight_bytes)} ({report.packed} layers "
+        f"packed, {report.dtype}), peak memory {size(report.peak_memory_bytes)}"
     )
 
 

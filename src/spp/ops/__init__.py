@@ -1,7 +1,7 @@
 """The SPP operator behind one signature; the back-end and the mode are arguments.
 
-Back-ends: `reference` is the formula by plain autograd, `torch` the same at the cost of three GEMMs, `native` with our C++
-kernels between them (CPU), `triton` with ours for a GPU. `auto` takes the fastest that can do what is asked.
+Back-ends: `reference` is the formula by plain autograd, `torch` the same at the cost of three GEMMs, `native` with our
+C++ kernels between them (CPU), `triton` with ours for a GPU. `auto` takes the fastest that can do what is asked.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def spp_linear(
     if mode not in get_args(Mode):
         raise ValueError(f"mode {mode!r} is unknown; use {' or '.join(get_args(Mode))}")
     x = _cast(x, weight)
-    backend = resolve(backend, x, weight)
-    if backend == "reference":
+    chosen = _resolve(backend, x, weight)
+    if chosen == "reference":
         return reference.spp_linear(x, weight, A, B, scale, bias, mode=mode)
-    return linear.apply(x, weight, A, B, scale, bias, mode, backend)
+    return linear.apply(x, weight, A, B, scale, bias, mode, chosen)
 
 
 def adapter_linear(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float, backend: Backend = "auto") -> Tensor:
@@ -73,10 +73,10 @@ def adapter_linear(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float
     """
     _require_shapes(x, weight, A, B)
     x = _cast(x, weight)
-    backend = resolve(backend, x, weight)
-    if backend == "reference":
+    chosen = _resolve(backend, x, weight)
+    if chosen == "reference":
         return reference.adapter_linear(x, weight, A, B, scale)
-    return linear.apply(x, weight, A, B, scale, None, "adapter", backend)
+    return linear.apply(x, weight, A, B, scale, None, "adapter", chosen)
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, backend: Backend = "auto") -> Tensor:
@@ -84,10 +84,10 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, b
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"expected x (..., {weight.in_features}) for a weight {weight.shape}; found {tuple(x.shape)}")
     x = _cast(x, weight)
-    backend = resolve(backend, x, weight)
-    if backend == "reference":
+    chosen = _resolve(backend, x, weight)
+    if chosen == "reference":
         return reference.packed_linear(x, weight, bias)
-    return products.apply(x, weight, bias, backend)
+    return products.apply(x, weight, bias, chosen)
 
 
 def pack(weight: Tensor) -> PackedWeight:
@@ -135,7 +135,7 @@ def _accelerated(weight: Weight, *others: Tensor) -> str | None:
     return backend if why_not(backend, weight, *others) is None else None
 
 
-def resolve(backend: str, x: Tensor, weight: Weight) -> str:
+def _resolve(backend: str, x: Tensor, weight: Weight) -> str:
     """The name of the back-end for these arguments.
 
     Raises:

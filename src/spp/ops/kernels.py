@@ -41,10 +41,10 @@ def expand(weight: PackedWeight, out: Tensor) -> None:
 
 
 def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor) -> None:
-    """For P = G * W over the rows of G, P = 0 where W is zero: dA[g(i)] += P[i] * B[i], dB[i] = sum_j P[i, j] A[g(i), j].
+    """For P = G * W over the rows of G, 0 where W is zero: dA[g(i)] += P[i] * B[i], dB[i] = sum_j P[i, j] A[g(i), j].
 
     Args:
-        G: (n, I), the gradient of rows `first` to `first` + n of W'.
+        G: (n, I), the gradient of rows `first` to `first` + n of W'; its contents may be used up.
         first: row.
         weight: (O, I).
         A, B: (R, I) and (O, 1) in the dtype of dA and dB.

@@ -71,7 +71,7 @@ def generate(options: GenerateOptions) -> GenerateReport:
         {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     )
     with torch.inference_mode():
-        output = model.generate(
+        output: Any = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids["input_ids"],
             attention_mask=ids["attention_mask"],
             max_new_tokens=options.max_new_tokens,

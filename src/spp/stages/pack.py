@@ -78,8 +78,8 @@ def pack(options: PackOptions) -> PackReport:
             entries |= in_file
         if not entries:
             raise UsageError(
-                f"{options.model} has no matrix with {WORTH_PACKING:.0%} zeros or more; packing would not make it smaller. "
-                "Prune it first (spp prune)"
+                f"{options.model} has no matrix with {WORTH_PACKING:.0%} zeros or more; packing would not make it "
+                "smaller. Prune it first (spp prune)"
             )
         write_companions(source, folder)
         write_json(folder / MANIFEST, {**source.manifest, "tool": "spp", "version": __version__, "kind": "packed"})

@@ -78,17 +78,14 @@ def predict_training(options: TrainOptions) -> MemoryPrediction:
     skeleton = _skeleton(options, config, device)
     weights, packed = _weights(checkpoint, skeleton, options, device)
     step = needs_of_a_step(options, config, batch, device)
-    parts = {
-        **({"Python and libraries": psutil.Process().memory_info().rss} if device.type == "cpu" else {}),
-        **weights,
-    }
     checkpointing = options.gradient_checkpointing
     if checkpointing is None:
-        checkpointing = sum(parts.values()) + sum(step.values()) > _SHARE_TO_USE * available_bytes(device)
+        checkpointing = sum(weights.values()) + sum(step.values()) > _SHARE_TO_USE * available_bytes(device)
     if checkpointing:
         step = needs_of_a_step(options, config, batch, device, checkpointing=True)
+    libraries = {"Python and libraries": psutil.Process().memory_info().rss} if device.type == "cpu" else {}
     return MemoryPrediction(
-        parts={**parts, **step},
+        parts={**libraries, **weights, **step},
         available=available_bytes(device),
         device=str(device),
         gradient_checkpointing=checkpointing,
@@ -130,7 +127,7 @@ def needs_of_a_step(
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     if checkpointing:
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
-    inputs = dict.fromkeys(("input_ids", "attention_mask", "labels"), batch)
+    inputs: dict[str, torch.Size] = {name: batch for name in ("input_ids", "attention_mask", "labels")}
     return {
         "adapter": 4 * trained,
         "optimiser": 2 * 4 * trained,  # AdamW's two moments

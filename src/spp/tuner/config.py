@@ -25,8 +25,8 @@ class SppConfig(PeftConfig):
     mode: Literal["fused", "split"] = field(
         default="fused",
         metadata={
-            "help": "fused: three GEMMs a step on W' rounded once, the bits of the merged model; split: four, and updates "
-            "too small to change a bf16 weight still count"
+            "help": "fused: three GEMMs a step on W' rounded once, the bits of the merged model; split: four, and "
+            "updates too small to change a bf16 weight still count"
         },
     )
     dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter branch; costs one more GEMM"})

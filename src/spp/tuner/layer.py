@@ -43,7 +43,7 @@ class SppLayer(BaseTunerLayer):
     adapter_layer_names = ("spp_A", "spp_B")
     other_param_names = ("r", "scale", "mode", "spp_dropout")
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         """Where and in which dtype PEFT puts the factors; a packed layer's `weight` would be expanded to find out."""
         if isinstance(base_layer, PackedLinear):
             return base_layer.values.device, base_layer.values.dtype
@@ -180,7 +180,7 @@ class SppLinear(nn.Module, SppLayer):
         return self.spp_A[adapter](), self.spp_B[adapter](), self.scale[adapter]
 
     def _stored(self) -> Tensor:
-        """What the base layer keeps: its weight (a parameter, or inside FSDP's forward a tensor), or the packed values."""
+        """What the base layer keeps: its weight (a parameter, or in FSDP's forward a tensor), or the packed values."""
         base = self.get_base_layer()
         return base.values if isinstance(base, PackedLinear) else cast(Tensor, base.weight)
 

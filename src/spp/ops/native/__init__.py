@@ -1,8 +1,8 @@
 """Our C++ kernels through ctypes: expanding a packed weight, scaling it, reducing gradients, and few-token products.
 
-The library is optional: it is built when spp is installed, where there is a C++ compiler. It is plain C to Python, knows
-nothing of torch, and uses the threads of the OpenMP runtime that torch has loaded. It picks AVX-512 (VBMI2), AVX2 or
-portable code for the CPU it finds.
+The library is optional: it is built when spp is installed, where there is a C++ compiler. It is plain C to Python,
+knows nothing of torch, and uses the threads of the OpenMP runtime that torch has loaded. It picks AVX-512 (VBMI2), AVX2
+or portable code for the CPU it finds.
 
 Every function here has the signature and the result of the one in `spp.ops.kernels`.
 """
