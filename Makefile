@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow test-peft lint clean
+.PHONY: help install demo test test-slow test-peft test-sanitized lint clean
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -26,6 +26,9 @@ test-slow: $(INSTALLED)  ## run the slow tests as well
 
 test-peft: $(INSTALLED)  ## run PEFT's own test-suite with SPP added to it
 	$(BIN)/python scripts/test_peft.py
+
+test-sanitized: $(INSTALLED)  ## run the native kernels' tests under AddressSanitizer and UBSan (needs g++)
+	$(BIN)/python scripts/test_sanitized.py
 
 lint: $(INSTALLED)  ## style, types, and the direction of imports
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in glibc's malloc.h
 
 
 def peak_rss_bytes() -> int:
@@ -19,6 +23,17 @@ def peak_rss_bytes() -> int:
         return int(fields["VmHWM"].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_freed_memory() -> None:
+    """Make this process give freed tensors back to the system at once, from 1 MiB on; nothing where malloc is not glibc's.
+
+    glibc keeps them for later, in a heap that fragments: a step with activation checkpointing took 1.5 times the memory,
+    and was 10 % faster.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 2**20)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

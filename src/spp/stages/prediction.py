@@ -32,6 +32,9 @@ from spp.stages.training_data import training_examples
 
 _SHARE_TO_USE = 0.9  # of what is free; the rest is for what no one counts
 _PLAINLY_FITS = 0.25
+# What a C library's heap holds on to beyond the tensors that are alive. With checkpointing it is made not to. Measured with
+# glibc on steps of a 67 M-parameter Llama: 0.29 to 0.46.
+_HEAP_SLACK = 0.38
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +131,13 @@ def needs_of_a_step(
     if checkpointing:
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
     inputs: dict[str, torch.Size] = {name: batch for name in ("input_ids", "attention_mask", "labels")}
+    step = peak_of_a_step(adapted.train(), inputs, device)
+    slack = {} if checkpointing or device.type != "cpu" else {"allocator's slack": int(_HEAP_SLACK * step)}
     return {
         "adapter": 4 * trained,
         "optimiser": 2 * 4 * trained,  # AdamW's two moments
-        "activations and gradients": peak_of_a_step(adapted.train(), inputs, device),
+        "activations and gradients": step,
+        **slack,
         "scratch": scratch,
     }
 

@@ -22,7 +22,7 @@ from spp.data.examples import IGNORED, Example
 from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
 from spp.loading import compute_dtype, context_window, load_base, pick_device
-from spp.memory import peak_memory_bytes
+from spp.memory import peak_memory_bytes, return_freed_memory
 from spp.models import sparsity, unreached_weights
 from spp.options import TrainingSettings, TrainOptions
 from spp.packed_linear import PackedLinear
@@ -111,6 +111,8 @@ def train(options: TrainOptions) -> TrainReport:
     checkpointing = needs_checkpointing(options, model, batch, device)
     if checkpointing and options.gradient_checkpointing is None:
         logger.info("gradient checkpointing is on: the batch would not fit into memory without")
+    if checkpointing and device.type == "cpu":
+        return_freed_memory()  # where memory counts more than speed, anyway
     set_seed(options.seed)
     adapted = with_new_adapter(model, targets, options)
 
