@@ -127,15 +127,17 @@ def test_no_gradient_for_what_is_packed_and_a_bias_may_train(sparse):
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["bias"]
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 300, 513])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 4, 5, 64, 65, 128, 129, 513])
 @pytest.mark.parametrize("bias", [True, False])
-def test_every_path_of_the_product(tokens, bias):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_every_path_of_the_product(tokens, bias, dtype, tolerance):
     """Few tokens, blocks of rows, and one GEMM: more rows than a block, and a number of columns that fits no word."""
     generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(45, 1100, bias=bias)
+    torch.manual_seed(0)
+    layer = nn.Linear(45, 1100, bias=bias, dtype=dtype)
     layer.weight.data *= torch.rand(1100, 45, generator=generator) < 0.3
-    x = torch.randn(2, tokens, 45, generator=generator)[:1]
-    torch.testing.assert_close(packed_layer(layer)(x), layer(x))
+    x = torch.randn(2, tokens, 45, generator=generator)[:1].to(dtype)
+    torch.testing.assert_close(packed_layer(layer)(x), layer(x), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

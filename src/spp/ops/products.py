@@ -1,8 +1,8 @@
 """A linear layer whose weight is packed: few tokens read the non-zeros once, more expand it on the way into GEMMs.
 
-Up to 4 tokens, memory is what counts, and a bitmask product reads the packed weight instead of the dense one. Above, up
-to 512 tokens, blocks of rows are expanded into a piece of memory that stays in the CPU's cache, and multiplied there;
-beyond that one GEMM on the whole expanded weight is faster.
+For few tokens, memory is what counts, and our own product reads the packed weight instead of the dense one. Above, up to
+512 tokens, blocks of rows are expanded into a piece of memory that stays in the CPU's cache, and multiplied there; beyond
+that one GEMM on the whole expanded weight is faster.
 
 Shapes: T tokens, O output features, I input features. x (T, I), W (O, I).
 """
@@ -22,6 +22,7 @@ from spp.packed import PackedWeight
 
 _BLOCK_ROWS = 1024
 _MOST_BLOCKED_TOKENS = 512
+_MOST_IN_HALVES = 128
 
 
 def apply(x: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str) -> Tensor:
@@ -54,8 +55,12 @@ def _packed_linear(
     weight = PackedWeight(values, bitmask, row_offsets, in_features)
     with torch.autocast(x.device.type, enabled=False):
         if backend == "native":
-            if 1 <= len(x) <= native.MOST_TOKENS:
+            most = native.most_tokens(weight, x.dtype)
+            if 1 <= len(x) <= most:
                 return native.matvec(x.contiguous(), weight, bias)
+            if most < len(x) <= _MOST_IN_HALVES and 2 * most >= _MOST_IN_HALVES:
+                halves = x.contiguous().tensor_split(2)
+                return torch.cat([native.matvec(half, weight, bias) for half in halves])
             if len(x) <= _MOST_BLOCKED_TOKENS:
                 return _by_blocks(x, weight, bias)
         return F.linear(x, _expanded(weight, x.dtype, backend), bias)

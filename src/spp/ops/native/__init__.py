@@ -19,9 +19,6 @@ from torch import Tensor
 from spp.errors import SppError
 from spp.packed import PackedWeight, Weight, require_packable, word_count
 
-MOST_TOKENS = 4
-"""Tokens that `matvec` multiplies at once."""
-
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _BEST = -1
 _BLOCK_ROWS = 32
@@ -69,7 +66,7 @@ def _load() -> ctypes.CDLL | None:
     except OSError:
         return None
     library.spp_instructions.restype = ctypes.c_char_p
-    library.spp_blocks.restype = ctypes.c_int64
+    library.spp_blocks.restype = library.spp_most_tokens.restype = ctypes.c_int64
     if threading := _torch_openmp():
         library.spp_use_threads_of(*threading)
     return library
@@ -179,8 +176,14 @@ def add_factor_gradients(
     _require_sound(failed)
 
 
+def most_tokens(weight: Weight, dtype: torch.dtype, *, level: int = _BEST) -> int:
+    """Tokens in this dtype that `matvec` takes at once: 64 in bf16 with AVX512_BF16 and a packed weight, else 4."""
+    library, described = _described(weight)
+    return library.spp_most_tokens(level, ctypes.byref(described), _DTYPES[dtype])
+
+
 def matvec(x: Tensor, weight: Weight, bias: Tensor | None, *, level: int = _BEST) -> Tensor:
-    """y = x W^T + bias for up to `MOST_TOKENS` tokens, reading each weight once: (T, O) in x's dtype.
+    """y = x W^T + bias for up to `most_tokens` tokens, reading each weight once: (T, O) in x's dtype.
 
     Sums are in fp32. On a CPU with AVX512_BF16, denormals count as zeros where W and x are bf16.
 
@@ -196,7 +199,8 @@ def matvec(x: Tensor, weight: Weight, bias: Tensor | None, *, level: int = _BEST
     library, described = _described(weight)
     out_features, in_features = weight.shape
     tokens = len(x)
-    _require(x.shape[1:] == (in_features,) and 1 <= tokens <= MOST_TOKENS and x.is_contiguous(), "x", x)
+    most = library.spp_most_tokens(level, ctypes.byref(described), _DTYPES[x.dtype])
+    _require(x.shape[1:] == (in_features,) and 1 <= tokens <= most and x.is_contiguous(), "x", x)
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
     _require(bias is None or bias.shape == (out_features,), "bias", bias)
     arranged = torch.empty(tokens * word_count(in_features) * 32)

@@ -149,6 +149,11 @@ SPP_API int spp_reduce(int level, int threads, const Weight* weight, const Facto
   return 0;
 }
 
+// How many tokens spp_matvec takes at once, for x in a dtype.
+SPP_API int64_t spp_most_tokens(int level, const Weight* weight, Dtype dtype) {
+  return kernels(level)->most_tokens(*weight, dtype);
+}
+
 // arranged: room for tokens * ceil(I / 32) * 32 floats.
 SPP_API int spp_matvec(int level, int threads, const Weight* weight, const void* x, Dtype dtype, int64_t tokens,
                        const float* bias, float* arranged, void* y) {

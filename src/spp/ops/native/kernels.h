@@ -56,7 +56,10 @@ struct Kernels {
   bool (*reduce)(const Weight&, const Factors&, const void* gradient, Dtype gradient_dtype, float* da, float* db,
                  int64_t first, int64_t last);
 
-  // y[t, i] = sum_j W[i, j] x[t, j] + bias[i] for t < tokens <= kMostTokens, with x as `arrange` made it from one of
+  // How many tokens `matvec` and `arrange` take, for x in a dtype.
+  int64_t (*most_tokens)(const Weight&, Dtype dtype);
+
+  // y[t, i] = sum_j W[i, j] x[t, j] + bias[i] for t < tokens <= most_tokens(...), with x as `arrange` made it from one of
   // `dtype`, which y has, too.
   bool (*matvec)(const Weight&, const float* x, Dtype dtype, int64_t tokens, const float* bias, void* y, int64_t first,
                  int64_t last);
@@ -72,7 +75,7 @@ struct Kernels {
                  int64_t last);
 };
 
-constexpr int64_t kMostTokens = 4;
+constexpr int64_t kMostTokens = 4;  // where an instruction set has no kernel for more
 constexpr int64_t kChunk = 32;  // columns at a time, one word of the bitmask
 inline int64_t padded(int64_t in_features) { return (in_features + kChunk - 1) / kChunk * kChunk; }
 

@@ -22,8 +22,8 @@ inline __m512i expand_words(uint32_t mask, __m512i words) {
 // How 32 weights are multiplied by 32 entries of x, an X, which is made of Entry. There are two sums, so that additions
 // need not wait for each other: one for each half of a chunk, or one for each of two chunks; `odd` is the second.
 
-// bf16 by bf16, in VDPBF16PS: for CPUs with AVX512_BF16. It takes denormals for zeros, in the sums, too. As assembly,
-// so that nothing else in this file is compiled for such a CPU.
+// bf16 by bf16, in VDPBF16PS: for CPUs with AVX512_BF16, and one token; matmul512.h has more. It takes denormals for
+// zeros, in the sums, too. As assembly, so that nothing else in this file is compiled for such a CPU.
 struct MultiplyPairs {
   using Weights = bf16;
   using Entry = uint16_t;
@@ -175,12 +175,6 @@ bool matvec_512(const Weight& w, const float* x, Dtype dtype, int64_t tokens, co
   });
 }
 
-bool matvec_512_bf16(const Weight& w, const float* x, Dtype dtype, int64_t tokens, const float* bias, void* y,
-                     int64_t first, int64_t last) {
-  if (!in_pairs(w, dtype)) return matvec_512(w, x, dtype, tokens, bias, y, first, last);
-  return matvec_packed_tokens<MultiplyPairs>(w, x, tokens, bias, static_cast<bf16*>(y), first, last);
-}
-
 void arrange_512(const Weight& w, const void* x, Dtype dtype, int64_t tokens, float* out) {
   arrange(w, x, dtype, tokens, out);
   if (!w.bitmask || w.dtype != Dtype::bf16) return;
@@ -190,18 +184,6 @@ void arrange_512(const Weight& w, const void* x, Dtype dtype, int64_t tokens, fl
     const V low = load(out), high = load(out + 16);
     store(out, _mm512_permutex2var_ps(low, even, high));
     store(out + 16, _mm512_permutex2var_ps(low, odd, high));
-  }
-}
-
-void arrange_512_bf16(const Weight& w, const void* x, Dtype dtype, int64_t tokens, float* out) {
-  if (!in_pairs(w, dtype)) return arrange_512(w, x, dtype, tokens, out);
-  const auto* from = static_cast<const bf16*>(x);
-  auto* to = reinterpret_cast<bf16*>(out);
-  for (int64_t t = 0; t < tokens; ++t, from += w.in_features) {
-    for (int64_t j = 0; j < w.in_features; j += kChunk, to += kChunk) {
-      const int64_t n = w.in_features - j;
-      _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(low_bits(n), from + j));
-    }
   }
 }
 

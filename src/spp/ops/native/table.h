@@ -62,6 +62,8 @@ bool matvec_tokens(const Weight& w, const float* x, int64_t tokens, const float*
   }
 }
 
+int64_t most_tokens(const Weight&, Dtype) { return kMostTokens; }
+
 bool matvec(const Weight& w, const float* x, Dtype dtype, int64_t tokens, const float* bias, void* y, int64_t first,
             int64_t last) {
   return with_dtype(w.dtype, [&](auto* weight_type) {
