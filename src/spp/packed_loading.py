@@ -51,6 +51,8 @@ def load_packed(
         quantization_config=PackOnLoad(WORTH_PACKING, _dtype(checkpoint, config)),
         **wanted,
     )
+    # Where the model is from, which transformers notes itself when it reads a folder; PEFT looks it up.
+    model.name_or_path = model.config.name_or_path = str(checkpoint.folder)
     if (checkpoint.folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return model, info
