@@ -90,7 +90,7 @@ class Weights:
     def methods(self, tokens: int) -> dict[str, Step | None]:
         """Name -> one product x W^T; None where our kernels are missing, or do not take so many tokens."""
         x = torch.randn(tokens, self.dense.shape[1], generator=torch.Generator().manual_seed(1)).to(self.dtype)
-        own = tokens <= native.MOST_TOKENS and not native.why_not(x, self.dense)
+        own = not native.why_not(self.dense, x) and tokens <= native.most_tokens(self.dense, x.dtype)
         return {
             "torch": partial(_torch_product, x, self.dense),
             "own_dense": partial(native.matvec, x, self.dense, None) if own else None,

@@ -137,6 +137,15 @@ class Checkpoint:
         path = self.folder / MANIFEST
         return read_json(path) if path.is_file() else {}
 
+    def require_unquantised(self, remedy: str) -> None:
+        """Raise for weights that are no floats any more.
+
+        Raises:
+            UsageError: the model is quantised; with the remedy.
+        """
+        if "quantization_config" in self.config:
+            raise UsageError(f"{self.folder} is quantised; {remedy}")
+
     def transposed(self, name: str) -> bool:
         """Whether a weight matrix is stored as (I, O), as GPT-2's Conv1D does, instead of (O, I)."""
         return stores_transposed(self.config.get("model_type", ""), name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -10,6 +12,8 @@ from spp import ops
 from spp.errors import UsageError
 from spp.models import is_transposed, prunable_linears, sparsity, weight_oi
 from spp.packed_linear import PackedLinear
+
+Model = TypeVar("Model", bound=nn.Module)
 
 WORTH_PACKING = 0.3
 """Sparsity from which packing saves more than it costs to compute with."""
@@ -56,7 +60,7 @@ def packed_layer(module: nn.Module) -> PackedLinear:
     return layer.train(module.training)
 
 
-def unpack_(model: nn.Module) -> nn.Module:
+def unpack_(model: Model) -> Model:
     """Replace every `PackedLinear` by an `nn.Linear` or `Conv1D` with the same bits (zeros are +0.0), one by one.
 
     Returns:

@@ -284,6 +284,11 @@ def test_wrong_lengths_and_shapes_are_named():
         native.expand(packed, torch.empty(70, 4).T)
     with pytest.raises(ValueError, match="x does not fit"):
         native.matvec(torch.empty(5, 70), packed, None)  # fp32: at most 4 tokens
+    for A, B in ((draw((2, 69), 0), draw((4, 1), 0)), (draw((2, 70), 0), draw((3, 1), 0)), (out[:0], draw((4, 1), 0))):
+        with pytest.raises(ValueError, match=r"[AB] does not fit"):
+            native.effective_weight(packed, A, B, out, with_base=True)
+    with pytest.raises(ValueError, match="no instruction set of level 9"):
+        native.expand(packed, out, level=9)
     with pytest.raises(ValueError, match="G does not fit"):
         native.add_factor_gradients(
             torch.empty(4, 70), 1, packed, draw((2, 70), 0), draw((4, 1), 0), out[:2], out[:, :1]

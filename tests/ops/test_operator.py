@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from spp.live_bytes import LiveBytes
 from spp.ops import BACKENDS, adapter_linear, kernels, linear, native, pack, reference, spp_linear, why_not
 from spp.patterns import NM
 
@@ -229,6 +231,27 @@ def test_nothing_is_saved_but_the_arguments(backend, mode, dtype, held):
         spp_linear(x, weight, A, B, 2.0, bias, backend, mode=mode)
     arguments = {tensor.data_ptr() for tensor in (x, A, B, *linear.as_tensors(weight))}
     assert saved and {tensor.data_ptr() for tensor in saved} <= arguments
+
+
+@pytest.mark.parametrize("backend", [name for name in FAST if name != "torch"])
+@pytest.mark.parametrize("mode", ["fused", "split"])
+def test_what_lives_within_the_operator_is_little_more_than_one_weight(backend, mode, held):
+    """At most 1.2 dense weights at once besides arguments and results, counted op by op."""
+    x, weight, A, B, bias = example(4096, 512, 16, dtype=torch.bfloat16, tokens=(8,))
+    tensors = linear.as_tensors(held(weight))
+    peaks = []
+
+    def count():  # in a thread of its own, which has no scratch memory yet
+        with torch.no_grad(), LiveBytes() as live:
+            y = linear._linear._init_fn(x, tensors, A, B, 1.5, bias, mode, backend)
+            dx = linear._input_gradient._init_fn(y, tensors, A, B, 1.5, mode, backend)
+            dA, dB = linear._factor_gradients._init_fn(y, x, tensors, A, B, 1.5, backend)
+            peaks.append(live.peak - sum(result.nbytes for result in (y, dx, dA, dB)))
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    thread.join()
+    assert 1.0 < peaks[0] / weight.nbytes <= 1.2
 
 
 @pytest.mark.parametrize("backend", RUNS)

@@ -13,6 +13,7 @@ from spp.live_bytes import LiveBytes
 from spp.models import prunable_linears
 from spp.options import TrainOptions
 from spp.stages import prediction
+from spp.stages.arguments import training_arguments
 from spp.stages.prediction import predict_training
 from spp.stages.train import train
 
@@ -117,12 +118,9 @@ def test_checkpointing_comes_on_where_the_batch_would_not_fit(request_for, monke
     asked = []
     monkeypatch.setattr(
         "spp.stages.train.training_arguments",
-        lambda *args, **kwargs: asked.append(kwargs["gradient_checkpointing"]) or arguments(*args, **kwargs),
+        lambda *args, **kwargs: asked.append(kwargs["gradient_checkpointing"]) or training_arguments(*args, **kwargs),
     )
     train(options)
     never = TrainOptions.build({**options.model_dump(), "gradient_checkpointing": False, "out": tmp_path / "never"})
     train(never)
     assert asked == [True, False]
-
-
-from spp.stages.arguments import training_arguments as arguments  # noqa: E402

@@ -30,7 +30,6 @@ Part = Literal["fused", "split", "adapter"]
 """What is computed: x W'^T with W' rounded once, the same as two products, or the adapter's product x Delta^T alone."""
 
 _MODULES = {"torch": "spp.ops.kernels", "native": "spp.ops.native", "triton": "spp.ops.triton"}
-_BLOCK_ROWS = 1024
 
 
 def apply(
@@ -59,7 +58,12 @@ def kernels_of(backend: str) -> ModuleType:
 
 def scratch_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
     """Bytes of scratch memory that a layer's forward and backward share: W', and a block of G."""
-    return (out_features + min(out_features, _BLOCK_ROWS)) * in_features * dtype.itemsize
+    return (out_features + min(out_features, _block_rows(out_features))) * in_features * dtype.itemsize
+
+
+def _block_rows(out_features: int) -> int:
+    """Rows of G at once: enough for a GEMM to be efficient, few beside W'."""
+    return min(1024, max(128, out_features // 8))
 
 
 def as_tensors(weight: Weight) -> list[Tensor]:
@@ -95,8 +99,9 @@ def _factor_gradients(
     wide_A, wide_B = A.to(wide), B.to(wide)
     dA, dB = torch.zeros_like(wide_A), torch.zeros_like(wide_B)
     with torch.autocast(x.device.type, enabled=False):
-        for first in range(0, len(B) if len(x) else 0, _BLOCK_ROWS):
-            rows = dy[:, first : first + _BLOCK_ROWS].T
+        block = _block_rows(len(B))
+        for first in range(0, len(B) if len(x) else 0, block):
+            rows = dy[:, first : first + block].T
             G = scratch("gradient", (len(rows), x.shape[1]), x.dtype, x.device)
             torch.mm(rows, x, out=G)
             kernels_of(backend).add_factor_gradients(G, first, whole, wide_A, wide_B, dA, dB)

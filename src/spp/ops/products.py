@@ -1,8 +1,8 @@
 """A linear layer whose weight is packed: few tokens read the non-zeros once, more expand it on the way into GEMMs.
 
-For few tokens, memory is what counts, and our own product reads the packed weight instead of the dense one. Above, up to
-512 tokens, blocks of rows are expanded into a piece of memory that stays in the CPU's cache, and multiplied there; beyond
-that one GEMM on the whole expanded weight is faster.
+For few tokens, memory is what counts, and our own product reads the packed weight instead of the dense one. Above, up
+to 512 tokens, blocks of rows are expanded into a piece of memory that stays in the CPU's cache, and multiplied there;
+beyond that one GEMM on the whole expanded weight is faster.
 
 Shapes: T tokens, O output features, I input features. x (T, I), W (O, I).
 """
@@ -22,7 +22,9 @@ from spp.packed import PackedWeight
 
 _BLOCK_ROWS = 1024
 _MOST_BLOCKED_TOKENS = 512
-_MOST_IN_HALVES = 128
+# How many times reading the packed weight for some of the tokens beats torch's product for all of them.
+_MOST_PARTS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
+_PART_BYTES = 5 * 2**17  # of x, beside what else is in a CPU's second cache
 
 
 def apply(x: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str) -> Tensor:
@@ -36,9 +38,12 @@ def apply(x: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str) ->
     """
     if bias is not None:
         bias = bias.to(x.dtype)
-    rows = _packed_linear(
-        x.reshape(-1, x.shape[-1]), weight.values, weight.bitmask, weight.row_offsets, bias, weight.in_features, backend
-    )
+    rows = x.reshape(-1, x.shape[-1])
+    if type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        rows = _multiply(rows, weight, bias, backend)  # a token costs so little that the op's own time would count
+    else:
+        tensors = (weight.values, weight.bitmask, weight.row_offsets)
+        rows = _packed_linear(rows, *tensors, bias, weight.in_features, backend)
     return rows.reshape(*x.shape[:-1], len(weight))
 
 
@@ -52,15 +57,17 @@ def _packed_linear(
     in_features: int,
     backend: str,
 ) -> Tensor:
-    weight = PackedWeight(values, bitmask, row_offsets, in_features)
+    return _multiply(x, PackedWeight(values, bitmask, row_offsets, in_features), bias, backend)
+
+
+def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         if backend == "native":
-            most = native.most_tokens(weight, x.dtype)
-            if 1 <= len(x) <= most:
-                return native.matvec(x.contiguous(), weight, bias)
-            if most < len(x) <= _MOST_IN_HALVES and 2 * most >= _MOST_IN_HALVES:
-                halves = x.contiguous().tensor_split(2)
-                return torch.cat([native.matvec(half, weight, bias) for half in halves])
+            parts = -(-len(x) // native.most_tokens(weight, x.dtype))
+            fits = x.nbytes <= parts * _PART_BYTES
+            if parts == 1 or (1 < parts <= _MOST_PARTS[x.dtype] and fits):
+                ys = [native.matvec(part, weight, bias) for part in x.contiguous().tensor_split(parts)]
+                return ys[0] if parts == 1 else torch.cat(ys)
             if len(x) <= _MOST_BLOCKED_TOKENS:
                 return _by_blocks(x, weight, bias)
         return F.linear(x, _expanded(weight, x.dtype, backend), bias)

@@ -35,8 +35,3 @@ def scratch(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: to
         with torch.inference_mode(False):
             buffer = _buffers.of[purpose] = torch.empty(size, dtype=torch.uint8)
     return buffer[:size].view(dtype).view(shape)
-
-
-def release() -> None:
-    """Give this thread's memory back."""
-    _buffers.of.clear()

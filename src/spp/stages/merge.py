@@ -89,8 +89,7 @@ def merge(options: MergeOptions) -> MergeReport:
     start = time.perf_counter()
     base = Checkpoint.open(resolve_model(options.model))
     check_output(options.out, options.overwrite, inputs=(base.folder, options.adapter))
-    if "quantization_config" in base.config:
-        raise UsageError(f"{options.model} is quantised; merge into the sparse model before quantisation")
+    base.require_unquantised("merge into the sparse model before quantisation")
     factors = _match(base, read_adapter(options.adapter), options.adapter)
 
     proofs: dict[str, TensorProof] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class PackReport:
     Attributes:
         packed: weights that are packed in the archive.
         tensors: all tensors of the model.
-        dense_bytes, archive_bytes: of all tensors, as plain safetensors and in the archive.
+        dense_bytes, archive_bytes: of the files, as plain safetensors and in the archive.
     """
 
     out: Path
@@ -58,25 +59,14 @@ def pack(options: PackOptions) -> PackReport:
     check_output(options.out, options.overwrite, inputs=(source.folder,))
     if source.packed:
         raise UsageError(f"{options.model} is a packed archive already")
-    entries: dict[str, PackedEntry] = {}
-    sizes = _Sizes()
+    packed = 0
     with new_folder(options.out, overwrite=options.overwrite) as folder:
         shards = source.shards
         for index, names in enumerate(track(shards.values(), "packing", total=len(shards))):
-            held: dict[str, Tensor] = {}
-            in_file: dict[str, PackedEntry] = {}
-            for name in names:
-                tensor = canonical_zeros(source.tensor(name))
-                sizes.dense += tensor.nbytes
-                if _is_sparse(tensor):
-                    parts, in_file[name] = archive.packed_tensors(name, tensor, transposed=source.transposed(name))
-                    held |= parts
-                else:
-                    held[name] = tensor
-            sizes.archive += sum(tensor.nbytes for tensor in held.values())
-            save_file(held, folder / archive.part_name(index, len(shards)), metadata=archive.metadata(in_file))
-            entries |= in_file
-        if not entries:
+            held, entries = _packed_shard(source, names)
+            save_file(held, folder / archive.part_name(index, len(shards)), metadata=archive.metadata(entries))
+            packed += len(entries)
+        if not packed:
             raise UsageError(
                 f"{options.model} has no matrix with {WORTH_PACKING:.0%} zeros or more; packing would not make it "
                 "smaller. Prune it first (spp prune)"
@@ -85,12 +75,26 @@ def pack(options: PackOptions) -> PackReport:
         write_json(folder / MANIFEST, {**source.manifest, "tool": "spp", "version": __version__, "kind": "packed"})
     return PackReport(
         out=options.out,
-        packed=len(entries),
+        packed=packed,
         tensors=len(source.names),
-        dense_bytes=sizes.dense,
-        archive_bytes=sizes.archive,
+        dense_bytes=_size(source.shards),
+        archive_bytes=_size(options.out.glob("*.safetensors")),
         seconds=time.perf_counter() - start,
     )
+
+
+def _packed_shard(source: Checkpoint, names: list[str]) -> tuple[dict[str, Tensor], dict[str, PackedEntry]]:
+    """What a file of the archive holds, and which weights in it are packed."""
+    held: dict[str, Tensor] = {}
+    entries: dict[str, PackedEntry] = {}
+    for name in names:
+        tensor = canonical_zeros(source.tensor(name))
+        if _is_sparse(tensor):
+            parts, entries[name] = archive.packed_tensors(name, tensor, transposed=source.transposed(name))
+            held |= parts
+        else:
+            held[name] = tensor
+    return held, entries
 
 
 def unpack(options: UnpackOptions) -> PackReport:
@@ -108,21 +112,18 @@ def unpack(options: UnpackOptions) -> PackReport:
     with new_folder(options.out, overwrite=options.overwrite) as folder:
         rewrite(source, folder, {}, "unpacking")
         write_json(folder / MANIFEST, {**source.manifest, "version": __version__, "kind": "unpacked"})
-        dense_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return PackReport(
         out=options.out,
         packed=len(source.packed),
         tensors=len(source.names),
-        dense_bytes=dense_bytes,
-        archive_bytes=sum(path.stat().st_size for path in source.shards),
+        dense_bytes=_size(options.out.glob("*.safetensors")),
+        archive_bytes=_size(source.shards),
         seconds=time.perf_counter() - start,
     )
 
 
-@dataclass
-class _Sizes:
-    dense: int = 0
-    archive: int = 0
+def _size(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
 
 
 def _is_sparse(tensor: Tensor) -> bool:

@@ -32,8 +32,8 @@ from spp.stages.training_data import training_examples
 
 _SHARE_TO_USE = 0.9  # of what is free; the rest is for what no one counts
 _PLAINLY_FITS = 0.25
-# What a C library's heap holds on to beyond the tensors that are alive. With checkpointing it is made not to. Measured with
-# glibc on steps of a 67 M-parameter Llama: 0.29 to 0.46.
+# What a C library's heap holds on to beyond the tensors that are alive. With checkpointing it is made not to. Measured
+# with glibc on steps of a 67 M-parameter Llama: 0.29 to 0.46.
 _HEAP_SLACK = 0.38
 
 
@@ -71,6 +71,7 @@ def predict_training(options: TrainOptions) -> MemoryPrediction:
         SppError: a damaged model.
     """
     checkpoint = Checkpoint.open(resolve_model(options.model))
+    checkpoint.require_unquantised("give the sparse model as it was before quantisation")
     config = load_config(options.model, options)
     device = pick_device(options.device)
     sequences, _ = batching(options)

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 from spp import __version__
 from spp.checkpoint import MANIFEST, Checkpoint, check_output, new_folder, resolve_model, write_json
 from spp.data.calibration import Calibration, calibration_windows
-from spp.errors import SppError, UsageError
+from spp.errors import SppError
 from spp.loading import context_window, load_model, load_tokenizer
 from spp.models import prunable_linears, sparsity, unreached_weights
 from spp.options import PruneOptions
+from spp.packing import unpack_
 from spp.patterns import parse_pattern
 from spp.pruning.criteria import CRITERIA
 from spp.pruning.engine import prune_model
@@ -91,11 +92,10 @@ def prune(options: PruneOptions) -> PruneReport:
     start = time.perf_counter()
     source = Checkpoint.open(resolve_model(options.model))
     check_output(options.out, options.overwrite, inputs=(source.folder,))
-    if "quantization_config" in source.config:
-        raise UsageError(f"{options.model} is quantised; give the model as it was before quantisation")
+    source.require_unquantised("give the model as it was before quantisation")
     pattern = parse_pattern(options.pattern)
 
-    model = load_model(options.model, options)
+    model = unpack_(load_model(options.model, options))  # an archive's layers come packed
     linears = prunable_linears(model)
     names = _names_in_file(source, linears)
     _note_what_is_there(model, linears)

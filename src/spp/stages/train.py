@@ -19,7 +19,7 @@ from transformers.trainer_callback import ProgressCallback
 from spp import __version__
 from spp.checkpoint import MANIFEST, Checkpoint, check_output, new_folder, resolve_model, write_json
 from spp.data.examples import IGNORED, Example
-from spp.errors import SppError, UsageError
+from spp.errors import SppError
 from spp.fingerprint import base_fingerprint
 from spp.loading import compute_dtype, context_window, load_base, pick_device
 from spp.memory import peak_memory_bytes, return_freed_memory
@@ -84,8 +84,7 @@ def train(options: TrainOptions) -> TrainReport:
     folder = resolve_model(options.model)
     source = Checkpoint.open(folder)
     check_output(options.out, options.overwrite, inputs=(folder,))
-    if "quantization_config" in source.config:
-        raise UsageError(f"{options.model} is quantised; give the sparse model as it was before quantisation")
+    source.require_unquantised("give the sparse model as it was before quantisation")
     sequences, accumulation = batching(options)
     base = base_fingerprint(folder)
 

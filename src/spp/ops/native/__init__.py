@@ -123,8 +123,8 @@ def expand(weight: PackedWeight, out: Tensor, *, level: int = _BEST) -> None:
 
 
 def _effective(weight: Weight, A: Tensor | None, B: Tensor | None, out: Tensor, with_base: bool, level: int) -> None:
-    library, described = _described(weight)
-    factors, _keep = _factors(A, B)
+    library, described = _described(weight, level)
+    factors, _keep = _factors(weight, A, B)
     _require(out.shape == tuple(weight.shape) and out.is_contiguous(), "out", out)
     failed = library.spp_effective(
         level,
@@ -146,8 +146,8 @@ def add_factor_gradients(
     Raises:
         SppError: a packed weight whose bitmask and offsets disagree.
     """
-    library, described = _described(weight)
-    factors, _keep = _factors(A, B)
+    library, described = _described(weight, level)
+    factors, _keep = _factors(weight, A, B)
     out_features, in_features = weight.shape
     fits = G.shape[1:] == (in_features,) and first >= 0 and first + len(G) <= out_features and G.is_contiguous()
     _require(fits, "G", G)
@@ -178,7 +178,7 @@ def add_factor_gradients(
 
 def most_tokens(weight: Weight, dtype: torch.dtype, *, level: int = _BEST) -> int:
     """Tokens in this dtype that `matvec` takes at once: 64 in bf16 with AVX512_BF16 and a packed weight, else 4."""
-    library, described = _described(weight)
+    library, described = _described(weight, level)
     return library.spp_most_tokens(level, ctypes.byref(described), _DTYPES[dtype])
 
 
@@ -196,7 +196,7 @@ def matvec(x: Tensor, weight: Weight, bias: Tensor | None, *, level: int = _BEST
     Raises:
         SppError: a packed weight whose bitmask and offsets disagree.
     """
-    library, described = _described(weight)
+    library, described = _described(weight, level)
     out_features, in_features = weight.shape
     tokens = len(x)
     most = library.spp_most_tokens(level, ctypes.byref(described), _DTYPES[x.dtype])
@@ -223,7 +223,7 @@ def matvec(x: Tensor, weight: Weight, bias: Tensor | None, *, level: int = _BEST
 def pack(weight: Tensor, *, level: int = _BEST) -> PackedWeight:
     """As `spp.packed.pack`."""
     require_packable(weight)
-    library, described = _described(weight)
+    library, described = _described(weight, level)
     out_features, in_features = weight.shape
     bitmask = torch.empty(out_features, word_count(in_features), dtype=torch.int32)
     row_offsets = torch.zeros(out_features + 1, dtype=torch.int64)
@@ -243,10 +243,12 @@ def row_block(weight: PackedWeight, first: int, last: int) -> PackedWeight:
     )
 
 
-def _described(weight: Weight) -> tuple[ctypes.CDLL, _Weight]:
+def _described(weight: Weight, level: int) -> tuple[ctypes.CDLL, _Weight]:
     """The library, and the weight as it takes it. Lengths are checked here, once for all; rows are checked in C++."""
     if reason := why_not(weight):
         raise ValueError(f"the back-end native cannot be used: {reason}")
+    if instructions(level) is None:
+        raise ValueError(f"this CPU has no instruction set of level {level}")
     assert _LIBRARY is not None
     out_features, in_features = weight.shape
     described = _Weight(out_features=out_features, in_features=in_features, dtype=_DTYPES[weight.dtype])
@@ -264,10 +266,13 @@ def _described(weight: Weight) -> tuple[ctypes.CDLL, _Weight]:
     return _LIBRARY, described
 
 
-def _factors(A: Tensor | None, B: Tensor | None) -> tuple[_Factors, list[Tensor]]:
+def _factors(weight: Weight, A: Tensor | None, B: Tensor | None) -> tuple[_Factors, list[Tensor]]:
     """The factors as the library takes them, and what must live as long as they are in use."""
     if A is None or B is None:
         return _Factors(), []
+    out_features, in_features = weight.shape
+    _require(A.ndim == 2 and A.shape[1] == in_features and 1 <= len(A) <= out_features, "A", A)
+    _require(B.shape == (out_features, 1), "B", B)
     keep = [factor.detach().to(torch.float32).contiguous() for factor in (A, B)]
     return _Factors(a=keep[0].data_ptr(), b=keep[1].data_ptr(), rank=len(A)), keep
 

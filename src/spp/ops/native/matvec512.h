@@ -2,9 +2,7 @@
 //
 // Weights are expanded to their columns, 32 at a time, and multiplied there. What matters:
 //
-// - VPEXPANDW and VPCOMPRESSW on Zen 4 wait for the old value of their destination even where they zero it. A compiler
-//   that gives every expansion the same destination makes one chain of them, 5 to 6 cycles each; `expand_words` makes
-//   the destination the source, which was just loaded. That alone doubles the speed. Only assembly can say so.
+// - `expand_words` (avx512.cpp) expands in place, which alone doubles the speed.
 // - The bits of two words come in one 64-bit load, for the loads are the next limit.
 // - Two rows share the loads of x. They are half the thread's rows apart, not neighbours, so that each is one long
 //   sequence in memory, which the prefetchers follow.
@@ -13,11 +11,6 @@
 // Every row is summed in one order, whichever row it is paired with.
 
 namespace {
-
-inline __m512i expand_words(uint32_t mask, __m512i words) {
-  asm("vpexpandw %0, %0 %{%1%}%{z%}" : "+v"(words) : "Yk"(static_cast<__mmask32>(mask)));
-  return words;
-}
 
 // How 32 weights are multiplied by 32 entries of x, an X, which is made of Entry. There are two sums, so that additions
 // need not wait for each other: one for each half of a chunk, or one for each of two chunks; `odd` is the second.
