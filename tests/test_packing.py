@@ -131,7 +131,7 @@ def test_no_gradient_for_what_is_packed_and_a_bias_may_train(sparse):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_every_path_of_the_product(tokens, bias, dtype, tolerance):
-    """Few tokens, blocks of rows, and one GEMM: more rows than a block, and a number of columns that fits no word."""
+    """Few tokens, a few times as many, and one GEMM; a number of columns that fits no word."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     layer = nn.Linear(45, 1100, bias=bias, dtype=dtype)

@@ -300,6 +300,23 @@ def test_autocast_computes_in_its_dtype_with_fp32_factors(backend):
         assert (low.float() - exact).norm() / exact.norm() < 0.03
 
 
+@pytest.mark.parametrize("backend", RUNS)
+def test_split_mode_shows_updates_that_bf16_weights_cannot(backend, held):
+    """A change of 2^-10 is less than half a step of bf16: rounded away in W', and there in x Delta^T."""
+    x, weight, _, _, _ = example(32, 64, 1, dtype=torch.bfloat16, tokens=(100,))
+    A, B = torch.randn(1, 64, generator=torch.Generator().manual_seed(1)).sign(), torch.full((32, 1), 2.0**-10)
+    base = torch.nn.functional.linear(x.float(), weight.float())
+    fused = spp_linear(x.float(), weight.float(), A, B, 1.0, backend=backend)
+    assert not torch.allclose(fused, base, rtol=1e-4)  # fp32 has the bits for it
+    weight = held(weight)
+    y = {mode: spp_linear(x, weight, A, B, 1.0, backend=backend, mode=mode) for mode in ("fused", "split")}
+    unchanged = spp_linear(x, weight, A, torch.zeros(32, 1), 1.0, backend=backend)
+    assert y["fused"].equal(unchanged)
+    # It shows in entries of y that are small enough to have the bits for it.
+    update = fused - base
+    assert ((y["split"] - unchanged).float() * update).sum() > 0.2 * update.square().sum()
+
+
 def test_a_trained_weight_takes_the_reference():
     x, weight, A, B, _ = example(6, 4, 2)
     weight.requires_grad_()

@@ -42,7 +42,10 @@ def request_for(tmp_path, tiny_model, tiny_tokenizer, stories):
 
 
 def test_live_bytes_by_hand():
+    before = torch.ones(50)
     with LiveBytes() as live:
+        view = before.view(5, 10)
+        assert live.now == 0 and len(view) == 5
         a = torch.ones(1000)
         b = a.view(10, 100) + 1  # the view is nothing new
         assert live.now == 8000

@@ -1,8 +1,7 @@
 """A linear layer whose weight is packed: few tokens read the non-zeros once, more expand it on the way into GEMMs.
 
-For few tokens, memory is what counts, and our own product reads the packed weight instead of the dense one. Above, up
-to 512 tokens, blocks of rows are expanded into a piece of memory that stays in the CPU's cache, and multiplied there;
-beyond that one GEMM on the whole expanded weight is faster.
+For few tokens, memory is what counts, and our own product reads the packed weight instead of the dense one; for more,
+W is expanded into scratch memory, and multiplied by torch.
 
 Shapes: T tokens, O output features, I input features. x (T, I), W (O, I).
 """
@@ -20,8 +19,6 @@ from spp.ops.linear import kernels_of
 from spp.ops.scratch import scratch
 from spp.packed import PackedWeight
 
-_BLOCK_ROWS = 1024
-_MOST_BLOCKED_TOKENS = 512
 # How many times reading the packed weight for some of the tokens beats torch's product for all of them.
 _MOST_PARTS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
 _PART_BYTES = 5 * 2**17  # of x, beside what else is in a CPU's second cache
@@ -68,23 +65,7 @@ def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str
             if parts == 1 or (1 < parts <= _MOST_PARTS[x.dtype] and fits):
                 ys = [native.matvec(part, weight, bias) for part in x.contiguous().tensor_split(parts)]
                 return ys[0] if parts == 1 else torch.cat(ys)
-            if len(x) <= _MOST_BLOCKED_TOKENS:
-                return _by_blocks(x, weight, bias)
         return F.linear(x, _expanded(weight, x.dtype, backend), bias)
-
-
-def _by_blocks(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    y = x.new_empty(len(x), len(weight))
-    for first in range(0, len(weight), _BLOCK_ROWS):
-        block = native.row_block(weight, first, min(first + _BLOCK_ROWS, len(weight)))
-        rows = scratch("block", block.shape, x.dtype, x.device)
-        native.expand(block, rows)
-        into = y[:, first : first + len(block)]
-        if bias is None:
-            torch.mm(x, rows.T, out=into)
-        else:
-            torch.addmm(bias[first : first + len(block)], x, rows.T, out=into)
-    return y
 
 
 @torch.library.custom_op("spp::packed_input_gradient", mutates_args=())

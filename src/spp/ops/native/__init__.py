@@ -236,13 +236,6 @@ def pack(weight: Tensor, *, level: int = _BEST) -> PackedWeight:
     return PackedWeight(values, bitmask, row_offsets, in_features)
 
 
-def row_block(weight: PackedWeight, first: int, last: int) -> PackedWeight:
-    """Rows [first, last) as views: its offsets still count from the whole weight's first value, which is fine here."""
-    return PackedWeight(
-        weight.values, weight.bitmask[first:last], weight.row_offsets[first : last + 1], weight.in_features
-    )
-
-
 def _described(weight: Weight, level: int) -> tuple[ctypes.CDLL, _Weight]:
     """The library, and the weight as it takes it. Lengths are checked here, once for all; rows are checked in C++."""
     if reason := why_not(weight):
