@@ -58,13 +58,13 @@ def _packed_linear(
 
 
 def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str) -> Tensor:
+    if backend == "native":
+        parts = -(-len(x) // native.most_tokens(weight, x.dtype))
+        fits = x.nbytes <= parts * _PART_BYTES
+        if parts == 1 or (1 < parts <= _MOST_PARTS[x.dtype] and fits):
+            ys = [native.matvec(part, weight, bias) for part in x.contiguous().tensor_split(parts)]
+            return ys[0] if parts == 1 else torch.cat(ys)
     with torch.autocast(x.device.type, enabled=False):
-        if backend == "native":
-            parts = -(-len(x) // native.most_tokens(weight, x.dtype))
-            fits = x.nbytes <= parts * _PART_BYTES
-            if parts == 1 or (1 < parts <= _MOST_PARTS[x.dtype] and fits):
-                ys = [native.matvec(part, weight, bias) for part in x.contiguous().tensor_split(parts)]
-                return ys[0] if parts == 1 else torch.cat(ys)
         return F.linear(x, _expanded(weight, x.dtype, backend), bias)
 
 
