@@ -55,7 +55,8 @@ def main() -> int:
 
 def _runtime(name: str) -> str:
     """Where the compiler keeps a sanitiser's runtime; it must be loaded before anything else."""
-    return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    command = ["g++", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":
