@@ -7,6 +7,7 @@ keeps for backward is counted as it is, with no formula for any architecture.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import psutil
@@ -87,6 +88,7 @@ def predict_training(options: TrainOptions) -> MemoryPrediction:
         checkpointing = sum(weights.values()) + sum(step.values()) > _SHARE_TO_USE * available_bytes(device)
     if checkpointing:
         step = needs_of_a_step(options, config, batch, device, checkpointing=True)
+    import_module("spp.stages.train")  # and what it imports: a run has that in memory, too
     libraries = {"Python and libraries": psutil.Process().memory_info().rss} if device.type == "cpu" else {}
     return MemoryPrediction(
         parts={**libraries, **weights, **step},
