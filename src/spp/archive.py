@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spp import ops
@@ -72,17 +71,12 @@ def dense_name(name: str) -> str:
     return f"model{name.removeprefix('packed')}" if name == _SINGLE or _PART_OF.fullmatch(name) else name
 
 
-def entries(path: Path) -> dict[str, PackedEntry]:
-    """The packed weights in a file of an archive.
+def entries(path: Path, names: list[str], metadata: dict[str, str]) -> dict[str, PackedEntry]:
+    """The packed weights in a file of an archive, from its tensors' names and its metadata.
 
     Raises:
-        SppError: the file is damaged, or of a version that this spp does not read.
+        SppError: it is of a version that this spp does not read, or does not hold what it says.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata() or {}, set(file.keys())
-    except SafetensorError as error:
-        raise SppError(f"{path}: not a whole safetensors file ({error}); it is truncated or damaged") from error
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise SppError(
             f"{path}: its metadata say format {metadata.get('format')!r}, version {metadata.get('version')!r}; "

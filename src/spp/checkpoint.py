@@ -101,17 +101,26 @@ class Checkpoint:
         elif (folder / SINGLE).is_file():
             index, paths = None, [folder / SINGLE]
         elif paths := archive.archive_files(folder):
-            packed = {path: archive.entries(path) for path in paths}
-            files = {name: path for path in paths for name in archive.plain_names(_header(path), packed[path])}
-            return cls(folder, files, {name: entry for found in packed.values() for name, entry in found.items()})
+            return cls._open_archive(folder, paths)
         else:
             pickles = " (there are .bin files: load and save the model with transformers to convert them)"
             hint = pickles if any(folder.glob("*.bin")) else ""
             raise UsageError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
-        files = {name: path for path in paths for name in _header(path)}
+        files = {name: path for path in paths for name in _header(path)[0]}
         if index is not None and (lacking := sorted(set(index) - set(files))):
             raise SppError(f"{folder}: {INDEX} lists {len(lacking)} tensors that no shard holds, e.g. {lacking[0]}")
         return cls(folder, files)
+
+    @classmethod
+    def _open_archive(cls, folder: Path, paths: list[Path]) -> Checkpoint:
+        files: dict[str, Path] = {}
+        packed: dict[str, archive.PackedEntry] = {}
+        for path in paths:
+            names, metadata = _header(path)
+            entries = archive.entries(path, names, metadata)
+            files |= dict.fromkeys(archive.plain_names(names, entries), path)
+            packed |= entries
+        return cls(folder, files, packed)
 
     @property
     def names(self) -> list[str]:
@@ -173,13 +182,17 @@ class Checkpoint:
                 for name in names:
                     yield name, self._read(file, name)
 
-    def first_row(self, name: str) -> Tensor:
-        """The first row of a tensor (all of it, if it has no dimension), reading no more than needed."""
-        if name in self.packed:
-            return self.tensor(name)[:1]
-        with safe_open(self.files[name], framework="pt") as file:
-            part = file.get_slice(name)
-            return part[:1] if part.get_shape() else file.get_tensor(name)
+    def heads(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+        """Name, shape and first row of every tensor (all of it, if it has no dimension); no more than that is read."""
+        for path, names in self.shards.items():
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    if name in self.packed:
+                        yield name, self.packed[name].shape, self._read(file, name)[:1]
+                        continue
+                    part = file.get_slice(name)
+                    shape = tuple(part.get_shape())
+                    yield name, shape, part[:1] if shape else file.get_tensor(name)
 
     def _read(self, file: Any, name: str) -> Tensor:
         if name not in self.packed:
@@ -188,10 +201,11 @@ class Checkpoint:
         return archive.dense(archive.read_weight(file.get_tensor, name, entry), entry)
 
 
-def _header(path: Path) -> list[str]:
+def _header(path: Path) -> tuple[list[str], dict[str, str]]:
+    """A file's tensor names and metadata."""
     try:
         with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+            return list(file.keys()), file.metadata() or {}
     except FileNotFoundError:
         raise SppError(f"{path}: the index names this shard, but it is not there") from None
     except SafetensorError as error:

@@ -28,9 +28,8 @@ def base_fingerprint(folder: Path) -> str:
     """
     checkpoint = Checkpoint.open(folder)
     tensors: dict[str, str] = {}
-    for name in checkpoint.names:
-        row = checkpoint.first_row(name)
-        tensors[name] = _sha256([name, list(checkpoint.shape(name)), _DTYPES.get(row.dtype, str(row.dtype))], row)
+    for name, shape, row in checkpoint.heads():
+        tensors[name] = _sha256([name, list(shape), _DTYPES.get(row.dtype, str(row.dtype))], row)
     config = [checkpoint.config.get(name) for name in _CONFIG]
     return _sha256([config, sorted(tensors.items())])
 

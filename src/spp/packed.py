@@ -75,6 +75,11 @@ def packed_bytes(nonzeros: int, out_features: int, in_features: int, dtype: torc
     return nonzeros * dtype.itemsize + out_features * word_count(in_features) * 4 + (out_features + 1) * 8
 
 
+def zero_share(weight: Tensor) -> float:
+    """Share of a tensor's entries that are zeros of either sign."""
+    return 1 - int(weight.count_nonzero()) / weight.numel()
+
+
 def word_count(in_features: int) -> int:
     """Words of the bitmask per row."""
     return -(-in_features // WORD_BITS)

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spp.checkpoint import Checkpoint, is_float
 from spp.errors import SppError
 from spp.models import prunable_linears
+from spp.packed import zero_share
 from spp.packing import WORTH_PACKING, packed_layer
 
 _METHOD = "spp_packed"
@@ -62,8 +63,7 @@ def _dtype(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
     """The dtype that a checkpoint says it has, or that of its first tensor of floats."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    rows = (checkpoint.first_row(name) for name in checkpoint.names)
-    return next((row.dtype for row in rows if is_float(row)), torch.float32)
+    return next((row.dtype for _, _, row in checkpoint.heads() if is_float(row)), torch.float32)
 
 
 class _LazyTensor:
@@ -149,7 +149,7 @@ class _Pack(ConversionOps):
         name = full_layer_name.removesuffix(".weight")
         layer = model.get_submodule(name)
         fits = weight.shape == layer.get_parameter("weight").shape
-        if not fits or 1 - int(weight.count_nonzero()) / weight.numel() < self._config.min_sparsity:
+        if not fits or zero_share(weight) < self._config.min_sparsity:
             return {key: weight}
         packed = packed_layer(_with_weight(layer, weight))
         packed.values = nn.Parameter(_narrowed(packed.values, self._config.dtype), requires_grad=False)

@@ -78,7 +78,9 @@ def _linear(
     with torch.autocast(x.device.type, enabled=False):
         if part != "split":
             return F.linear(x, _effective(x.dtype, weight, A, B, scale, part == "fused", backend), bias)
-        y = F.linear(x, _base(x.dtype, _whole(weight, A), backend), bias)
+        whole = _whole(weight, A)
+        base = whole.to(x.dtype) if isinstance(whole, Tensor) else expanded(whole, x.dtype, backend)
+        y = F.linear(x, base, bias)
         return torch.addmm(y, x, _effective(x.dtype, weight, A, B, scale, False, backend).T, out=y)
 
 
@@ -160,10 +162,8 @@ def _effective(
     return out
 
 
-def _base(dtype: torch.dtype, weight: Weight, backend: str) -> Tensor:
-    """W in `dtype`; a packed one in scratch memory."""
-    if isinstance(weight, Tensor):
-        return weight.to(dtype)
+def expanded(weight: PackedWeight, dtype: torch.dtype, backend: str) -> Tensor:
+    """A packed W (O, I) in `dtype`, in scratch memory."""
     out = scratch("weight", weight.shape, dtype, weight.device)
     kernels_of(backend).expand(weight, out)
     return out

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spp.ops import native
-from spp.ops.linear import kernels_of
-from spp.ops.scratch import scratch
+from spp.ops.linear import expanded
 from spp.packed import PackedWeight
 
 # How many times reading the packed weight for some of the tokens beats torch's product for all of them.
@@ -65,7 +64,7 @@ def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str
             ys = [native.matvec(part, weight, bias) for part in x.contiguous().tensor_split(parts)]
             return ys[0] if parts == 1 else torch.cat(ys)
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x, _expanded(weight, x.dtype, backend), bias)
+        return F.linear(x, expanded(weight, x.dtype, backend), bias)
 
 
 @torch.library.custom_op("spp::packed_input_gradient", mutates_args=())
@@ -73,13 +72,7 @@ def _packed_input_gradient(
     dy: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, in_features: int, backend: str
 ) -> Tensor:
     with torch.autocast(dy.device.type, enabled=False):
-        return dy @ _expanded(PackedWeight(values, bitmask, row_offsets, in_features), dy.dtype, backend)
-
-
-def _expanded(weight: PackedWeight, dtype: torch.dtype, backend: str) -> Tensor:
-    out = scratch("weight", weight.shape, dtype, weight.device)
-    kernels_of(backend).expand(weight, out)
-    return out
+        return dy @ expanded(PackedWeight(values, bitmask, row_offsets, in_features), dy.dtype, backend)
 
 
 @_packed_linear.register_fake

@@ -24,6 +24,7 @@ from spp.checkpoint import (
 )
 from spp.errors import UsageError
 from spp.options import PackOptions, UnpackOptions
+from spp.packed import zero_share
 from spp.packing import WORTH_PACKING
 from spp.progress import track
 from spp.rewriting import rewrite, write_companions
@@ -129,4 +130,4 @@ def _size(paths: Iterable[Path]) -> int:
 def _is_sparse(tensor: Tensor) -> bool:
     if tensor.ndim != 2 or not is_float(tensor) or not tensor.numel():
         return False
-    return 1 - int(tensor.count_nonzero()) / tensor.numel() >= WORTH_PACKING
+    return zero_share(tensor) >= WORTH_PACKING

@@ -12,18 +12,17 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spp.checkpoint import Checkpoint, resolve_model
 from spp.errors import UsageError
 from spp.live_bytes import peak_of_a_step
 from spp.loading import compute_dtype, context_window, load_config, pick_device
-from spp.models import is_transposed, prunable_linears
+from spp.models import prunable_linears, weight_oi
 from spp.ops import packs_well
 from spp.ops.linear import scratch_bytes
 from spp.options import TrainOptions
-from spp.packed import packed_bytes
+from spp.packed import packed_bytes, zero_share
 from spp.packing import WORTH_PACKING
 from spp.progress import track
 from spp.rewriting import tensor_name
@@ -128,7 +127,8 @@ def needs_of_a_step(
     """Bytes by part that training takes besides the base's weights: adapter, optimiser, activations, scratch."""
     model = _skeleton(options, config, device)
     targets = target_layers(model, options.target_modules)
-    scratch = max(scratch_bytes(*_shape(layer), model.dtype) for layer in targets.values())
+    shapes = (weight_oi(layer).shape for layer in targets.values())
+    scratch = max(scratch_bytes(rows, columns, model.dtype) for rows, columns in shapes)
     adapted = with_new_adapter(model, targets, options)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     if checkpointing:
@@ -176,8 +176,8 @@ def _weights(
             raise UsageError(f"model {options.model!r} lacks the weight of {name}, or it is stored under another name")
         dense = layer.get_parameter("weight").nbytes
         tensor = checkpoint.tensor(stored) if pack else None
-        if tensor is not None and 1 - int(tensor.count_nonzero()) / tensor.numel() >= WORTH_PACKING:
-            rows, columns = _shape(layer)
+        if tensor is not None and zero_share(tensor) >= WORTH_PACKING:
+            rows, columns = weight_oi(layer).shape
             kinds["packed weights"] += packed_bytes(int(tensor.count_nonzero()), rows, columns, tensor.dtype)
             packed += 1
         else:
@@ -185,9 +185,3 @@ def _weights(
     counted = {id(layer.get_parameter("weight")) for layer in linears.values()}
     rest = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in counted)
     return {**kinds, "embeddings, head, norms": rest}, packed
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    """(O, I) of a linear layer."""
-    first, second = layer.get_parameter("weight").shape
-    return (second, first) if is_transposed(layer) else (first, second)
