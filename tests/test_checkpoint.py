@@ -1,4 +1,4 @@
-"""Checkpoint folders: lazily read, damaged ones named, outputs whole or absent."""
+"""Checkpoint folders: lazily read, damaged ones named, read without being loaded."""
 
 from __future__ import annotations
 
@@ -10,16 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from spp.checkpoint import (
-    Checkpoint,
-    canonical_zeros,
-    check_output,
-    new_folder,
-    read_json,
-    resolve_model,
-    write_json,
-)
+from spp.checkpoint import Checkpoint, canonical_zeros, resolve_model
 from spp.errors import SppError, UsageError
+from spp.folders import read_json, write_json
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -105,64 +98,3 @@ def test_a_file_is_no_model(tmp_path):
     file.touch()
     with pytest.raises(UsageError, match="is a file"):
         resolve_model(str(file))
-
-
-def test_new_folder_appears_whole(tmp_path):
-    out = tmp_path / "deep" / "out"
-    with new_folder(out, overwrite=False) as folder:
-        (folder / "weights").write_text("all of it")
-        assert not out.exists()
-    assert (out / "weights").read_text() == "all of it"
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_new_folder_leaves_nothing_behind_on_failure(tmp_path, error):
-    with pytest.raises(error), new_folder(tmp_path / "out", overwrite=False) as folder:
-        (folder / "weights").write_text("half of")
-        raise error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_overwrite_keeps_the_old_result(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
-    with pytest.raises(RuntimeError), new_folder(out, overwrite=True):
-        raise RuntimeError
-    assert [path.name for path in out.iterdir()] == ["old"]
-    with new_folder(out, overwrite=True) as folder:
-        (folder / "new").touch()
-    assert [path.name for path in out.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_what_a_killed_run_left_is_swept_away(tmp_path):
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "stale").touch()
-    with new_folder(tmp_path / "out", overwrite=False) as folder:
-        assert list(folder.iterdir()) == []
-
-
-def test_outputs_never_cost_the_user_something(tmp_path):
-    model = tmp_path / "work" / "model"
-    model.mkdir(parents=True)
-    (model / "config.json").touch()
-    with pytest.raises(UsageError, match=r"not empty.*--overwrite"):
-        check_output(model, overwrite=False)
-    for out in (model, model.parent):
-        with pytest.raises(UsageError, match="is or holds the input"):
-            check_output(out, overwrite=True, inputs=[model])
-    with pytest.raises(UsageError, match="is a file"):
-        check_output(model / "config.json", overwrite=True)
-
-
-def test_json_is_read_or_explained(tmp_path):
-    path = tmp_path / "a.json"
-    write_json(path, {"a": [1, 2]})
-    assert read_json(path) == {"a": [1, 2]}
-    path.write_text("{")
-    with pytest.raises(SppError, match="not valid JSON"):
-        read_json(path)
-    with pytest.raises(UsageError, match="no such file"):
-        read_json(tmp_path / "b.json")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spp.checkpoint import read_json, write_json
 from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
+from spp.folders import read_json, write_json
 from spp.options import PruneOptions
 from spp.stages.prune import prune
 

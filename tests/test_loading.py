@@ -17,8 +17,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from spp.checkpoint import read_json, write_json
 from spp.errors import SppError, UsageError
+from spp.folders import read_json, write_json
 from spp.loading import compute_dtype, context_window, load_config, load_model, load_tokenizer, pick_device
 from spp.options import LoadingOptions
 

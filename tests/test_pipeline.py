@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spp.checkpoint import read_json
 from spp.errors import SppError, UsageError
+from spp.folders import read_json
 from spp.options import RunOptions
 from spp.pipeline import gap_closed, run
 

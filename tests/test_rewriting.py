@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from spp.checkpoint import MANIFEST, Checkpoint, read_json, write_json
+from spp.checkpoint import MANIFEST, Checkpoint
+from spp.folders import read_json, write_json
 from spp.rewriting import rewrite, tensor_name
 
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -24,7 +24,8 @@ from spp.packed import PackedWeight, require_sound
 
 FORMAT, VERSION = "spp-packed", "1"
 _SINGLE = "packed.safetensors"
-_PARTS = ("values", "bitmask", "row_offsets")
+VALUES = "values"
+_PARTS = (VALUES, "bitmask", "row_offsets")
 _PART_OF = re.compile(r"packed-(\d{5})-of-(\d{5})\.safetensors")
 
 

@@ -1,15 +1,11 @@
-"""Folders of safetensors on disk: find them, read them tensor by tensor, and make new ones whole or not at all.
+"""Folders of safetensors on disk: find them, and read them tensor by tensor.
 
 A packed archive (see `spp.archive`) reads as the dense model that it was made from.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +17,9 @@ from torch import Tensor
 
 from spp import archive
 from spp.errors import SppError, UsageError
+from spp.folders import read_json
 from spp.layout import stores_transposed
+from spp.tensor_file import Layout, read_layouts
 
 MANIFEST = "spp.json"
 """Side file in every folder that we write: what made it and from what. Never part of `config.json`."""
@@ -175,6 +173,21 @@ class Checkpoint:
         with safe_open(self.files[name], framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
+    def layouts(self) -> dict[str, Layout]:
+        """Name -> dtype, shape and bytes of every tensor; for a packed one, those of the dense tensor."""
+        layouts: dict[str, Layout] = {}
+        for path, names in self.shards.items():
+            stored = read_layouts(path)
+            layouts |= {
+                name: self._packed_layout(name, stored) if name in self.packed else stored[name] for name in names
+            }
+        return layouts
+
+    def _packed_layout(self, name: str, stored: dict[str, Layout]) -> Layout:
+        values, shape = stored[f"{name}.{archive.VALUES}"], self.packed[name].shape
+        width = values.nbytes // max(values.shape[0], 1)
+        return Layout(values.dtype, shape, width * shape[0] * shape[1])
+
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, one in memory at a time."""
         for path, names in self.shards.items():
@@ -212,89 +225,3 @@ def _header(path: Path) -> tuple[list[str], dict[str, str]]:
         raise SppError(
             f"{path}: not a whole safetensors file ({error}); it is truncated or damaged: copy or download it again"
         ) from error
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UsageError: there is no such file.
-        SppError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except ValueError as error:  # malformed JSON and malformed UTF-8
-        raise SppError(f"{path}: not valid JSON ({error})") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside `path` and rename it into place, so that a reader never sees half a file."""
-    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text beside `path` and rename it into place."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    partial.replace(path)
-    _sync(path.parent)
-
-
-def check_output(out: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuse, before any work, an output folder that would cost the user something.
-
-    Raises:
-        UsageError: `out` is a file, holds something and `overwrite` is off, or is or holds one of `inputs`.
-    """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"output {out} is a file; name a folder")
-    for source in inputs:
-        if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
-            raise UsageError(f"output {out} is or holds the input {source}; name another folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UsageError(f"output folder {out} is not empty; name another one, or pass --overwrite to replace it")
-
-
-@contextmanager
-def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Make `out` whole or not at all: yields a hidden sibling that is synced and renamed when the block succeeds.
-
-    Raises:
-        UsageError: see `check_output`.
-    """
-    check_output(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial, replaced = (out.with_name(f".{out.name}.{state}") for state in ("partial", "replaced"))
-    # What a killed run left behind is never a finished result.
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        sync_folder(partial)
-        if out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            out.rename(replaced)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync(out.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a folder and everything in it survive a crash of the machine."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Make a file or a folder's entries survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

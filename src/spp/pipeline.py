@@ -14,8 +14,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spp.checkpoint import MANIFEST, check_output, read_json, resolve_model, write_json
+from spp.checkpoint import MANIFEST, resolve_model
 from spp.errors import UsageError
+from spp.folders import check_output, read_json, write_json
 from spp.memory import peak_rss_bytes
 from spp.options import (
     EvalOptions,

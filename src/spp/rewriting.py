@@ -1,7 +1,7 @@
 """Write a model folder again with other numbers in some tensors: same files, names, shapes and dtypes.
 
 Everything that is not changed keeps its bytes (but for -0.0, which becomes +0.0), so no round trip through a model
-class can lose a tied weight, an unusual dtype or a setting.
+class can lose a tied weight, an unusual dtype or a setting. One tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spp.archive import dense_name
-from spp.checkpoint import INDEX, MANIFEST, SINGLE, Checkpoint, canonical_zeros, write_json
+from spp.checkpoint import INDEX, MANIFEST, SINGLE, Checkpoint, canonical_zeros
+from spp.folders import sync, write_json
 from spp.progress import track
+from spp.tensor_file import TensorFile
 
 # What a model folder holds besides its weights and belongs to every model made from it.
 _COMPANIONS = {".json", ".model", ".txt", ".jinja", ".py", ".tiktoken"}
@@ -31,10 +32,47 @@ def tensor_name(checkpoint: Checkpoint, module: str) -> str | None:
     return next((name for name in candidates if name in checkpoint.files), None)
 
 
+class Rewriting:
+    """The files of a model in the making: laid out like the checkpoint's, to be filled in any order, by several runs.
+
+    Args:
+        checkpoint: the model to write again.
+        folder: where; files that an earlier run laid out there are gone on with.
+
+    Raises:
+        OSError: the disk has no room for them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
+        self._checkpoint, self._folder = checkpoint, folder
+        layouts = checkpoint.layouts()
+        self._size = sum(layout.nbytes for layout in layouts.values())
+        self._files: dict[str, TensorFile] = {}
+        for path, names in checkpoint.shards.items():
+            file = TensorFile(folder / dense_name(path.name), {name: layouts[name] for name in names})
+            self._files |= dict.fromkeys(names, file)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor of the shape and dtype that it had, with every zero as +0.0."""
+        self._files[name].write(name, canonical_zeros(tensor))
+
+    def sync(self) -> None:
+        """Make what has been written survive a crash of the machine."""
+        for path in {file.path for file in self._files.values()}:
+            sync(path)
+
+    def finish(self) -> None:
+        """Add the index and what else belongs to the model (config, tokenizer)."""
+        write_companions(self._checkpoint, self._folder)
+        files = {name: file.path.name for name, file in self._files.items()}
+        if set(files.values()) != {SINGLE}:
+            write_json(self._folder / INDEX, {"metadata": {"total_size": self._size}, "weight_map": files})
+
+
 def rewrite(
     checkpoint: Checkpoint, folder: Path, changes: dict[str, Callable[[Tensor], Tensor]], description: str
 ) -> None:
-    """Write the checkpoint to `folder`, one shard in memory at a time, with its companions (config, tokenizer).
+    """Write the checkpoint to `folder` with its companions (config, tokenizer).
 
     Args:
         checkpoint: the model to start from.
@@ -42,20 +80,10 @@ def rewrite(
         changes: tensor name -> function from the old tensor to the new one, of the same shape and dtype.
         description: what the progress bar says.
     """
-    written: dict[str, str] = {}
-    size = 0
-    for path, names in track(checkpoint.shards.items(), description, total=len(checkpoint.shards)):
-        shard = {}
-        for name in names:
-            before = checkpoint.tensor(name)
-            shard[name] = canonical_zeros(changes[name](before) if name in changes else before)
-        file = dense_name(path.name)
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        written |= dict.fromkeys(names, file)
-        size += sum(tensor.nbytes for tensor in shard.values())
-    write_companions(checkpoint, folder)
-    if set(written.values()) != {SINGLE}:
-        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": written})
+    files = Rewriting(checkpoint, folder)
+    for name, before in track(checkpoint.items(), description, total=len(checkpoint.files)):
+        files.write(name, changes[name](before) if name in changes else before)
+    files.finish()
 
 
 def write_companions(checkpoint: Checkpoint, folder: Path) -> None:

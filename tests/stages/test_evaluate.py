@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spp.stages.evaluate as stage
-from spp.checkpoint import MANIFEST, write_json
+from spp.checkpoint import MANIFEST
 from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
+from spp.folders import write_json
 from spp.options import EvalOptions
 from spp.stages.evaluate import Score, evaluate, perplexity_of
 from spp.tuner import SppConfig

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spp.checkpoint import MANIFEST, Checkpoint, read_json, write_json
+from spp.checkpoint import MANIFEST, Checkpoint
 from spp.errors import SppError, UsageError
+from spp.folders import read_json, write_json
 from spp.options import MergeOptions
 from spp.patterns import NM
 from spp.stages import merge as merge_stage

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from spp.checkpoint import MANIFEST, Checkpoint, read_json
+from spp.checkpoint import MANIFEST, Checkpoint
 from spp.data.calibration import calibration_windows
 from spp.errors import SppError, UsageError
+from spp.folders import read_json
 from spp.models import is_transposed, prunable_linears, weight_oi
 from spp.options import PruneOptions
 from spp.patterns import NM, Pattern, parse_pattern

@@ -15,9 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from spp.checkpoint import read_json
 from spp.data.examples import IGNORED, Example
 from spp.errors import SppError, UsageError
+from spp.folders import read_json
 from spp.options import PruneOptions, TrainOptions
 from spp.stages import resuming, watching
 from spp.stages.prune import prune

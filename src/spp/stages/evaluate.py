@@ -21,11 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import spp.tuner  # noqa: F401 (makes PEFT know SPP adapters)
-from spp.checkpoint import MANIFEST, read_json, resolve_model
+from spp.checkpoint import MANIFEST, resolve_model
 from spp.data.records import STANDARD_LIBRARY, Record, load_records
 from spp.data.tokens import cut, documents, encode, render, require_known_ids
 from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
+from spp.folders import read_json
 from spp.loading import brief, context_window, load_config, load_model, load_tokenizer
 from spp.options import EvalOptions
 from spp.progress import track

@@ -18,16 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spp import __version__
-from spp.checkpoint import (
-    MANIFEST,
-    Checkpoint,
-    check_output,
-    new_folder,
-    read_json,
-    resolve_model,
-    write_json,
-)
+from spp.checkpoint import MANIFEST, Checkpoint, resolve_model
 from spp.errors import SppError, UsageError, raise_problems
+from spp.folders import check_output, new_folder, read_json, write_json
 from spp.ops.reference import merged_weight
 from spp.options import MergeOptions
 from spp.proof import TensorProof, compare

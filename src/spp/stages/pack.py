@@ -12,17 +12,9 @@ from torch import Tensor
 
 from spp import __version__, archive
 from spp.archive import PackedEntry
-from spp.checkpoint import (
-    MANIFEST,
-    Checkpoint,
-    canonical_zeros,
-    check_output,
-    is_float,
-    new_folder,
-    resolve_model,
-    write_json,
-)
+from spp.checkpoint import MANIFEST, Checkpoint, canonical_zeros, is_float, resolve_model
 from spp.errors import UsageError
+from spp.folders import check_output, new_folder, write_json
 from spp.options import PackOptions, UnpackOptions
 from spp.packed import zero_share
 from spp.packing import WORTH_PACKING

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spp import __version__
-from spp.checkpoint import MANIFEST, Checkpoint, check_output, new_folder, resolve_model, write_json
+from spp.checkpoint import MANIFEST, Checkpoint, resolve_model
 from spp.data.calibration import Calibration, calibration_windows
 from spp.errors import SppError
+from spp.folders import check_output, new_folder, write_json
 from spp.loading import context_window, load_model, load_tokenizer
 from spp.models import prunable_linears, sparsity, unreached_weights
 from spp.options import PruneOptions

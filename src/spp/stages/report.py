@@ -16,7 +16,7 @@ from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
-from spp.checkpoint import write_text
+from spp.folders import write_text
 from spp.stages import tensor_table
 from spp.stages.charts import Bar, Cell, bar_chart, heat_map, line_chart
 from spp.stages.quantities import duration, figure, share, size

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from spp.checkpoint import new_folder, read_json, sync_folder, write_json
 from spp.errors import SppError, UsageError
+from spp.folders import new_folder, read_json, sync_folder, write_json
 
 logger = logging.getLogger("spp")
 

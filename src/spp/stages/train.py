@@ -17,10 +17,11 @@ from transformers import PrinterCallback, Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from spp import __version__
-from spp.checkpoint import MANIFEST, Checkpoint, check_output, new_folder, resolve_model, write_json
+from spp.checkpoint import MANIFEST, Checkpoint, resolve_model
 from spp.data.examples import IGNORED, Example
 from spp.errors import SppError
 from spp.fingerprint import base_fingerprint
+from spp.folders import check_output, new_folder, write_json
 from spp.loading import compute_dtype, context_window, load_base, pick_device
 from spp.memory import peak_memory_bytes, return_freed_memory
 from spp.models import sparsity, unreached_weights
