@@ -9,52 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-_DECODER = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 96,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-_GQA = _DECODER | {"num_key_value_heads": 2}
-TINY_CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": _GQA,
-    "mistral": _GQA,
-    "qwen2": _GQA,
-    "qwen3": _GQA | {"head_dim": 8},
-    "gemma": _GQA | {"head_dim": 8},
-    "phi": _DECODER,
-    "gpt_neox": _DECODER,
-    "opt": {
-        "hidden_size": 32,
-        "ffn_dim": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 96,
-        "max_position_embeddings": 64,
-        "word_embed_proj_dim": 32,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    },
-    "gpt2": {
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "vocab_size": 96,
-        "n_positions": 64,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    },
-}
+# The families that everything is tested with; `families.py` has more, for what depends on the architecture.
+_EVERYWHERE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "gpt_neox", "opt", "gpt2")
+TINY_CONFIGS: dict[str, dict[str, Any]] = {name: FAMILIES[name] for name in _EVERYWHERE}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("SPP_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_CONFIGS
+from families import FAMILIES, tiny_model_of
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,7 +22,18 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from spp.errors import UsageError
-from spp.models import decoder_blocks, is_transposed, prunable_linears, unreached_weights, weight_oi
+from spp.models import (
+    Matrix,
+    auto_class,
+    decoder_blocks,
+    is_transposed,
+    prunable_linears,
+    prunable_matrices,
+    stacked_weights,
+    unreached_weights,
+    weight_oi,
+)
+from spp.packing import pack_
 
 MakeModel = Callable[..., PreTrainedModel]
 
@@ -94,12 +108,169 @@ def test_experts_do_not_hide_the_blocks() -> None:
     assert "model.layers.1.mlp.experts.0" in prunable_linears(model)
 
 
-def test_stacked_experts_are_named() -> None:
-    model = causal_model("mixtral", num_local_experts=3)
-    names = unreached_weights(model)
-    assert names
-    assert all(".experts." in name for name in names)
-    assert "model.layers.0.self_attn.q_proj" in prunable_linears(model)
+def matrices_of(model: PreTrainedModel) -> dict[str, Matrix]:
+    """All prunable matrices of a model, by name."""
+    prefix, blocks = decoder_blocks(model)
+    matrices = [one for index, block in enumerate(blocks) for one in prunable_matrices(f"{prefix}.{index}", block)]
+    assert len({matrix.name for matrix in matrices}) == len(matrices)
+    return {matrix.name: matrix for matrix in matrices}
+
+
+@pytest.mark.parametrize("family", TINY_CONFIGS)
+def test_the_matrices_of_a_dense_model_are_its_linear_layers(tiny_model: MakeModel, family: str) -> None:
+    model = tiny_model(family)
+    matrices, linears = matrices_of(model), prunable_linears(model)
+    assert list(matrices) == list(linears)
+    for name, matrix in matrices.items():
+        assert (matrix.owner, matrix.parameter, matrix.expert) == (linears[name], "weight", None)
+        assert matrix.weight.equal(weight_oi(linears[name]))
+        assert matrix.weight.data_ptr() == weight_oi(linears[name]).data_ptr()
+        assert not matrix.weight.requires_grad
+
+
+def test_the_matrices_of_experts_are_parts_of_their_stacks() -> None:
+    model = tiny_model_of("mixtral")
+    matrices = matrices_of(model)
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    gate_up, down = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
+    for index in range(4):
+        name = f"model.layers.1.mlp.experts.{index}"
+        gate, up = matrices[f"{name}.gate_proj"], matrices[f"{name}.up_proj"]
+        assert gate.weight.equal(gate_up[index, :48])
+        assert up.weight.equal(gate_up[index, 48:])
+        assert matrices[f"{name}.down_proj"].weight.equal(down[index])
+        assert (gate.owner, gate.parameter, gate.expert) == (experts, "gate_up_proj", index)
+        assert (up.owner, up.parameter, up.expert) == (experts, "gate_up_proj", index)
+    matrices["model.layers.1.mlp.experts.2.up_proj"].weight[5, 7] = 42
+    assert gate_up[2, 48 + 5, 7] == 42
+    assert len(matrices) == 2 * (4 + 4 * 3)
+
+
+def test_experts_without_gates() -> None:
+    matrices = matrices_of(tiny_model_of("nemotron_h"))
+    of_experts = [name for name in matrices if ".experts." in name]
+    assert sorted(of_experts) == sorted(
+        f"model.layers.2.mixer.experts.{index}.{part}_proj" for index in range(4) for part in ("up", "down")
+    )
+
+
+def test_matrices_without_memory() -> None:
+    with torch.device("meta"):
+        empty = matrices_of(AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **FAMILIES["mixtral"])))
+    real = matrices_of(tiny_model_of("mixtral"))
+    assert {name: one.weight.shape for name, one in empty.items()} == {
+        name: one.weight.shape for name, one in real.items()
+    }
+    assert all(matrix.weight.is_meta for matrix in empty.values())
+
+
+def test_a_packed_layer_has_no_matrix(tiny_model: MakeModel) -> None:
+    model = pack_(tiny_model("llama"), min_sparsity=0)
+    with pytest.raises(UsageError, match="unpack the model first"):
+        matrices_of(model)
+
+
+def test_stacks_that_adapters_and_those_that_pruning_does_not_reach() -> None:
+    """GPT-OSS multiplies with its stacks as (I, O), and mixes the rows of gates and ups."""
+    mixtral, gpt_oss = tiny_model_of("mixtral"), tiny_model_of("gpt_oss")
+    stacks = [f"model.layers.{index}.mlp.experts.{part}_proj" for index in range(2) for part in ("gate_up", "down")]
+    assert stacked_weights(mixtral) == stacked_weights(gpt_oss) == stacks
+    assert unreached_weights(mixtral) == []
+    assert unreached_weights(gpt_oss) == stacks
+    assert not [name for name in [*matrices_of(gpt_oss), *prunable_linears(mixtral)] if "experts" in name]
+
+
+@pytest.mark.parametrize(
+    ("family", "router"),
+    [
+        ("qwen2_moe", "mlp.shared_expert_gate"),  # one output
+        ("hunyuan_v1_moe", "mlp.gate.wg"),  # the only layer of a module beside the experts
+    ],
+)
+def test_routers_that_are_linear_layers_stay_dense(family: str, router: str) -> None:
+    model = tiny_model_of(family)
+    name = f"model.layers.1.{router}"
+    assert isinstance(model.get_submodule(name), nn.Linear)
+    assert name not in matrices_of(model)
+    assert name not in prunable_linears(model)
+    assert [one for one in prunable_linears(model) if "shared" in one]
+
+
+def test_a_router_beside_a_list_of_experts_stays_dense() -> None:
+    model = causal_model("llama")
+    for block in decoder_blocks(model)[1]:
+        block.mlp.experts = nn.ModuleList([nn.Linear(32, 32, bias=False) for _ in range(3)])
+        block.mlp.router = nn.Linear(32, 3)
+        block.router = nn.Linear(32, 3)  # beside no experts
+    matrices = matrices_of(model)
+    assert "model.layers.0.mlp.router" not in matrices
+    assert "model.layers.0.router" in matrices
+    assert "model.layers.0.mlp.experts.2" in matrices
+    assert "model.layers.0.mlp.up_proj" in matrices
+
+
+@pytest.mark.parametrize(("family", "name"), [("mixtral", "gate.weight"), ("deepseek_v3", "gate.weight")])
+def test_routers_of_other_kinds_stay_dense(family: str, name: str) -> None:
+    model = tiny_model_of(family)
+    router = model.get_parameter(f"model.layers.1.mlp.{name}")
+    assert router.ndim == 2
+    assert not [matrix for matrix in matrices_of(model).values() if matrix.weight.data_ptr() == router.data_ptr()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_classes_that_load_a_family(family: str) -> None:
+    config = AutoConfig.for_model(family.partition("-")[0], **FAMILIES[family])
+    kind = auto_class(config)
+    assert kind is not None
+    only_with_images = "vision_config" in FAMILIES[family] and family != "gemma3"  # which transformers has in both
+    assert kind.__name__ == ("AutoModelForImageTextToText" if only_with_images else "AutoModelForCausalLM")
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "vit", "vision-encoder-decoder", "florence2", "udop"])
+def test_other_families_have_no_class(kind: str) -> None:
+    parts = {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}} if "vision-" in kind else {}
+    config = AutoConfig.for_model(kind, **parts)
+    assert kind == "bert" or auto_class(config) is None  # BERT can be a decoder
+
+
+def test_the_blocks_are_those_of_the_language_model() -> None:
+    """A vision tower as deep as it is not mistaken for it, nor pruned."""
+    model = tiny_model_of("llava")
+    assert len(model.get_submodule("model.vision_tower.encoder.layers")) == 2
+    assert decoder_blocks(model)[0] == "model.language_model.layers"
+    assert not [name for name in prunable_linears(model) if "vision" in name or "projector" in name]
+
+
+def described(family: str) -> tuple[str, str]:
+    """A family's columns in docs/models.md: its blocks, and what is pruned in them, by module."""
+    model = tiny_model_of(family)
+    prefix = decoder_blocks(model)[0]
+    layers: dict[str, list[str]] = {}
+    for name in matrices_of(model):
+        inside = re.sub(r"\.\d+\.", ".*.", name.removeprefix(f"{prefix}.").partition(".")[2])
+        module, _, layer = inside.rpartition(".")
+        if layer not in layers.setdefault(module, []):
+            layers[module].append(layer)
+    return f"`{prefix}`", "; ".join(
+        f"{module}: {', '.join(names)}" if module else ", ".join(names) for module, names in layers.items()
+    )
+
+
+def rows() -> dict[str, tuple[str, str]]:
+    page = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines() if line[:1] == "|"
+    ]
+    return {row[0].strip("`"): (row[1], row[2]) for row in cells if row[0][:1] == "`"}
+
+
+def test_the_page_has_a_row_for_every_family() -> None:
+    assert list(rows()) == list(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_says_what_the_model_has(family: str) -> None:
+    assert rows()[family] == described(family)
 
 
 def test_refuses_an_encoder_decoder() -> None:
@@ -124,7 +295,7 @@ def test_refuses_anything_else() -> None:
 def test_says_what_it_saw_where_blocks_cannot_be_told(tiny_model: MakeModel) -> None:
     model = tiny_model("llama")
     model.config.num_hidden_layers = 7
-    with pytest.raises(UsageError, match=r"num_hidden_layers = 7 entries.*\[2\]"):
+    with pytest.raises(UsageError, match=r"num_hidden_layers = 7 entries .* seen: model.layers with 2$"):
         decoder_blocks(model)
 
 

@@ -46,6 +46,7 @@ COMMANDS: dict[str, Command] = {
         positional=("model", "out"),
         stage="spp.stages.prune:prune",
         example="spp prune ./llama ./llama-2of4 --pattern 2:4 --criterion wanda --calibration c4.jsonl",
+        dry_run="spp.stages.pruning_prediction:predict_pruning",
     ),
     "train": Command(
         options=opt.TrainOptions,
@@ -219,6 +220,7 @@ def _metavar(name: str, kinds: tuple[Any, ...]) -> str:
         "device": "DEVICE",
         "model": "MODEL",
         "target_modules": "NAMES",
+        "reconstruct": "PARTS",
     }.get(name, "FILE")
 
 

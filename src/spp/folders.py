@@ -113,10 +113,15 @@ def resumable_folder(out: Path, request: dict[str, Any], *, overwrite: bool) -> 
             raise
 
 
+def partial_folder(out: Path) -> Path:
+    """The hidden sibling in which `out` is made."""
+    return out.with_name(f".{out.name}.partial")
+
+
 @contextmanager
 def _claimed(out: Path) -> Iterator[Path]:
     """The hidden sibling of `out`, which no other process has; the claim ends with the process, however that ends."""
-    partial = out.with_name(f".{out.name}.partial")
+    partial = partial_folder(out)
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial / _LOCK, os.O_CREAT | os.O_RDWR)
     try:

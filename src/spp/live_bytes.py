@@ -54,6 +54,18 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+def make_fake(model: nn.Module, device: torch.device) -> None:
+    """Replace a model's parameters and buffers by fake ones on a device; within a FakeTensorMode."""
+    for module in model.modules():
+        for name, held in module._parameters.items():
+            if held is not None:
+                fake = torch.empty(held.shape, dtype=held.dtype, device=device)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=held.requires_grad)
+        for name, held in module._buffers.items():
+            if held is not None:
+                module._buffers[name] = torch.empty(held.shape, dtype=held.dtype, device=device)
+
+
 def peak_of_a_step(model: nn.Module, batch: dict[str, torch.Size], device: torch.device) -> int:
     """Most bytes that the forward and the backward pass of a training step hold besides the parameters.
 
@@ -65,14 +77,7 @@ def peak_of_a_step(model: nn.Module, batch: dict[str, torch.Size], device: torch
         device: where the step would run; kernels differ in what they keep.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in model.modules():
-            for name, held in module._parameters.items():
-                if held is not None:
-                    fake = torch.empty(held.shape, dtype=held.dtype, device=device)
-                    module._parameters[name] = nn.Parameter(fake, requires_grad=held.requires_grad)
-            for name, held in module._buffers.items():
-                if held is not None:
-                    module._buffers[name] = torch.empty(held.shape, dtype=held.dtype, device=device)
+        make_fake(model, device)
         inputs = {name: torch.ones(shape, dtype=torch.int64, device=device) for name, shape in batch.items()}
         with LiveBytes() as live:
             output = model(**inputs)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spp.checkpoint import Checkpoint, resolve_model
 from spp.errors import SppError, UsageError
+from spp.models import AutoClass, auto_class
 from spp.ops import packs_well
 from spp.options import LoadingOptions
-from spp.packed_loading import load_packed
+from spp.packed_loading import load_packed, stored_dtype
 from spp.packing import pack_, unpack_
 
 _DEFAULT_WINDOW = 2048
@@ -61,7 +57,9 @@ def load_model(
     device: str | None = None,
     pack: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal LM in eval mode; of a packed archive, or with `pack`, its sparse layers stay packed.
+    """Load a causal LM, or a language model that also takes images, in eval mode.
+
+    Of a packed archive, or with `pack`, its sparse layers stay packed.
 
     Args:
         model: folder or hub id with safetensors weights.
@@ -78,9 +76,7 @@ def load_model(
     checkpoint = Checkpoint.open(folder)  # names a truncated shard, which transformers reports without its file name
     target = pick_device(device or options.device)
     config = load_config(model, options)
-    own_code = getattr(config, "auto_map", None) or {}
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
-        raise UsageError(f"model {model!r} is of type {config.model_type!r}, which is no causal language model")
+    kind = kind_of(model, config)
     wanted: dict[str, Any] = {
         "dtype": dtype or compute_dtype(options.dtype, target),
         "output_loading_info": True,
@@ -89,9 +85,9 @@ def load_model(
     trust: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     try:
         loading: Any = (
-            load_packed(checkpoint, config, wanted, trust)
+            load_packed(kind, checkpoint, config, wanted, trust)
             if pack or checkpoint.packed
-            else AutoModelForCausalLM.from_pretrained(folder, **wanted, **trust)
+            else kind.from_pretrained(folder, **wanted, **trust)
         )
     except SppError:
         raise
@@ -107,6 +103,67 @@ def load_model(
     if missing := sorted(info["missing_keys"]):
         raise SppError(f"model {model!r} lacks {len(missing)} weights, e.g. {missing[0]}; the checkpoint is incomplete")
     return loaded.to(target).eval()
+
+
+def skeleton(model: str, options: LoadingOptions, dtype: str | torch.dtype) -> PreTrainedModel:
+    """A model as `load_model` gives it, but for its parameters, which have no memory: they are on the meta device.
+
+    Buffers are real and hold their values, except those that the files hold. Experts are computed one after the other,
+    with `linear` (see `spp.models.prunable_matrices`).
+
+    Args:
+        model: folder or hub id with safetensors weights.
+        options: trust_remote_code.
+        dtype: what it is to compute in; "auto" is the checkpoint's own.
+
+    Raises:
+        UsageError: no such model, no weights, or not a causal LM.
+        SppError: transformers cannot build it.
+    """
+    checkpoint = Checkpoint.open(resolve_model(model))
+    config = load_config(model, options)
+    kind = kind_of(model, config)
+    wanted: dict[str, Any] = {
+        "dtype": stored_dtype(checkpoint, config) if dtype == "auto" else dtype,
+        "experts_implementation": "eager",
+        "trust_remote_code": options.trust_remote_code,
+    }
+    try:
+        with init_empty_weights(include_buffers=False):
+            built = kind.from_config(config, **wanted)
+    except Exception as error:  # transformers and the model's own code raise anything
+        raise SppError(f"model {model!r} cannot be built: {brief(error)}") from error
+    built.tie_weights()  # a parameter that moves to the meta device becomes another one, and loses its ties
+    _compute_buffers(built)
+    _keep_in_fp32(built, wanted["dtype"])
+    built.name_or_path = built.config.name_or_path = str(checkpoint.folder)
+    return built.eval()
+
+
+def kind_of(model: str, config: Any) -> AutoClass:
+    """The class that loads a model; an error where it is no causal LM."""
+    kind = auto_class(config)
+    if kind is None:
+        raise UsageError(f"model {model!r} is of type {config.model_type!r}, which is no causal language model")
+    return kind
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Compute the values of buffers again, outside of the model's default dtype, as `from_pretrained` does.
+
+    In it, some families' sines and cosines would be rounded before they are multiplied.
+    """
+    for module in model.modules():
+        module._is_hf_initialized = False  # pyright: ignore[reportArgumentType]
+    model.initialize_weights()  # which does nothing to parameters without memory
+
+
+def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give fp32 to what a family keeps in it whatever the model computes in, as `from_pretrained` does."""
+    kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if any(pattern.search(name) for pattern in kept):
+            tensor.data = tensor.data.float()
 
 
 def load_base(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spp.errors import UsageError, raise_problems
 from spp.patterns import parse_pattern
@@ -24,7 +24,8 @@ def _checked_pattern(text: str) -> str:
 
 
 PatternText = Annotated[str, AfterValidator(_checked_pattern)]
-Criterion = Literal["magnitude", "wanda", "sparsegpt"]
+BlockPart = Literal["block", "attention", "mlp"]
+Criterion = Literal["magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt"]
 
 
 class Options(BaseModel):
@@ -48,13 +49,14 @@ class Options(BaseModel):
 
 
 def _describe(problem: Any) -> str:
-    name = ".".join(str(part) for part in problem["loc"]) or "options"
+    name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"{name}: no such option"
     if problem["type"] == "missing":
         return f"{name}: is required"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":  # our own words, which show the value already
+        # Of a check over several options, the name is empty.
         return message if message.startswith(name) else f"{name}: {message}"
     return f"{name}: {message[0].lower()}{message[1:]}, but it is {problem['input']!r}"
 
@@ -84,15 +86,74 @@ class PruningSettings(Options):
         "2:4", description="what to keep: N:M keeps N of every M consecutive weights (2:4, 4:8, 2:8); 50% removes half"
     )
     criterion: Criterion = Field("wanda", description="how weights are chosen")
+    allocation: Literal["uniform", "owl"] = Field(
+        "uniform",
+        description="sparsity of blocks: uniform, or less where there are more outliers (not for N:M)",
+    )
+    owl_limit: float = Field(0.08, gt=0, lt=0.5, description="owl: how far a block's sparsity may be from the mean")
+    owl_threshold: float = Field(5.0, gt=1, description="owl: an outlier's Wanda score is so many times the mean score")
+    refine: Literal["dsnot"] | None = Field(
+        None, description="afterwards exchange removed and kept weights, without training (not for sparsegpt)"
+    )
+    reconstruct: str | None = Field(
+        None,
+        description="afterwards tune what is left of each block towards its dense outputs: block (all at once), "
+        "attention, mlp, or attention,mlp (one after the other)",
+    )
+    reconstruct_params: Literal["weights", "spp"] = Field(
+        "weights", description="what reconstruction tunes: the weights that are left, or SPP's A and B"
+    )
+    reconstruct_epochs: int = Field(8, ge=1, description="passes of reconstruction over the calibration windows")
+    reconstruct_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate of reconstruction of A and B for spp (default: 0.1), "
+        "relative to the weights' size for weights (default: 0.05)",
+    )
+    keep_zeros: bool = Field(
+        False, description="prune nothing, and adopt the zeros that the model has; pattern and criterion do not count"
+    )
     calibration: str | None = Field(
         None,
-        description="text for wanda and sparsegpt: a file or datasets id (default: spp run's training data, else "
-        "python-stdlib)",
+        description="calibration text: a file or datasets id (default: spp run's training data, else python-stdlib)",
     )
     samples: int = Field(128, ge=1, description="calibration windows")
+    min_expert_tokens: int = Field(
+        64, ge=0, description="an expert that fewer calibration tokens reach is pruned by magnitude"
+    )
     skip_indivisible: bool = Field(
         False, description="leave a layer dense, and say so, where M does not divide its input dimension"
     )
+
+    @property
+    def reconstructed_parts(self) -> tuple[BlockPart, ...]:
+        """What reconstruction tunes, one after the other."""
+        return cast(tuple[BlockPart, ...], tuple(self.reconstruct.split(","))) if self.reconstruct else ()
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if problems := _conflicts(self):
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _conflicts(settings: PruningSettings) -> list[str]:
+    """What in these settings excludes what."""
+    problems = []
+    if settings.allocation == "owl" and ":" in settings.pattern:
+        problems.append(f"allocation owl varies the sparsity, and pattern {settings.pattern} fixes it; give 50% or so")
+    if settings.refine and settings.criterion == "sparsegpt":
+        problems.append("refine dsnot exchanges weights, and sparsegpt has changed them; use wanda, ria or magnitude")
+    if odd := [part for part in settings.reconstructed_parts if part not in get_args(BlockPart)]:
+        problems.append(f"reconstruct takes block, attention, mlp, or attention,mlp, and not {odd[0]!r}")
+    given = [
+        name.replace("_", "-")
+        for name in ("pattern", "criterion", "allocation", "refine", "reconstruct")
+        if getattr(settings, name) != PruningSettings.model_fields[name].default
+    ]
+    if settings.keep_zeros and given:
+        problems.append(f"keep-zeros prunes nothing, so leave out {', '.join(given)}")
+    return problems
 
 
 class AdapterSettings(Options):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spp.checkpoint import Checkpoint, is_float
 from spp.errors import SppError
-from spp.models import prunable_linears
+from spp.models import AutoClass, prunable_linears
 from spp.packed import zero_share
 from spp.packing import WORTH_PACKING, packed_layer
 
@@ -28,11 +28,12 @@ _METHOD = "spp_packed"
 
 
 def load_packed(
-    checkpoint: Checkpoint, config: PreTrainedConfig, wanted: dict[str, Any], trust: dict[str, Any]
+    kind: AutoClass, checkpoint: Checkpoint, config: PreTrainedConfig, wanted: dict[str, Any], trust: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model of a checkpoint or an archive with its sparse layers packed, and transformers' account of the load.
 
     Args:
+        kind: the class that loads models of this kind.
         checkpoint: dense or packed.
         config: its configuration.
         wanted: arguments for `from_pretrained`, output_loading_info among them.
@@ -42,14 +43,14 @@ def load_packed(
         SppError: a tensor has not the shape that the configuration says; a packed weight is damaged.
     """
     with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config, **trust))
+        own = type(kind.from_config(config, **trust))
     if wanted["dtype"] == "auto":
-        wanted = {**wanted, "dtype": _dtype(checkpoint, config)}
-    model, info = kind.from_pretrained(
+        wanted = {**wanted, "dtype": stored_dtype(checkpoint, config)}
+    model, info = own.from_pretrained(
         None,
         config=config,
         state_dict={name: _LazyTensor(checkpoint, name) for name in checkpoint.names},
-        quantization_config=PackOnLoad(WORTH_PACKING, _dtype(checkpoint, config)),
+        quantization_config=PackOnLoad(WORTH_PACKING, stored_dtype(checkpoint, config)),
         **wanted,
     )
     # Where the model is from, which transformers notes itself when it reads a folder; PEFT looks it up.
@@ -59,7 +60,7 @@ def load_packed(
     return model, info
 
 
-def _dtype(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
     """The dtype that a checkpoint says it has, or that of its first tensor of floats."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype

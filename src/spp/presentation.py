@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
     from spp.stages.pack import PackReport
     from spp.stages.prediction import MemoryPrediction
     from spp.stages.prune import PruneReport
+    from spp.stages.pruning_prediction import PruningPrediction
     from spp.stages.train import TrainReport
     from spp.stages.verify import VerifyReport
 
@@ -38,7 +39,8 @@ def _run(report: RunReport) -> Iterable[RenderableType]:
 
 
 def _prune(report: PruneReport) -> Iterable[RenderableType]:
-    yield f"{report.sparsity:.2%} of {len(report.tensors)} matrices are zero now ({report.criterion}, {report.pattern})"
+    how = report.criterion or "zeros that were there"
+    yield f"{report.sparsity:.2%} of {len(report.tensors)} matrices are zero now ({how}, {report.pattern})"
     if report.skipped:
         yield f"left dense, because the pattern does not divide them: {', '.join(report.skipped)}"
     yield f"written to {report.out}; next: spp train {report.out} ADAPTER --data FILE"
@@ -53,7 +55,16 @@ def _train(report: TrainReport) -> Iterable[RenderableType]:
     yield f"written to {report.out}; next: spp merge MODEL {report.out} OUT"
 
 
-def _train_dry_run(report: MemoryPrediction) -> Iterable[RenderableType]:
+def _prune_dry_run(report: PruningPrediction) -> Iterable[RenderableType]:
+    yield _memory_table(report)
+    yield (
+        f"at its most while {report.phase}, however many blocks there are ({report.blocks}); the result takes "
+        f"{size(report.disk_bytes)} on disk, and hidden states {size(report.states_bytes)} more until it is finished; "
+        "nothing was written"
+    )
+
+
+def _memory_table(report: MemoryPrediction | PruningPrediction) -> Table:
     table = Table(show_header=False, box=None)
     table.add_column()
     table.add_column(justify="right")
@@ -61,7 +72,11 @@ def _train_dry_run(report: MemoryPrediction) -> Iterable[RenderableType]:
         table.add_row(part, size(count))
     table.add_row("predicted peak", size(report.total), style="bold")
     table.add_row(f"available on {report.device}", size(report.available))
-    yield table
+    return table
+
+
+def _train_dry_run(report: MemoryPrediction) -> Iterable[RenderableType]:
+    yield _memory_table(report)
     yield (
         f"{report.sequences} sequences of {report.tokens} tokens at once, gradient checkpointing "
         f"{'on' if report.gradient_checkpointing else 'off'}, {report.packed} layers packed; nothing was written"
@@ -135,6 +150,7 @@ def _doctor(report: DoctorReport) -> Iterable[RenderableType]:
 _DESCRIPTIONS: dict[str, Callable[[Any], Iterable[RenderableType]]] = {
     "run": _run,
     "prune": _prune,
+    "prune --dry-run": _prune_dry_run,
     "train": _train,
     "train --dry-run": _train_dry_run,
     "merge": _merge,

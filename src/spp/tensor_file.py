@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,8 @@ class TensorFile:
             ValueError: it has not as many bytes as its layout says.
             OSError: it cannot be written.
         """
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = memoryview(array)
         if len(data) != self._sizes[name]:
             raise ValueError(f"{name} has {len(data)} bytes, and {self._sizes[name]} are laid out for it")
         with self.path.open("r+b", buffering=0) as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -62,6 +63,49 @@ def test_every_kind_from_every_file(tmp_path, suffix, items, expected):
 
 def test_a_text_file_is_one_record(write):
     assert load_records(write("a.txt", " One.\n\nTwo.\n")) == [{"text": " One.\n\nTwo.\n"}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "c4-train.00000-of-01024.json.gz", "A.JSON.GZ"])
+@pytest.mark.parametrize("array", [False, True])
+def test_compressed_json(write, name, array):
+    items = [{"text": "one", "url": "x"}, {"text": "two", "url": "y"}]
+    content = json.dumps(items) if array else "\n".join(map(json.dumps, items))
+    assert load_records(write(name, gzip.compress(content.encode()))) == [{"text": "one"}, {"text": "two"}]
+
+
+def test_compressed_text(write):
+    content = gzip.compress(b"\xef\xbb\xbf One.\r\n") + gzip.compress(b"Two.\n")  # members make one file together
+    assert load_records(write("a.txt.gz", content)) == [{"text": " One.\nTwo.\n"}]
+
+
+LINES = gzip.compress(b"".join(json.dumps({"text": str(i)}).encode() + b"\n" for i in range(20_000)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        LINES[:-4],
+        LINES[: len(LINES) // 2],
+        LINES[:1000] + bytes(8) + LINES[1008:],
+        LINES[:-8] + b"\0" + LINES[-7:],
+        b'{"text": "not compressed"}',
+    ],
+)
+def test_damaged_gzip_is_one_error(write, content):
+    message = problem(source := write("a.json.gz", content))
+    assert message.startswith(f"{source}: not a whole gzip file (")
+    assert "copy or download it again" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_bad_utf8_in_a_compressed_file_is_named_with_its_line(write):
+    source = write("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9999 + b'{"text": "caf\xe9"}\n'))
+    assert problem(source) == f"{source}, line 10000: expected UTF-8 text; found byte 0xe9; convert it"
+
+
+def test_an_array_may_follow_blank_lines(write):
+    assert load_records(write("a.json", '\n \n[{"text": "one"}]')) == [{"text": "one"}]
+    assert "b.json, line 4: expected a JSON array" in problem(write("b.json", '\n\n[{"text": "one"},\nnope]'))
 
 
 def test_the_standard_library_comes_in_parts(monkeypatch):
@@ -183,9 +227,12 @@ def test_bad_utf8_is_named_with_its_line(write):
     assert "line 1: expected UTF-8" in problem(write("b.txt", "wide".encode("utf-16")))
 
 
-@pytest.mark.parametrize("name", ["lost.jsonl", "no/where/lost.txt", "/lost", "../x", "./x/y", "two words", "a:b:c:d"])
+@pytest.mark.parametrize(
+    "name",
+    ["lost.jsonl", "no/where/lost.txt", "/lost", "../x", "./x/y", "two words", "a:b:c:d", "lost.json.gz", "a:b:c[:"],
+)
 def test_what_can_only_be_a_file_is_not_asked_of_the_hub(name, monkeypatch):
-    monkeypatch.setattr("spp.data.records._read_dataset", lambda _: pytest.fail("asked the hub"))
+    monkeypatch.setattr("spp.data.records._read_dataset", lambda *_: pytest.fail("asked the hub"))
     assert problem(name) == f"data {name!r}: no such file"
 
 
@@ -193,7 +240,7 @@ def test_a_folder_is_no_data(tmp_path):
     assert "is a folder; give a file" in problem(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.csv", "a", "a.gz", "a.csv.gz", "a.parquet.gz", "a.jsonl.zst"])
 def test_an_unknown_suffix_names_the_known_ones(write, name):
     assert "must be one of .txt, .jsonl, .json, .parquet" in problem(write(name, "text"))
 
@@ -205,8 +252,9 @@ def test_a_dataset_out_of_reach_is_one_error_that_names_ways_out(source, monkeyp
     message = problem(source)
     assert repr(source) in message
     assert "no such file, and not available as a dataset" in message
-    assert "give a file (.txt, .jsonl, .json, .parquet)" in message
+    assert "give a file (.txt, .jsonl, .json, .parquet, .txt.gz, .jsonl.gz, .json.gz)" in message
     assert "HF_DATASETS_CACHE" in message
+    assert "HF_HUB_OFFLINE=1" in message
     assert len(message.splitlines()) == 1
 
 
@@ -217,6 +265,8 @@ def test_a_dataset_out_of_reach_is_one_error_that_names_ways_out(source, monkeyp
         ("allenai/c4:en", ("allenai/c4", "en", "train")),
         ("a/b:c:validation", ("a/b", "c", "validation")),
         ("a/b::test", ("a/b", None, "test")),
+        ("a/b:c:train[:1%]", ("a/b", "c", "train[:1%]")),
+        ("a/b::train[:1%]+test[2:5]", ("a/b", None, "train[:1%]+test[2:5]")),
     ],
 )
 def test_a_datasets_id_names_config_and_split(source, asked, monkeypatch):
@@ -228,6 +278,76 @@ def test_a_datasets_id_names_config_and_split(source, asked, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_records(source) == [{"text": "one"}, {"text": "two"}]
+
+
+@pytest.mark.parametrize("name", ["train[:1%]", "train[10:20]"])
+def test_a_slice_without_a_split_is_explained(name):
+    assert f"write a/b::{name}, or a/b:CONFIG:{name}" in problem(f"a/b:{name}")
+
+
+class Stream:
+    """What of `datasets.IterableDataset` is used; it counts the rows that it gave."""
+
+    def __init__(self, rows, column_names=None):
+        self.rows, self.column_names, self.given = rows, column_names, 0
+
+    def select_columns(self, names):
+        self.rows = ({name: row[name] for name in names} for row in self.rows)
+        return self
+
+    def __iter__(self):
+        for row in self.rows:
+            self.given += 1
+            yield row
+
+
+@pytest.mark.parametrize("column_names", [None, ["text", "url"]])
+def test_calibration_reads_the_first_rows_of_a_dataset_as_a_stream(column_names, monkeypatch):
+    stream = Stream(({"text": str(number), "url": "x"} for number in range(10**9)), column_names)
+
+    def load_dataset(name, config, *, split, streaming):
+        assert (name, config, split, streaming) == ("allenai/c4", "en", "train", True)
+        return stream
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert load_records("allenai/c4:en", "calibration") == [{"text": str(number)} for number in range(16_384)]
+    assert stream.given == 16_384
+
+
+def test_calibration_reads_fewer_rows_where_they_are_long(monkeypatch):
+    stream = Stream({"text": "book " * 100} for _ in range(10**9))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: stream)
+    monkeypatch.setattr("spp.data.records._STREAMED_CHARACTERS", 1200)
+    assert len(load_records("a/books", "calibration")) == 3
+
+
+def test_a_real_stream_is_read(monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["one", "", "two"], "url": ["x", "y", "z"]}).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    assert load_records("a/b", "calibration") == [{"text": "one"}, {"text": ""}, {"text": "two"}]
+
+
+def test_a_slice_is_not_streamed(monkeypatch):
+    import datasets
+
+    def load_dataset(name, config, *, split):
+        assert split == "train[:1%]"
+        return datasets.Dataset.from_dict({"text": ["one"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_records("a/b:c:train[:1%]", "calibration") == [{"text": "one"}]
+
+
+def test_a_stream_that_breaks_off_names_ways_out(monkeypatch):
+    def rows():
+        yield {"text": "one"}
+        raise ConnectionError("the hub went away")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Stream(rows()))
+    with pytest.raises(UsageError, match=r"not available.*\(the hub went away\).*HF_DATASETS_CACHE"):
+        load_records("a/b", "calibration")
 
 
 def test_problems_of_a_dataset_are_named_by_row(monkeypatch):

@@ -62,3 +62,62 @@ def sparsegpt(weight: Tensor, inputs: Tensor, pattern: Pattern, *, blocksize: in
         w[:, j:] -= error[:, None] * factor[j, j:]
         w[~mask[:, j], j] = 0
     return w, mask
+
+
+def magnitude_over_the_matrix(weight: Tensor, pattern: Pattern) -> Tensor:
+    """As in Wanda's repository: all weights of the matrix compete; groups of N:M are the same as by rows."""
+    if isinstance(pattern, NM):
+        return magnitude(weight, pattern)
+    return mask_by_rows(weight.abs().float().reshape(1, -1), pattern).view_as(weight)
+
+
+def ria(weight: Tensor, inputs: Tensor, pattern: Pattern) -> Tensor:
+    """ICLR 2024 "Plug-and-Play", eq. 2 and 3, entry by entry; a = 0.5."""
+    w, norms = weight.abs().float(), inputs.float().norm(dim=0)
+    rows, columns = w.sum(dim=1).tolist(), w.sum(dim=0).tolist()
+    scores = torch.tensor(
+        [
+            [(w[i, j] / rows[i] + w[i, j] / columns[j]) * norms[j] ** 0.5 for j in range(w.shape[1])]
+            for i in range(len(w))
+        ]
+    )
+    return mask_by_rows(scores, pattern)
+
+
+def outlier_share(weights: list[Tensor], inputs: list[Tensor], threshold: float) -> float:
+    """arXiv 2310.05175: how many of a block's Wanda scores are above `threshold` times their mean."""
+    pairs = zip(weights, inputs, strict=True)
+    scores = torch.cat([(w.abs() * x.norm(dim=0) / len(x) ** 0.5).flatten() for w, x in pairs])
+    return sum(score > threshold * scores.mean() for score in scores).item() / len(scores)
+
+
+def dsnot(weight: Tensor, mask: Tensor, inputs: Tensor, pattern: Pattern) -> Tensor:
+    """arXiv 2310.08915, row by row and weight by weight; in float64."""
+    w, x, mask = weight.double(), inputs.double(), mask.clone()
+    change, scores = w * x.mean(dim=0), w.abs() * x.square().mean(dim=0).sqrt()
+    gain = change / x.var(dim=0, unbiased=False)
+    for row in range(len(w)):
+        out = {j for j in range(w.shape[1]) if not mask[row, j]}
+        kept = set(range(w.shape[1])) - out
+        error = sum(change[row, j].item() for j in out)
+        sign = error > 0
+        for _ in range(50):
+            towards = 1 if error > 0 else -1
+            grow = max(out, key=lambda j: towards * gain[row, j], default=None)
+            if abs(error) <= 0.1 / 2048 or grow is None or towards * gain[row, grow] <= 0:
+                break
+            if isinstance(pattern, NM):
+                pool = [j for j in kept if j // pattern.m == grow // pattern.m]
+            else:
+                pool = [j for j in kept if towards * change[row, j] < 0]
+            remove = min(pool, key=lambda j: scores[row, j], default=None)
+            if remove is None:
+                break
+            after = error + (change[row, remove] - change[row, grow]).item()
+            if isinstance(pattern, NM) and (after > 0) != sign:
+                break
+            error = after
+            mask[row, grow], mask[row, remove] = True, False
+            out.remove(grow)
+            kept.remove(remove)
+    return mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import naive_pruning as naive
 import pytest
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from spp.errors import SppError, UsageError
 from spp.patterns import NM, Pattern, parse_pattern
-from spp.pruning import magnitude, sparsegpt, wanda
+from spp.pruning import magnitude, ria, sparsegpt, wanda
 from spp.pruning.criteria import CRITERIA
 from spp.pruning.result import Pruned
-from spp.pruning.statistics import Gram, InputNorm
+from spp.pruning.statistics import Gram, InputNorm, Moments, Statistic
 
 PATTERNS = [parse_pattern(text) for text in ("50%", "75%", "2:4", "4:8", "2:8", "1:4")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,7 +38,7 @@ def run(criterion: str, weight: Tensor, inputs: Tensor, pattern: Pattern) -> Pru
     method = CRITERIA[criterion]  # type: ignore[index]
     value = None
     if method.statistic is not None:
-        statistic = method.statistic()
+        statistic = method.statistic(inputs.shape[1])
         for batch in inputs.split([1, len(inputs) // 3, len(inputs) - len(inputs) // 3 - 1]):
             statistic.update(batch[None])
         value = statistic.value()
@@ -62,6 +63,23 @@ def test_wanda_equals_the_formula(pattern: Pattern, dtype: torch.dtype) -> None:
     assert pruned.mask.equal(naive.wanda(weight, inputs, pattern))
     assert pruned.weight.equal(torch.where(pruned.mask, weight, 0))
     assert not pruned.mask.equal(naive.magnitude(weight, pattern))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_ria_equals_the_formula(pattern: Pattern, dtype: torch.dtype) -> None:
+    weight, inputs = layer(24, 40, dtype=dtype)
+    pruned = run("ria", weight, inputs, pattern)
+    assert pruned.mask.equal(naive.ria(weight, inputs, pattern))
+    assert pruned.weight.equal(torch.where(pruned.mask, weight, 0))
+    assert not pruned.mask.equal(naive.wanda(weight, inputs, pattern))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_magnitude_over_the_matrix_equals_the_formula(pattern: Pattern) -> None:
+    weight, inputs = layer(24, 40)
+    pruned = run("magnitude-matrix", weight, inputs, pattern)
+    assert pruned.mask.equal(naive.magnitude_over_the_matrix(weight, pattern))
 
 
 @pytest.mark.parametrize("columns", [40, 256, 296])
@@ -94,7 +112,7 @@ def test_sparsegpt_unstructured_total_is_exact_over_blocks() -> None:
     assert int((~run("sparsegpt", weight, inputs, pattern).mask).sum()) == 3 * 300 * 29 // 100
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("criterion", ["wanda", "ria", "sparsegpt"])
 def test_beats_magnitude_on_the_layer_output(criterion: str) -> None:
     weight, inputs = layer(32, 64)
 
@@ -112,15 +130,85 @@ def test_wanda_by_hand() -> None:
     assert pruned.weight.tolist() == [[1, -2, 0, 0], [-4, 3, 0, 0]]
 
 
+def test_ria_by_hand() -> None:
+    weight = torch.tensor([[1.0, -2.0], [3.0, 6.0]])  # row sums 3 9, column sums 4 8
+    norms = torch.tensor([4.0, 1.0])
+    # 1/3 + 1/4 = 0.583 and 2/3 + 2/8 = 0.917, times 2 and 1; 3/9 + 3/4 = 1.083 and 6/9 + 6/8 = 1.417, times 2 and 1
+    assert ria.prune(weight, norms, NM(1, 2)).weight.tolist() == [[1, 0], [3, 0]]
+    assert ria.prune(weight, torch.ones(2), NM(1, 2)).weight.tolist() == [[0, -2], [0, 6]]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_ria_of_empty_rows_and_columns(pattern: Pattern) -> None:
+    weight, inputs = layer(16, 64)
+    weight[3] = 0
+    weight[:, [5, 6]] = -0.0
+    pruned = run("ria", weight, inputs, pattern)
+    assert torch.isfinite(pruned.weight).all()
+    assert not pruned.mask[3].any()
+    assert not pruned.mask[:, [5, 6]].any()
+    assert pattern.violations(pruned.weight) == 0
+
+
+def test_layers_that_share_inputs_share_one_inversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    statistic = sparsegpt.InverseFactor(64)
+    statistic.update(layer(4, 64)[1])
+    first = statistic.value()
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *_, **__: pytest.fail("inverted once more"))
+    assert statistic.value() is first
+
+
+def test_a_new_input_makes_a_new_value() -> None:
+    norm = InputNorm(2)
+    norm.update(torch.tensor([[1.0, 2.0]]))
+    before = norm.value()
+    norm.update(torch.tensor([[3.0, 4.0]]))
+    assert before.tolist() == [1, 2]
+    assert norm.value().tolist() == pytest.approx([5**0.5, 10**0.5])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("kind", [InputNorm, Gram, Moments])
+def test_inputs_that_cannot_be_squared_are_noticed(kind: type[Statistic], bad: float) -> None:
+    statistic = kind(3)
+    statistic.update(torch.ones(4, 3))
+    assert statistic.is_finite()
+    statistic.update(torch.tensor([[1.0, bad, 1.0]]))
+    assert not statistic.is_finite()
+
+
+def _worker(rank: int, folder: str, parts: list[Tensor]) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    for kind in (InputNorm, Gram, Moments):
+        statistic = kind(parts[rank].shape[1])
+        statistic.update(parts[rank])
+        statistic.all_reduce()
+        torch.save((statistic.tokens, statistic._mean), f"{folder}/{kind.__name__}-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", [0, 1, 30])
+def test_processes_add_up_what_they_have_seen(tmp_path: Path, first: int) -> None:
+    inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    torch.multiprocessing.spawn(_worker, (str(tmp_path), list(inputs.split([first, 40 - first]))), nprocs=2)
+    for kind in (InputNorm, Gram, Moments):
+        alone = kind(6)
+        alone.update(inputs)
+        (tokens, mean), (other_tokens, other) = (torch.load(tmp_path / f"{kind.__name__}-{rank}") for rank in (0, 1))
+        assert tokens == other_tokens == 40
+        assert mean.equal(other)
+        torch.testing.assert_close(mean, alone._mean)
+
+
 def test_sparsegpt_by_hand() -> None:
     """Two columns of correlated inputs: the survivor takes over what it can, w2 += w1 * H12 / H22."""
     hessian = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
-    pruned = sparsegpt.prune(torch.tensor([[1.0, 3.0]]), hessian, NM(1, 2))
+    pruned = sparsegpt.prune(torch.tensor([[1.0, 3.0]]), sparsegpt.inverse(hessian), NM(1, 2))
     # Damping adds 0.02 to the diagonal.
     assert pruned.mask.tolist() == [[False, True]]
     assert pruned.weight[0].tolist() == pytest.approx([0.0, 3 + 1 / 2.02])
     # The second column has nothing after it that could make up for it.
-    last = sparsegpt.prune(torch.tensor([[3.0, 1.0]]), hessian, NM(1, 2))
+    last = sparsegpt.prune(torch.tensor([[3.0, 1.0]]), sparsegpt.inverse(hessian), NM(1, 2))
     assert last.weight.tolist() == [[3.0, 0.0]]
 
 
@@ -132,7 +220,7 @@ def test_magnitude_over_the_whole_matrix() -> None:
     assert magnitude.prune_whole_matrix(weight, None, NM(2, 4)).mask.tolist() == [[False, False, True, True]] * 2
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("criterion", ["magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_zeros_stay_and_go_first(criterion: str, pattern: Pattern) -> None:
     weight, inputs = layer(16, 64)
@@ -174,7 +262,7 @@ def test_sparsegpt_with_no_input_at_all_removes_everything() -> None:
 def test_sparsegpt_says_when_it_took_more_damping() -> None:
     # An eigenvalue of -0.05 against a damping of 0.01 * mean diagonal = 0.01, and of 0.1 on the retry.
     hessian = torch.diag(torch.tensor([2.0, 2.0, 0.025, -0.025]))
-    pruned = sparsegpt.prune(torch.ones(1, 4), hessian, NM(2, 4))
+    pruned = sparsegpt.prune(torch.ones(1, 4), sparsegpt.inverse(hessian), NM(2, 4))
     assert pruned.note is not None
     assert "10 times the usual damping" in pruned.note
     assert torch.isfinite(pruned.weight).all()
@@ -183,7 +271,7 @@ def test_sparsegpt_says_when_it_took_more_damping() -> None:
 def test_sparsegpt_raises_instead_of_guessing() -> None:
     hessian = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0]))
     with pytest.raises(SppError, match="cannot invert the Hessian"):
-        sparsegpt.prune(torch.ones(1, 4), hessian, NM(2, 4))
+        sparsegpt.prune(torch.ones(1, 4), sparsegpt.inverse(hessian), NM(2, 4))
 
 
 def test_sparsegpt_handles_fewer_tokens_than_features() -> None:
@@ -193,13 +281,13 @@ def test_sparsegpt_handles_fewer_tokens_than_features() -> None:
     torch.testing.assert_close(pruned.weight.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("criterion", ["magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt"])
 def test_indivisible_dimension_is_refused(criterion: str) -> None:
     with pytest.raises(UsageError, match="divisible by 4"):
         run(criterion, *layer(4, 10), NM(2, 4))
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("criterion", ["wanda", "ria", "sparsegpt"])
 def test_calibrated_criteria_need_their_statistic(criterion: str) -> None:
     with pytest.raises(ValueError, match="needs"):
         CRITERIA[criterion].prune(torch.ones(1, 4), None, NM(2, 4))  # type: ignore[index]
@@ -209,7 +297,7 @@ def test_calibrated_criteria_need_their_statistic(criterion: str) -> None:
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(0, 1000))
 def test_statistics_do_not_depend_on_the_batches(sizes: list[int], seed: int) -> None:
     inputs = torch.randn(sum(sizes), 6, generator=torch.Generator().manual_seed(seed))
-    norm, gram = InputNorm(), Gram()
+    norm, gram = InputNorm(6), Gram(6)
     for batch in inputs.split(sizes):
         norm.update(batch)
         gram.update(batch)
@@ -224,7 +312,7 @@ def test_statistics_do_not_depend_on_the_batches(sizes: list[int], seed: int) ->
 
 def test_statistics_of_half_precision_inputs_are_fp32() -> None:
     inputs = torch.full((300, 2), 3.0, dtype=torch.bfloat16)
-    norm = InputNorm()
+    norm = InputNorm(2)
     for batch in inputs.split(1):
         norm.update(batch)
     assert norm.value().dtype == torch.float32
@@ -235,7 +323,7 @@ def test_gram_restores_the_precision_that_the_user_set() -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        Gram().update(torch.ones(2, 2))
+        Gram(2).update(torch.ones(2, 2))
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)

@@ -263,7 +263,7 @@ def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
     def full_disk(*_):
         raise SppError("disk full")
 
-    monkeypatch.setattr("spp.checkpoint._sync", full_disk)
+    monkeypatch.setattr("spp.folders.sync", full_disk)
     with pytest.raises(SppError, match="disk full"):
         write_report(realistic(1), path)
     assert path.read_text() == "old"

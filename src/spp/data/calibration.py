@@ -1,24 +1,36 @@
-"""Windows of text that pruning statistics are taken from."""
+"""Windows of text that pruning statistics are taken from.
+
+Reading and tokenising a corpus can take longer than pruning with it, so the windows are kept in the user's cache (see
+`spp.data.cache`), under everything that they depend on.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
+import tokenizers
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from spp.data.records import load_records
+from spp import __version__
+from spp.data.cache import cache_name, read_entry, write_entry
+from spp.data.records import STANDARD_LIBRARY, Record, data_suffix, holds_text, load_records
 from spp.data.tokens import cut, documents, join
 from spp.errors import UsageError
 
 logger = logging.getLogger("spp")
 
 _TOKENISED_AT_ONCE = 256
+_ALGORITHM = 1  # goes up with every change in which windows are drawn, so that no older ones are found in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +55,14 @@ def calibration_windows(
 ) -> Calibration:
     """Draw windows as the published protocol does: one at a random place of each of `samples` documents.
 
-    Only documents longer than the window take part. Where there are too few of them, all documents are joined in
-    random order and cut into windows instead, and `kind` says so. The same arguments give the same windows.
+    Only documents longer than the window take part. Where there are too few of them, the rest of the windows comes
+    from the other documents, joined in random order and cut; where that is not enough either, as for a single book,
+    all windows come from all documents, joined and cut. `kind` says how many came from where. The same arguments give
+    the same windows, and windows that were drawn before come from the cache.
 
     Args:
         tokenizer: the model's.
-        source: what `load_records` reads; of the standard library its calibration part.
+        source: what `load_records` reads; of the standard library its calibration part. Blank records do not count.
         samples: windows wanted; there are fewer, and a warning, where the text is too short for so many.
         window: tokens per window.
         seed: of the choice of documents and places.
@@ -56,37 +70,125 @@ def calibration_windows(
     Raises:
         UsageError: the source cannot be read, or all of its text is shorter than one window.
     """
-    records = load_records(source, "calibration")
-    chance = random.Random(seed)
-    chance.shuffle(records)
-    windows, kind = _from_long_documents(records, tokenizer, samples, window, chance)
-    if len(windows) < samples:
-        windows, kind = _from_joined_documents(records, tokenizer, samples, window, chance)
-    if not windows:
-        raise UsageError(f"calibration text {source!r} has fewer tokens than one window of {window}; pass --window")
+    text = _Text(source)
+    name = _cache_name(tokenizer, text, samples, window, seed)
+    windows, kind = _kept(name) or _drawn(name, text, tokenizer, samples, window, random.Random(seed))
     if len(windows) < samples:
         logger.warning("%s has only %d calibration windows of %d tokens, not %d", source, len(windows), window, samples)
-    tensor = torch.tensor(windows, dtype=torch.int64)
-    digest = hashlib.sha256(tensor.numpy().astype("<i8").tobytes()).hexdigest()
-    return Calibration(windows=tensor, source=source, sha256=digest, kind=kind)
+    return Calibration(windows=windows, source=source, sha256=_sha256(windows), kind=kind)
 
 
-def _from_long_documents(
-    records: list[dict], tokenizer: PreTrainedTokenizerBase, samples: int, window: int, chance: random.Random
+class _Text:
+    """The records of a source, which are not read before they are needed, and what tells them from others."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    @cached_property
+    def records(self) -> list[Record]:
+        return [record for record in load_records(self.source, "calibration") if holds_text(record)]
+
+    @property
+    def facts(self) -> list[Any]:
+        """The hash of a file, with the suffix that says how it is read; anything else has to be read for its hash."""
+        path = Path(self.source).expanduser()
+        if self.source == STANDARD_LIBRARY or not path.is_file():
+            return [self.records]
+        with path.open("rb") as file:
+            return [data_suffix(path), hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _cache_name(tokenizer: PreTrainedTokenizerBase, text: _Text, samples: int, window: int, seed: int) -> str | None:
+    """Where the cache has these windows; None for a tokenizer in Python, whose code nothing says all about."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if not tokenizer.is_fast or backend is None:
+        return None
+    tokenizer_facts = [
+        type(tokenizer).__name__,
+        backend.to_str(),
+        tokenizer.chat_template,
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        tokenizer.eos_token_id,
+        getattr(tokenizer, "split_special_tokens", False),
+    ]
+    versions = [_ALGORITHM, __version__, tokenizers.__version__, transformers.__version__]
+    return cache_name("calibration", [text.facts, tokenizer_facts, samples, window, seed, versions])
+
+
+def _kept(name: str | None) -> tuple[Tensor, str] | None:
+    """Windows and their kind from the cache."""
+    if name is None or (entry := read_entry(name)) is None:
+        return None
+    tensors, facts = entry
+    if tensors.keys() != {"windows"} or facts.get("sha256") != _sha256(tensors["windows"]) or "kind" not in facts:
+        logger.info("the cached %s is damaged and is made again", name)
+        return None
+    logger.debug("the calibration windows are those of %s in the cache", name)
+    return tensors["windows"], facts["kind"]
+
+
+def _drawn(
+    name: str | None, text: _Text, tokenizer: PreTrainedTokenizerBase, samples: int, window: int, chance: random.Random
+) -> tuple[Tensor, str]:
+    """Windows and their kind from the text; they are kept for the next time."""
+    rows, kind = _draw(text.records, tokenizer, samples, window, chance)
+    if not rows:
+        raise UsageError(
+            f"calibration text {text.source!r} has fewer tokens than one window of {window}; pass a smaller --window, "
+            "or give more text"
+        )
+    windows = torch.tensor(rows, dtype=torch.int64)
+    if name is not None:
+        write_entry(name, {"windows": windows}, {"kind": kind, "sha256": _sha256(windows)})
+    return windows, kind
+
+
+def _sha256(windows: Tensor) -> str:
+    return hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _draw(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, samples: int, window: int, chance: random.Random
 ) -> tuple[list[Sequence[int]], str]:
-    windows: list[Sequence[int]] = []
+    """Up to `samples` windows, and a sentence on where they come from."""
+    shuffled = list(records)
+    chance.shuffle(shuffled)
+    places: list[Sequence[int]] = []
+    short: list[Sequence[int]] = []
+    spare = samples * window  # more tokens of short documents than this are never needed
+    for ids in _tokenised(shuffled, tokenizer):
+        if len(ids) > window:
+            start = chance.randint(0, len(ids) - window)
+            places.append(ids[start : start + window])
+        elif spare > 0:
+            short.append(ids)
+            spare -= len(ids)
+        if len(places) == samples:  # a large corpus is not tokenised to its end
+            return places, "a random window of each document longer than the window"
+    packed = _packed(short, tokenizer, samples - len(places), window, chance)
+    if len(places) + len(packed) < samples:  # the long documents have more to give, in the same way
+        packed, places = _packed(documents(shuffled, tokenizer), tokenizer, samples, window, chance), []
+    return places + packed, _kind(len(places), len(packed), len(records))
+
+
+def _tokenised(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     for first in range(0, len(records), _TOKENISED_AT_ONCE):
-        for ids in documents(records[first : first + _TOKENISED_AT_ONCE], tokenizer):
-            if len(ids) > window:
-                start = chance.randint(0, len(ids) - window)
-                windows.append(ids[start : start + window])
-        if len(windows) >= samples:  # a large corpus is not tokenised to its end
-            break
-    return windows[:samples], "a random window of each document longer than the window"
+        yield from documents(records[first : first + _TOKENISED_AT_ONCE], tokenizer)
 
 
-def _from_joined_documents(
-    records: list[dict], tokenizer: PreTrainedTokenizerBase, samples: int, window: int, chance: random.Random
-) -> tuple[list[Sequence[int]], str]:
-    whole = [ids for ids in cut(join(documents(records, tokenizer), tokenizer), window) if len(ids) == window]
-    return chance.sample(whole, min(samples, len(whole))), "windows cut from joined documents"
+def _packed(
+    pieces: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, count: int, window: int, chance: random.Random
+) -> list[Sequence[int]]:
+    """Up to `count` windows of documents joined and cut, in random order."""
+    whole = [ids for ids in cut(join(pieces, tokenizer), window) if len(ids) == window]
+    return chance.sample(whole, min(count, len(whole)))
+
+
+def _kind(places: int, packed: int, records: int) -> str:
+    if places:
+        return f"{_windows(places)} of documents longer than the window, {packed} of packed shorter ones"
+    return "windows cut from one document" if records == 1 else "windows of packed documents"
+
+
+def _windows(count: int) -> str:
+    return f"{count} window{'s' if count != 1 else ''}"

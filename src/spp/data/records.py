@@ -1,16 +1,25 @@
 """Text of every accepted kind, as a list of plain records.
 
-A source is a file (.txt, .jsonl, .json, .parquet), `python-stdlib`, or a datasets id: `ID`, `ID:CONFIG` or
-`ID:CONFIG:SPLIT` (the split is `train` unless named; `ID::SPLIT` names a split alone).
+A source is a file (.txt, .jsonl, .json, all of them also as .gz, and .parquet), `python-stdlib`, or a datasets id:
+`ID`, `ID:CONFIG` or `ID:CONFIG:SPLIT` (the split is `train` unless named; `ID::SPLIT` names a split alone, and
+`ID:CONFIG:train[:1%]` a part of it).
+
+A record is whatever the source has as one: a row of wikitext on the hub is a line, and many are empty. Calibration
+leaves the empty ones out and joins short ones.
 """
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from spp.data.alpaca import alpaca_prompt
 from spp.data.python_source import Part, standard_library
@@ -24,7 +33,12 @@ STANDARD_LIBRARY = "python-stdlib"
 _FIELDS = frozenset({"text", "prompt", "completion", "instruction", "input", "output", "messages"})
 _EXPECTED = "text, or prompt and completion, or instruction and output (Alpaca), or messages"
 _SHOWN_PROBLEMS = 10
-_DATASET_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:]*){0,2}")
+# Name, configuration and split; what is in brackets, a slice, may hold a colon.
+_DATASET_ID = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)" + 2 * r"(?::((?:[^:\[\]]|\[[^\[\]]*\])*))?")
+# What calibration reads of a dataset, which may have hundreds of gigabytes. Of C4's documents one in forty is longer
+# than 2,048 tokens, so that so many rows hold three times the 128 windows of the papers.
+_STREAMED_ROWS = 16_384
+_STREAMED_CHARACTERS = 200_000_000  # where a row is a book
 
 
 class _Malformed(ValueError):
@@ -36,7 +50,8 @@ def load_records(source: str, part: Part = "train") -> list[Record]:
 
     Args:
         source: a file, a datasets id, or `python-stdlib`.
-        part: which files of the standard library; other sources have no parts.
+        part: which files of the standard library. Files have no parts, and neither have datasets, but of one for
+            `calibration` only the first 16,384 rows are read, as a stream, unless its split is a slice.
 
     Raises:
         UsageError: there is no such source, it holds nothing, or some of it is malformed: the message lists where
@@ -49,44 +64,76 @@ def load_records(source: str, part: Part = "train") -> list[Record]:
         records = _read_file(path)
     elif path.is_dir():
         raise UsageError(f"data {source!r} is a folder; give a file ({', '.join(_READERS)}) or a datasets id")
-    elif path.suffix.lower() in _READERS or not _DATASET_ID.fullmatch(source):
+    elif data_suffix(path) in _READERS or not _DATASET_ID.fullmatch(source):
         raise UsageError(f"data {source!r}: no such file")
     else:
-        records = _normalise(_numbered(_read_dataset(source), "row"), source)
-    if not any(map(_holds_text, records)):
+        records = _normalise(_numbered(_read_dataset(source, part), "row"), source)
+    if not any(map(holds_text, records)):
         raise UsageError(f"data {source!r} is empty: there is no text in it")
     return records
 
 
-def _holds_text(record: Record) -> bool:
+def holds_text(record: Record) -> bool:
+    """Whether a record holds more than white space."""
     return any(value.strip() if isinstance(value, str) else value for value in record.values())
 
 
+def data_suffix(path: Path) -> str:
+    """The part of a file's name that says how to read it, in lower case: `.jsonl`, `.json.gz`."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
+
+
 def _read_file(path: Path) -> list[Record]:
-    reader = _READERS.get(path.suffix.lower())
+    reader = _READERS.get(data_suffix(path))
     if reader is None:
         raise UsageError(f"data {str(path)!r}: the suffix must be one of {', '.join(_READERS)}")
     return reader(path)
 
 
-def _read_text(path: Path) -> str:
+@contextmanager
+def _opened(path: Path) -> Iterator[io.TextIOWrapper]:
+    """A text file, decompressed on the way if its name says so; what is wrong with its bytes is the user's error."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with _binary(path) as binary, io.TextIOWrapper(cast(Any, binary), encoding="utf-8-sig") as file:
+            yield file
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        byte = error.object[error.start]
-        raise UsageError(f"{path}, line {line}: expected UTF-8 text; found byte 0x{byte:02x}; convert it") from error
+        raise UsageError(f"{path}, {_first_undecodable(path)}; convert it") from error
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UsageError(
+            f"{path}: not a whole gzip file ({error}); it is truncated, damaged, or not compressed at all: "
+            "copy or download it again, or rename it without .gz"
+        ) from error
+
+
+def _binary(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _first_undecodable(path: Path) -> str:
+    """Where a file is not UTF-8; it is read a second time, as a decoder only knows places in its own buffer."""
+    with _binary(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number}: expected UTF-8 text; found byte 0x{line[error.start]:02x}"
+    raise AssertionError("a file that is not UTF-8 as a whole is so line by line")
 
 
 def _read_txt(path: Path) -> list[Record]:
-    return [{"text": _read_text(path)}]
+    with _opened(path) as file:
+        return [{"text": file.read()}]
 
 
 def _read_json(path: Path) -> list[Record]:
     """A JSON array of records, or JSON Lines; the content tells which, whatever the suffix says."""
-    text = _read_text(path)
-    if not text.lstrip().startswith("["):
-        return _normalise(_json_lines(text), str(path))
+    with _opened(path) as file:
+        first = next((line for line in file if line.strip()), "")
+        file.seek(0)
+        if not first.lstrip().startswith("["):
+            return _normalise(_json_lines(file), str(path))
+        text = file.read()
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -94,9 +141,8 @@ def _read_json(path: Path) -> list[Record]:
     return _normalise(_numbered(items, "item"), str(path))
 
 
-def _json_lines(text: str) -> Iterator[tuple[str, Any]]:
-    # Not str.splitlines: a JSON string may hold U+2028 and other separators that are no line ends here.
-    for number, line in enumerate(text.split("\n"), 1):
+def _json_lines(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
@@ -120,20 +166,47 @@ def _read_parquet(path: Path) -> list[Record]:
     return _normalise(_numbered(rows, "row"), str(path))
 
 
-def _read_dataset(source: str) -> Iterable[Any]:
-    from datasets import load_dataset
-
-    name, config, split = (source.split(":") + ["", ""])[:3]
+def _read_dataset(source: str, part: Part) -> Iterable[Any]:
+    found = _DATASET_ID.fullmatch(source)
+    assert found, source
+    name, config, split = found[1], found[2] or None, found[3] or "train"
+    if config and "[" in config:
+        raise UsageError(f"data {source!r}: a slice is of a split; write {name}::{config}, or {name}:CONFIG:{config}")
     try:
-        dataset = load_dataset(name, config or None, split=split or "train")
-        return dataset.select_columns(_known(dataset.column_names))
+        if part == "calibration" and "[" not in split:  # a stream has no slices
+            return _first_rows(name, config, split)
+        return _all_rows(name, config, split)
     except Exception as error:  # network, hub, builder and file errors alike; the remedy is the same
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"data {source!r}: no such file, and not available as a dataset either ({reason}). Offline, give a file "
-            f"({', '.join(_READERS)}), or load the dataset once where there is a network and copy the folder that "
-            "HF_DATASETS_CACHE names. A datasets id is ID, ID:CONFIG or ID:CONFIG:SPLIT"
+            f"data {source!r}: no such file, and not available as a dataset either ({reason}). Without a network, give "
+            f"a file ({', '.join(_READERS)}), or load the dataset once where there is one, copy the folder that "
+            "HF_DATASETS_CACHE names, and set HF_HUB_OFFLINE=1. A datasets id is ID, ID:CONFIG or ID:CONFIG:SPLIT"
         ) from error
+
+
+def _all_rows(name: str, config: str | None, split: str) -> Iterable[Any]:
+    from datasets import load_dataset
+
+    dataset = load_dataset(name, config, split=split)
+    return dataset.select_columns(_known(dataset.column_names))
+
+
+def _first_rows(name: str, config: str | None, split: str) -> list[Any]:
+    """The first rows of a dataset, without downloading the rest of it."""
+    from datasets import load_dataset
+
+    dataset = load_dataset(name, config, split=split, streaming=True)
+    if dataset.column_names:  # a stream does not always know them
+        dataset = dataset.select_columns(_known(dataset.column_names))
+    rows: list[Any] = []
+    characters = 0
+    for row in islice(dataset, _STREAMED_ROWS):
+        rows.append(row)
+        characters += sum(len(value) for value in row.values() if isinstance(value, str))
+        if characters >= _STREAMED_CHARACTERS:
+            break
+    return rows
 
 
 def _known(columns: list[str]) -> list[str]:
@@ -146,6 +219,9 @@ _READERS: dict[str, Callable[[Path], list[Record]]] = {
     ".jsonl": _read_json,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".txt.gz": _read_txt,
+    ".jsonl.gz": _read_json,
+    ".json.gz": _read_json,
 }
 
 

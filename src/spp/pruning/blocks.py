@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spp.errors import SppError, UsageError
+from spp.errors import SppError
+from spp.pruning.states import States
 
 # One call computes at most so many tokens at once, or one window where that is longer.
 _TOKENS_PER_CALL = 2048
+
+
+def batched(windows: Tensor) -> list[Tensor]:
+    """Calibration windows (samples, window) in batches of as many as are computed at once."""
+    return list(windows.split(max(_TOKENS_PER_CALL // windows.shape[1], 1)))
 
 
 @dataclass
@@ -21,88 +27,91 @@ class BlockCalls:
     """How the model calls one block, batch by batch, apart from the hidden states.
 
     Attributes:
-        args: positional arguments after the hidden states, per batch.
-        kwargs: keyword arguments (masks, positions, rotary embeddings), per batch.
-        returns_tuple: whether the hidden states come back as the first item of a tuple.
+        args: batch -> positional arguments after the hidden states.
+        kwargs: batch -> keyword arguments (masks, positions, rotary embeddings).
     """
 
-    args: list[tuple[Any, ...]] = field(default_factory=list)
-    kwargs: list[dict[str, Any]] = field(default_factory=list)
-    returns_tuple: bool = False
+    args: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    kwargs: dict[int, dict[str, Any]] = field(default_factory=dict)
 
-    def add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the arguments of one more batch."""
-        self.args.append(_shared(args, self.args[0] if self.args else None))
-        self.kwargs.append(_shared(kwargs, self.kwargs[0] if self.kwargs else None))
+    def add(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the arguments of one batch."""
+        self.args[batch] = _shared(args, next(iter(self.args.values()), None))
+        self.kwargs[batch] = _shared(kwargs, next(iter(self.kwargs.values()), None))
 
-    def run(self, block: nn.Module, batch: int, hidden: Tensor) -> Tensor:
-        """The block's output for batch number `batch` with hidden states (samples, window, features)."""
-        # A copy, because a block may add to its input in place, and `hidden` is needed twice.
+    def run(self, block: Callable[..., Any], batch: int, hidden: Tensor) -> Tensor:
+        """The output of a block, or what stands for it, for a batch of hidden states (samples, window, features)."""
+        # A copy, because a block may add to its input in place, and `hidden` is needed again.
         output = block(hidden.clone(), *self.args[batch], **self.kwargs[batch])
         return output[0] if isinstance(output, tuple) else output
 
 
-def capture(model: PreTrainedModel, blocks: list[nn.Module], windows: Tensor) -> tuple[list[Tensor], list[BlockCalls]]:
-    """Hidden states that enter the first block, batch by batch, and how the model calls each block.
+def capture(
+    model: PreTrainedModel, blocks: list[nn.Module], batches: Mapping[int, Tensor], hidden: States | None
+) -> list[BlockCalls]:
+    """How the model calls each block, and what enters the first one.
 
     The model runs its own forward, with every block replaced by a recorder: so masks, positions and whatever else the
-    blocks get are right even where they differ between blocks (sliding and full attention in one model). The first
-    batch goes through the real blocks, to see what they return; the others are passed straight through.
+    blocks get are right even where they differ between blocks (sliding and full attention in one model). One batch
+    goes through the first block, to see in what form it returns its output; else the states are passed straight
+    through.
 
     Args:
-        model: a causal LM.
+        model: a causal LM; whatever runs before its blocks has its weights, and so does the first block.
         blocks: its decoder blocks.
-        windows: (samples, window) int64 token ids.
+        batches: number -> (windows, tokens) int64 token ids, on the device of the model.
+        hidden: takes the hidden states that enter the first block, if they are wanted.
 
     Raises:
-        UsageError: the windows hold token ids that the model does not know.
         SppError: the model does not call its blocks one after the other.
     """
-    _check_token_ids(model, windows)
-    hidden: list[Tensor] = []
-    calls = [BlockCalls() for _ in blocks]
-
-    def recorder(index: int, block: nn.Module) -> Callable[..., Any]:
-        forward = block.forward
-
-        def record(*args: Any, **kwargs: Any) -> Any:
-            states, args, kwargs = _take_hidden_states(args, kwargs)
-            calls[index].add(args, kwargs)
-            if index == 0:
-                hidden.append(states.clone())
-            if index == len(blocks) - 1:
-                raise _Recorded
-            if len(hidden) == 1:
-                output = forward(states, *args, **kwargs)
-                calls[index].returns_tuple = isinstance(output, tuple)
-                return output
-            return (states,) if calls[index].returns_tuple else states
-
-        return record
-
-    recorders = [recorder(index, block) for index, block in enumerate(blocks)]
-    size = max(_TOKENS_PER_CALL // windows.shape[1], 1)
-    with _replaced_forwards(blocks, recorders):
-        for batch in windows.split(size):
+    recorders = _Recorders(blocks, hidden)
+    with _replaced_forwards(blocks, [recorders.forward(index) for index in range(len(blocks))]):
+        for number, tokens in batches.items():
+            recorders.batch = number
             try:
-                model(input_ids=batch.to(model.device), use_cache=False)
+                model(input_ids=tokens, use_cache=False)
             except _Recorded:
                 continue
             raise SppError(f"{type(model).__name__} does not run through all of its decoder blocks")
-    return hidden, calls
+    return recorders.calls
 
 
 class _Recorded(Exception):
     """The last block has been reached: neither it nor the head, often the largest matrix of all, need run."""
 
 
-def _check_token_ids(model: PreTrainedModel, windows: Tensor) -> None:
-    known = model.get_input_embeddings().get_parameter("weight").shape[0]
-    if int(windows.max()) >= known or int(windows.min()) < 0:
-        raise UsageError(
-            f"the calibration windows hold token ids from {int(windows.min())} to {int(windows.max())}, but the model "
-            f"knows {known} tokens; the tokenizer belongs to another model"
-        )
+class _Recorders:
+    """What stands for the blocks while the model runs.
+
+    Attributes:
+        calls: what they have seen, by block.
+        batch: number of the batch that is running.
+    """
+
+    def __init__(self, blocks: list[nn.Module], hidden: States | None) -> None:
+        self.calls = [BlockCalls() for _ in blocks]
+        self.batch = 0
+        self._hidden = hidden
+        self._first = blocks[0].forward
+        self._items: int | None = None  # in the tuple that a block returns, hidden states first; 0 where it is none
+
+    def forward(self, index: int) -> Callable[..., Any]:
+        """What to call instead of block `index`."""
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            states, args, kwargs = _take_hidden_states(args, kwargs)
+            self.calls[index].add(self.batch, args, kwargs)
+            if index == 0 and self._hidden is not None:
+                self._hidden[self.batch] = states.clone()
+            if index == len(self.calls) - 1:
+                raise _Recorded
+            if self._items is None:
+                output = self._first(states.clone(), *args, **kwargs)
+                self._items = len(output) if isinstance(output, tuple) else 0
+            return (states, *[None] * (self._items - 1)) if self._items else states
+
+        return record
 
 
 @contextmanager

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from spp.options import Criterion
 from spp.patterns import Pattern
-from spp.pruning import magnitude, sparsegpt, wanda
+from spp.pruning import magnitude, ria, sparsegpt, wanda
 from spp.pruning.result import Pruned
-from spp.pruning.statistics import Gram, InputNorm, Statistic
+from spp.pruning.statistics import InputNorm, Statistic
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Method:
     """
 
     statistic: type[Statistic] | None
-    prune: Callable[[Tensor, Tensor | None, Pattern], Pruned]
+    prune: Callable[[Tensor, Any, Pattern], Pruned]
 
 
 CRITERIA: dict[Criterion, Method] = {
     "magnitude": Method(None, magnitude.prune),
+    "magnitude-matrix": Method(None, magnitude.prune_whole_matrix),
     "wanda": Method(InputNorm, wanda.prune),
-    "sparsegpt": Method(Gram, sparsegpt.prune),
+    "ria": Method(InputNorm, ria.prune),
+    "sparsegpt": Method(sparsegpt.InverseFactor, sparsegpt.prune),
 }

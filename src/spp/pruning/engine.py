@@ -1,145 +1,254 @@
 """Prune a model block by block, each one calibrated on the pruned output of those before it.
 
-Per block: one pass that feeds the statistics of all its linear layers, the pruning, and one pass of the pruned block
-that makes the inputs of the next. Beyond the model, memory holds the activations of one block boundary and the
-statistics of one block. The blocks are the model's own modules, called as the model itself calls them.
+Per block: one pass that feeds the statistics of all its matrices, the pruning, and one pass of the pruned block that
+makes the inputs of the next. Where the blocks are (in memory, in files) is the business of `Blocks`, and how far the
+work has come that of `Journal`. Several processes share the calibration windows and the matrices of a block; what they
+have counted is added up, so that each of them has the same blocks.
 """
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spp.checkpoint import canonical_zeros
-from spp.errors import SppError, UsageError, raise_problems
-from spp.models import decoder_blocks, prunable_linears, weight_oi
-from spp.options import Criterion
-from spp.patterns import Pattern
+from spp import processes
+from spp.data.tokens import require_known_ids
+from spp.errors import UsageError
+from spp.models import decoder_blocks, prunable_matrices
+from spp.options import PruningSettings
+from spp.patterns import Unstructured, parse_pattern
 from spp.progress import track
-from spp.pruning.blocks import BlockCalls, capture
-from spp.pruning.criteria import CRITERIA, Method
-from spp.pruning.statistics import Statistic
+from spp.pruning.allocation import outlier_share, owl_ratios
+from spp.pruning.block import BlockPruner, MatrixResult, Runs, add_up
+from spp.pruning.blocks import BlockCalls, batched, capture
+from spp.pruning.journal import Journal, MemoryJournal
+from spp.pruning.observing import observe
+from spp.pruning.statistics import InputNorm
 
-logger = logging.getLogger("spp")
+
+class Blocks(Protocol):
+    """The decoder blocks of a model, of which as few as possible are in memory.
+
+    Attributes:
+        model: what they are of.
+        device: where they are loaded to.
+    """
+
+    model: PreTrainedModel
+    device: torch.device
+
+    def surroundings(self) -> AbstractContextManager[None]:
+        """Inside, everything of the model that runs before its blocks has its weights."""
+        ...
+
+    def loaded(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Inside, a block has its weights."""
+        ...
+
+    def keep(self, index: int) -> Any:
+        """Keep what was done to the weights of a block that is loaded; returns what is to be noted of it, for JSON."""
+        ...
 
 
-def prune_model(
-    model: PreTrainedModel,
-    pattern: Pattern,
-    criterion: Criterion,
-    windows: Tensor | None = None,
-    *,
-    skip_indivisible: bool = False,
-) -> list[str]:
-    """Prune every linear layer inside the decoder blocks of `model`, in place; puts it in eval mode.
+class LoadedBlocks:
+    """Those of a model that is in memory as a whole."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.device = model, model.device
+        self._blocks = decoder_blocks(model)[1]
+
+    @contextmanager
+    def surroundings(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        yield self._blocks[index]
+
+    def keep(self, index: int) -> None:
+        pass
+
+
+def prune_model(model: PreTrainedModel, settings: PruningSettings, windows: Tensor | None = None) -> list[MatrixResult]:
+    """Prune every matrix inside the decoder blocks of `model`, in place; puts it in eval mode.
 
     Args:
         model: a decoder-only causal LM in any float dtype; scores and statistics are fp32.
-        pattern: what to keep.
-        criterion: a name from `CRITERIA`.
+        settings: what to remove, and how.
         windows: (samples, window) int64 token ids to calibrate on; not needed for magnitude.
-        skip_indivisible: leave layers dense whose input dimension the pattern does not divide.
 
     Returns:
-        Names of the layers that were left dense.
+        What was done, matrix by matrix.
 
     Raises:
-        UsageError: the pattern does not fit (all layers concerned are named, and nothing is changed), no calibration
+        UsageError: the pattern does not fit (all matrices concerned are named, and nothing is changed), no calibration
             windows, or not a decoder-only causal LM.
         SppError: NaN or infinity in weights or activations, no calibration input for a layer, or a Hessian that
             cannot be inverted; names the layer. The model is not to be used any more.
     """
-    method = CRITERIA[criterion]
-    prefix, blocks = decoder_blocks(model)
-    linears, skipped = _split_by_fit(prunable_linears(model), pattern, skip_indivisible)
-    _check_weights(linears)
-    model.eval()
+    return prune_blocks(LoadedBlocks(model.eval()), settings, windows, MemoryJournal())
+
+
+def prune_blocks(
+    blocks: Blocks, settings: PruningSettings, windows: Tensor | None, journal: Journal
+) -> list[MatrixResult]:
+    """Prune the blocks that the journal does not know as finished; see `prune_model`."""
+    if settings.reconstruct and processes.count() > 1:
+        raise UsageError("reconstruction runs in one process; start it without torchrun, or leave out --reconstruct")
+    pruner = BlockPruner(settings, matrices_to_prune(blocks.model, settings)[0])
+    batches: dict[int, Tensor] = {}
+    if pruner.calibrates:
+        batches = _my_batches(windows, settings, blocks)
     with torch.no_grad():
-        if method.statistic is None:
-            for name, module in track(linears.items(), "pruning", total=len(linears)):
-                _prune_linear(name, module, method, None, pattern)
-            return skipped
-        if windows is None or not windows.numel():
-            raise UsageError(f"the criterion {criterion} needs calibration text")
-        hidden, calls = capture(model, blocks, windows)
-        for index, block in enumerate(track(blocks, "pruning")):
-            mine = {name: linear for name, linear in linears.items() if name.startswith(f"{prefix}.{index}.")}
-            statistics = _observe(block, calls[index], hidden, mine, method.statistic)
-            for name, linear in mine.items():
-                _prune_linear(name, linear, method, statistics.pop(name), pattern)
-            if index + 1 < len(blocks):
-                for batch in range(len(hidden)):
-                    hidden[batch] = calls[index].run(block, batch, hidden[batch])
-    return skipped
+        walk = _Walk(blocks, batches, journal)
+        ratios = _survey(walk, pruner, settings) if settings.allocation == "owl" else None
+        walk.start("prune")
+        for index in walk.unfinished("pruning"):
+            pattern = Unstructured(ratios[index]) if ratios else pruner.pattern
+            with blocks.loaded(index) as block:
+                if settings.reconstruct:
+                    walk.propagate(index, block, "dense")
+                results, fits = pruner.prune(walk.name(index), block, pattern, walk.runs(index), walk.targets(index))
+                kept = blocks.keep(index)
+                if not walk.is_last(index):
+                    walk.propagate(index, block)
+            matrices = [asdict(result) for result in results]
+            walk.finish({"matrices": matrices, "fits": {part: asdict(fit) for part, fit in fits.items()}, "kept": kept})
+    return [MatrixResult(**result) for block in journal.results("prune") for result in block["matrices"]]
 
 
-def _split_by_fit(
-    linears: dict[str, nn.Module], pattern: Pattern, skip_indivisible: bool
-) -> tuple[dict[str, nn.Module], list[str]]:
-    """The layers that the pattern fits, and the names of the others; an error where these may not be skipped."""
-    skipped = [name for name, module in linears.items() if not pattern.fits(weight_oi(module).shape[1])]
-    if skipped and (not skip_indivisible or len(skipped) == len(linears)):
-        sizes = ", ".join(f"{name} ({weight_oi(linears[name]).shape[1]})" for name in skipped)
+def needs_calibration(settings: PruningSettings) -> bool:
+    """Whether pruning with these settings looks at activations."""
+    return BlockPruner(settings, frozenset()).calibrates
+
+
+def matrices_to_prune(model: PreTrainedModel, settings: PruningSettings) -> tuple[frozenset[str], list[str]]:
+    """Names of the matrices that the pattern fits, and of those that it does not fit, which may be skipped.
+
+    Raises:
+        UsageError: some do not fit, and may not be skipped; or none fits.
+    """
+    pattern = parse_pattern(settings.pattern)
+    prefix, blocks = decoder_blocks(model)
+    sizes = {
+        matrix.name: matrix.weight.shape[1]
+        for index, block in enumerate(blocks)
+        for matrix in prunable_matrices(f"{prefix}.{index}", block)
+    }
+    skipped = [] if settings.keep_zeros else [name for name, columns in sizes.items() if not pattern.fits(columns)]
+    if skipped and (not settings.skip_indivisible or len(skipped) == len(sizes)):
         remedy = (
             "choose another pattern, or pass --skip-indivisible to leave these layers dense"
-            if len(skipped) < len(linears)
+            if len(skipped) < len(sizes)
             else "choose another pattern"
         )
         raise UsageError(
-            f"pattern {pattern} does not divide the input dimension of {len(skipped)} of {len(linears)} layers: "
-            f"{sizes}; {remedy}"
+            f"pattern {pattern} does not divide the input dimension of {len(skipped)} of {len(sizes)} layers: "
+            f"{', '.join(f'{name} ({sizes[name]})' for name in skipped)}; {remedy}"
         )
-    return {name: module for name, module in linears.items() if name not in set(skipped)}, skipped
+    return frozenset(sizes) - set(skipped), skipped
 
 
-def _check_weights(linears: dict[str, nn.Module]) -> None:
-    bad = [name for name, module in linears.items() if not torch.isfinite(weight_oi(module)).all()]
-    raise_problems([f"{name}: the weight holds NaN or infinity; the model is damaged" for name in bad], SppError)
+def pruned_parameters(model: PreTrainedModel, names: Set[str]) -> set[str]:
+    """Full names of the parameters that hold these matrices."""
+    prefix, blocks = decoder_blocks(model)
+    owners = {id(module): name for name, module in model.named_modules()}
+    return {
+        f"{owners[id(matrix.owner)]}.{matrix.parameter}"
+        for index, block in enumerate(blocks)
+        for matrix in prunable_matrices(f"{prefix}.{index}", block)
+        if matrix.name in names
+    }
 
 
-def _prune_linear(name: str, module: nn.Module, method: Method, statistic: Statistic | None, pattern: Pattern) -> None:
-    """Prune one layer in place."""
-    value = None
-    if statistic is not None:
-        if not statistic.tokens:
-            raise SppError(f"{name}: no calibration token reached this layer; calibrate with more samples")
-        value = statistic.value()
-        if not torch.isfinite(value).all():
-            raise SppError(
-                f"{name}: its calibration inputs hold NaN or infinity; compute in float32 or bfloat16 (--dtype), or "
-                "check the model"
-            )
-    weight = weight_oi(module)
-    try:
-        pruned = method.prune(weight, value, pattern)
-    except SppError as error:
-        raise type(error)(f"{name}: {error}") from error
-    if pruned.note:
-        logger.warning("%s: %s", name, pruned.note)
-    # The cast comes before the canonical zeros: a tiny negative survivor may round to -0.0.
-    rounded = canonical_zeros(pruned.weight.to(weight.dtype))
-    if not torch.isfinite(rounded).all():
-        dtype = str(weight.dtype).removeprefix("torch.")
-        raise SppError(f"{name}: an updated weight is NaN, or too large for {dtype}; compute in float32 (--dtype)")
-    weight.copy_(rounded)
+def _my_batches(windows: Tensor | None, settings: PruningSettings, blocks: Blocks) -> dict[int, Tensor]:
+    """This process's share of the calibration batches, by their number among all."""
+    if windows is None or not windows.numel():
+        raise UsageError(f"the criterion {settings.criterion} needs calibration text")
+    vocabulary = blocks.model.get_input_embeddings().get_parameter("weight").shape[0]
+    require_known_ids(windows.tolist(), vocabulary, "calibration text")
+    numbered = enumerate(batched(windows.to(blocks.device)))
+    return {number: batch for number, batch in numbered if number % processes.count() == processes.rank()}
 
 
-def _observe(
-    block: nn.Module, calls: BlockCalls, hidden: list[Tensor], linears: dict[str, nn.Module], kind: type[Statistic]
-) -> dict[str, Statistic]:
-    """Run the dense block over all batches, and return the statistic of every linear layer's inputs."""
-    statistics = {name: kind() for name in linears}
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, statistic=statistics[name]: statistic.update(args[0]))
-        for name, module in linears.items()
-    ]
-    try:
-        for batch, states in enumerate(hidden):
-            calls.run(block, batch, states)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return statistics
+class _Walk:
+    """One pass over the blocks in order, in which hidden states go from each to the next."""
+
+    def __init__(self, blocks: Blocks, batches: Mapping[int, Tensor], journal: Journal) -> None:
+        self.source, self._batches, self._journal = blocks, batches, journal
+        self._prefix, self._blocks = decoder_blocks(blocks.model)
+        self._calls: list[BlockCalls] = []
+        self._walk = ""
+
+    def start(self, walk: str) -> None:
+        """Begin the pass of this name, or go on with it."""
+        self._walk = walk
+        done = len(self._journal.results(walk))
+        if self._batches and done < len(self._blocks):
+            hidden = None if done else self._journal.states(walk, 0)
+            with self.source.surroundings(), self.source.loaded(0):
+                self._calls = capture(self.source.model, self._blocks, self._batches, hidden)
+
+    def unfinished(self, description: str) -> Iterator[int]:
+        """The blocks that are left, with a bar."""
+        done = len(self._journal.results(self._walk))
+        return track(range(done, len(self._blocks)), description, total=len(self._blocks) - done)
+
+    def name(self, index: int) -> str:
+        """The full name of a block."""
+        return f"{self._prefix}.{index}"
+
+    def runs(self, index: int, stream: str = "main") -> Runs:
+        """By batch: a function that runs a block, or what stands for it, on what enters it in a stream of states."""
+        states, calls = self._journal.states(self._walk, index, stream if index else "main"), self._calls
+
+        def run(batch: int, block: Callable[..., Any]) -> Tensor:
+            return calls[index].run(block, batch, states[batch].to(self.source.device))
+
+        return {batch: partial(run, batch) for batch in self._batches}
+
+    def propagate(self, index: int, block: nn.Module, stream: str = "main") -> None:
+        """Run a block, and keep what enters the next one in a stream of states."""
+        following = self._journal.states(self._walk, index + 1, stream)
+        for batch, run in self.runs(index, stream).items():
+            following[batch] = run(block)
+
+    def targets(self, index: int) -> Callable[[int], Tensor]:
+        """By batch: what leaves a block in the dense model, if that has been kept."""
+        states = self._journal.states(self._walk, index + 1, "dense")
+        return lambda batch: states[batch].to(self.source.device)
+
+    def is_last(self, index: int) -> bool:
+        """Whether no block follows."""
+        return index + 1 == len(self._blocks)
+
+    def results(self) -> list[Any]:
+        """Those of all finished blocks."""
+        return self._journal.results(self._walk)
+
+    def finish(self, result: object) -> None:
+        """Note the block as finished."""
+        self._journal.finish(self._walk, result)
+
+
+def _survey(walk: _Walk, pruner: BlockPruner, settings: PruningSettings) -> list[float]:
+    """OWL's sparsity of every block, from a pass over the dense blocks."""
+    walk.start("survey")
+    for index in walk.unfinished("looking for outliers"):
+        with walk.source.loaded(index) as block:
+            matrices = pruner.matrices(walk.name(index), block)
+            seen = observe(matrices, [InputNorm], partial(walk.propagate, index, block))
+            add_up(seen)
+            norms = {name: statistics[InputNorm] for name, statistics in seen.items()}
+            scored = [(one.weight, norms[one.name].value()) for one in matrices if norms[one.name].tokens]
+            share = outlier_share(scored, settings.owl_threshold)
+        walk.finish({"share": share, "size": sum(one.weight.numel() for one in matrices)})
+    shares, sizes = ([block[key] for block in walk.results()] for key in ("share", "size"))
+    return owl_ratios(shares, sizes, pruner.pattern.sparsity, settings.owl_limit)

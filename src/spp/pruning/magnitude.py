@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from spp.patterns import Pattern
+from spp.patterns import NM, Pattern
 from spp.pruning.result import Pruned, survivors
 
 
@@ -27,5 +27,7 @@ def prune_whole_matrix(weight: Tensor, statistics: Tensor | None, pattern: Patte
 
     The same as `prune` for an N:M pattern. Rows may end up with different numbers of survivors.
     """
+    if isinstance(pattern, NM):
+        return prune(weight, statistics, pattern)
     scores = weight.abs().float().reshape(1, -1)
     return survivors(weight, pattern.keep_mask(scores).view_as(weight))

@@ -10,20 +10,56 @@ loop walks columns.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from spp.errors import SppError
 from spp.patterns import NM, Pattern, Unstructured
 from spp.pruning.result import Pruned
-from spp.pruning.statistics import full_fp32
+from spp.pruning.statistics import Gram, full_fp32
 
 _BLOCK = 128
 _DAMPING = 0.01
 _RETRY = 10
 
 
-def prune(weight: Tensor, statistics: Tensor | None, pattern: Pattern) -> Pruned:
+@dataclass(frozen=True)
+class Inverse:
+    """The inverse of a damped Hessian.
+
+    Attributes:
+        factor: (I, I) fp32, upper triangular U with H^-1 = U^T U.
+        dead: (I,) bool, inputs that were zero in all of the calibration.
+        note: what the user should know about how it came out, or None.
+    """
+
+    factor: Tensor
+    dead: Tensor
+    note: str | None
+
+
+class InverseFactor(Gram):
+    """What SparseGPT needs of a layer's inputs: `Inverse`, once for all layers that share them."""
+
+    def _finish(self, mean: Tensor) -> Inverse:
+        return inverse(2 * mean)
+
+
+def inverse(hessian: Tensor) -> Inverse:
+    """Damp and invert a Hessian (I, I), fp32.
+
+    Raises:
+        SppError: it has no Cholesky factor, even with ten times the damping.
+    """
+    dead = hessian.diagonal() == 0
+    with full_fp32():
+        factor, note = _inverse_factor(hessian, dead)
+    return Inverse(factor, dead, note)
+
+
+def prune(weight: Tensor, statistics: Inverse | None, pattern: Pattern) -> Pruned:
     """Remove the weights of least W^2 / U_jj^2 and update the survivors, all in fp32.
 
     Unstructured: compared over all rows of a block of 128 columns. N:M: compared within each group when the loop
@@ -32,26 +68,21 @@ def prune(weight: Tensor, statistics: Tensor | None, pattern: Pattern) -> Pruned
 
     Args:
         weight: (O, I), any float dtype.
-        statistics: (I, I) fp32, `Gram`; not changed.
+        statistics: `InverseFactor`.
         pattern: how many weights to remove.
 
     Returns:
         The weight in fp32.
-
-    Raises:
-        SppError: H has no Cholesky factor, even with ten times the damping.
     """
     if statistics is None:
         raise ValueError("SparseGPT needs the Gram matrix of the inputs")
     if isinstance(pattern, NM):
         pattern.require_fit(weight.shape[-1])
-    dead = statistics.diagonal() == 0
     with full_fp32():
-        factor, note = _inverse_factor(statistics, dead)
         work = weight.float().T.contiguous()
-        work[dead] = 0
-        mask = _walk_blocks(work, factor, pattern, gone=work == 0)
-    return Pruned(work.T.contiguous(), mask.T.contiguous(), note)
+        work[statistics.dead] = 0
+        mask = _walk_blocks(work, statistics.factor, pattern, gone=work == 0)
+    return Pruned(work.T.contiguous(), mask.T.contiguous(), statistics.note)
 
 
 def _inverse_factor(hessian: Tensor, dead: Tensor) -> tuple[Tensor, str | None]:

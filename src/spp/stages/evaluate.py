@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import spp.tuner  # noqa: F401 (makes PEFT know SPP adapters)
 from spp.checkpoint import MANIFEST, resolve_model
-from spp.data.records import STANDARD_LIBRARY, Record, load_records
+from spp.data.records import STANDARD_LIBRARY, Record, data_suffix, load_records
 from spp.data.tokens import cut, documents, encode, render, require_known_ids
 from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
@@ -129,7 +129,7 @@ def evaluate(options: EvalOptions) -> EvalReport:
 
 def _is_by_document(text: str) -> bool:
     """Whether a source consists of documents that have nothing to do with each other."""
-    return text != STANDARD_LIBRARY and Path(text).suffix.lower() != ".txt"
+    return text != STANDARD_LIBRARY and data_suffix(Path(text)) not in (".txt", ".txt.gz")
 
 
 def text_windows(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, window: int) -> list[Sequence[int]]:

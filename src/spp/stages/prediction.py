@@ -12,12 +12,12 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spp.checkpoint import Checkpoint, resolve_model
 from spp.errors import UsageError
 from spp.live_bytes import peak_of_a_step
-from spp.loading import compute_dtype, context_window, load_config, pick_device
+from spp.loading import compute_dtype, context_window, kind_of, load_config, pick_device
 from spp.models import prunable_linears, weight_oi
 from spp.ops import packs_well
 from spp.ops.linear import scratch_bytes
@@ -157,7 +157,9 @@ def _skeleton(options: TrainOptions, config: Any, device: torch.device) -> PreTr
     dtype = compute_dtype(options.dtype, device)
     dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
+        return kind_of(options.model, config).from_config(
+            config, dtype=dtype, trust_remote_code=options.trust_remote_code
+        )
 
 
 def _weights(

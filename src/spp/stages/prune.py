@@ -1,40 +1,48 @@
 """Prune a dense model: choose and mend weights on calibration text, and write the model's own files with zeros in them.
 
-The model computes in the dtype that the options ask for; the files keep theirs. A weight that pruning leaves alone is
-written with the bits that it was read with.
+The model is never in memory as a whole: its blocks are read, pruned and written one after the other, and a killed run
+goes on after the last finished one. The model computes in the dtype that the options ask for; the files keep theirs.
+A weight that pruning leaves alone is written with the bits that it was read with.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from spp import __version__
+from spp import __version__, processes
 from spp.checkpoint import MANIFEST, Checkpoint, resolve_model
 from spp.data.calibration import Calibration, calibration_windows
-from spp.errors import SppError
-from spp.folders import check_output, new_folder, write_json
-from spp.loading import context_window, load_model, load_tokenizer
-from spp.models import prunable_linears, sparsity, unreached_weights
-from spp.options import PruneOptions
-from spp.packing import unpack_
-from spp.patterns import parse_pattern
-from spp.pruning.criteria import CRITERIA
-from spp.pruning.engine import prune_model
-from spp.rewriting import rewrite, tensor_name
+from spp.errors import SppError, UsageError
+from spp.fingerprint import base_fingerprint
+from spp.folders import WORK, check_output, partial_folder, resumable_folder, write_json
+from spp.loading import compute_dtype, context_window, load_tokenizer, pick_device, skeleton
+from spp.models import unreached_weights
+from spp.options import PruneOptions, PruningSettings
+from spp.patterns import Unstructured
+from spp.pruning.block import MatrixResult
+from spp.pruning.engine import matrices_to_prune, needs_calibration, prune_blocks, pruned_parameters
+from spp.pruning.journal import FolderJournal
+from spp.pruning.streaming import StreamedBlocks
+from spp.stages.pruned_files import PrunedFiles, TensorFacts
+from spp.weight_map import Part
 
 logger = logging.getLogger("spp")
 
 _DEFAULT_TEXT = "python-stdlib"
 _WORTH_A_NOTE = 0.01
+# What may differ between a run that was killed and the one that goes on with it: where, not what.
+_FREE_ON_RESUME = {"overwrite", "out"}
 
 
 @dataclass(frozen=True)
@@ -67,99 +75,117 @@ class PruneReport:
     """The result of `prune`.
 
     Attributes:
+        pattern: what was asked for; where zeros were only adopted, what was found.
+        criterion: None where zeros were only adopted.
+        settings: all that was asked for.
         sparsity: share of zeros over all pruned tensors.
         tensors: tensor name in the file -> what it is like now.
         skipped: layers left dense because the pattern does not divide them.
+        expert_tokens: matrix of an expert -> calibration tokens that reached it.
+        by_magnitude: matrices of experts that too few tokens reached, so that magnitude decided.
         calibration: None for a criterion that needs none.
     """
 
     out: Path
     pattern: str
-    criterion: str
+    criterion: str | None
+    settings: dict[str, Any]
     sparsity: float
     tensors: dict[str, TensorSparsity]
     skipped: list[str]
+    expert_tokens: dict[str, int]
+    by_magnitude: list[str]
     calibration: CalibrationFacts | None
     seconds: float
 
 
 def prune(options: PruneOptions) -> PruneReport:
-    """Write `options.out`: the model with zeros in every linear layer of its decoder blocks.
+    """Write `options.out`: the model with zeros in every matrix of its decoder blocks.
 
     Raises:
-        UsageError: a wrong option, a missing model or text, a full output folder, a pattern that does not divide.
-        SppError: a damaged model, or a layer that cannot be pruned.
+        UsageError: a wrong option, a missing model or text, a full output folder, a pattern that does not divide, or
+            another process is at work on the same output.
+        SppError: a damaged model, a layer that cannot be pruned, or a full disk. All but the last leave nothing.
     """
+    device = pick_device(options.device)
+    with processes.joined(device):
+        try:
+            return _prune(options, device)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise SppError(
+                f"no space is left on the disk of {options.out} ({error}); finished blocks are kept: make room, and "
+                "repeat the command to go on"
+            ) from error
+
+
+def _prune(options: PruneOptions, device: torch.device) -> PruneReport:
     start = time.perf_counter()
     source = Checkpoint.open(resolve_model(options.model))
     check_output(options.out, options.overwrite, inputs=(source.folder,))
     source.require_unquantised("give the model as it was before quantisation")
-    pattern = parse_pattern(options.pattern)
-
-    model = unpack_(load_model(options.model, options))  # an archive's layers come packed
-    linears = prunable_linears(model)
-    names = _names_in_file(source, linears)
-    _note_what_is_there(model, linears)
-    windows, facts = _calibrate(options, model)
-    skipped = prune_model(model, pattern, options.criterion, windows, skip_indivisible=options.skip_indivisible)
-
-    changes = {
-        names[name]: partial(_in_file_dtype, after=module.get_parameter("weight").detach(), name=names[name])
-        for name, module in linears.items()
-        if name not in set(skipped)
-    }
-    with new_folder(options.out, overwrite=options.overwrite) as folder:
-        rewrite(source, folder, changes, "writing")
-        share, tensors = _measure(Checkpoint.open(folder), list(changes))
-        report = PruneReport(
-            out=options.out,
-            pattern=str(pattern),
-            criterion=options.criterion,
-            sparsity=share,
-            tensors=tensors,
-            skipped=skipped,
-            calibration=facts,
-            seconds=time.perf_counter() - start,
-        )
-        write_json(folder / MANIFEST, _manifest(report, options))
-    for name in skipped:
-        logger.warning("%s stays dense: %s does not divide its input dimension", name, report.pattern)
-    logger.info("%.2f %% of the weights of %d layers are zero", 100 * report.sparsity, len(tensors))
+    model = skeleton(options.model, options, compute_dtype(options.dtype, device))
+    names, skipped = matrices_to_prune(model, options)
+    windows, calibration = _calibrate(options, model)
+    with _output(options, _request(options, source, calibration)) as folder:
+        journal = FolderJournal(folder / WORK)
+        files = None  # the first of several processes writes
+        if processes.rank() == 0:
+            files = PrunedFiles(source, folder, pruned_parameters(model, names), adopt=options.keep_zeros)
+        blocks = StreamedBlocks(model, source, device, files.keep if files else _leave)
+        if not journal.results("rest"):
+            if files:
+                files.copy(set(source.names) - blocks.stored_names())
+            journal.finish("rest", None)
+        results = prune_blocks(blocks, options, windows, journal)
+        tensors = {
+            name: TensorFacts(**one) for block in journal.results("prune") for name, one in block["kept"].items()
+        }
+        report = _report(options, results, tensors, skipped, calibration, time.perf_counter() - start)
+        if files:
+            files.finish()
+            write_json(folder / MANIFEST, _manifest(report, options))
+    _speak(report, tensors, model)
     return report
 
 
-def _names_in_file(source: Checkpoint, linears: dict[str, nn.Module]) -> dict[str, str]:
-    """Module name -> name of its weight in the checkpoint; an error, before any work, where one has none."""
-    names = {}
-    for module_name, module in linears.items():
-        name = tensor_name(source, module_name)
-        shape = tuple(module.get_parameter("weight").shape)
-        if name is None or source.shape(name) != shape:
-            raise SppError(
-                f"{source.folder}: no tensor for {module_name}.weight of shape {shape}; the files use a layout that "
-                "transformers converts on loading: load the model and save_pretrained it to a new folder first"
-            )
-        names[module_name] = name
-    return names
+@contextmanager
+def _output(options: PruneOptions, request: dict[str, Any]) -> Iterator[Path]:
+    """The folder to write to. The first of several processes makes it, and the others work in it."""
+    if processes.rank() == 0:
+        with resumable_folder(options.out, request, overwrite=options.overwrite) as folder:
+            processes.barrier()
+            yield folder
+            processes.barrier()
+    else:
+        processes.barrier()
+        yield partial_folder(options.out)
+        processes.barrier()
 
 
-def _note_what_is_there(model: PreTrainedModel, linears: dict[str, nn.Module]) -> None:
-    already = sparsity(linears.values())
-    if already >= _WORTH_A_NOTE:
-        logger.info("the model is %.1f %% sparse already; its zeros stay, and count towards the pattern", 100 * already)
-    if unreached := unreached_weights(model):
-        logger.warning(
-            "%d weights in the decoder blocks are no linear layers and stay dense, e.g. %s",
-            len(unreached),
-            unreached[0],
-        )
+def _request(options: PruneOptions, source: Checkpoint, calibration: CalibrationFacts | None) -> dict[str, Any]:
+    """All that the bits of the result depend on, as JSON values."""
+    return {
+        **options.model_dump(mode="json", exclude=_FREE_ON_RESUME),
+        "base": base_fingerprint(source.folder),
+        "calibration": calibration and calibration.sha256,
+        "spp": __version__,
+        "torch": torch.__version__,
+        "processes": processes.count(),
+    }
+
+
+def _leave(_: dict[str, tuple[Part, Tensor]]) -> dict[str, Any]:
+    """What a process does with a finished block that another one writes."""
+    return {}
 
 
 def _calibrate(options: PruneOptions, model: PreTrainedModel) -> tuple[Tensor | None, CalibrationFacts | None]:
     """Token windows for the criterion and where they came from; nothing is read where it needs none."""
-    if CRITERIA[options.criterion].statistic is None:
+    if not needs_calibration(options):
         if options.calibration:
-            logger.info("%s needs no calibration; %s is not read", options.criterion, options.calibration)
+            logger.info("no calibration is needed; %s is not read", options.calibration)
         return None, None
     window = context_window(model.config, options.window)
     tokenizer = load_tokenizer(options.model, options)
@@ -175,31 +201,66 @@ def _calibrate(options: PruneOptions, model: PreTrainedModel) -> tuple[Tensor | 
     return calibration.windows, facts
 
 
-def _in_file_dtype(before: Tensor, *, after: Tensor, name: str) -> Tensor:
-    """The pruned weight in the dtype of the file; entries that pruning did not touch keep the file's bits.
+def _report(
+    options: PruneOptions,
+    results: list[MatrixResult],
+    tensors: dict[str, TensorFacts],
+    skipped: list[str],
+    calibration: CalibrationFacts | None,
+    seconds: float,
+) -> PruneReport:
+    sparsity = sum(one.zeros for one in tensors.values()) / sum(one.entries for one in tensors.values())
+    if options.keep_zeros and sparsity < _WORTH_A_NOTE:
+        raise UsageError(f"{options.model} has no zeros to keep ({sparsity:.2%}); prune it without --keep-zeros")
+    return PruneReport(
+        out=options.out,
+        pattern=_found_pattern(tensors, sparsity) if options.keep_zeros else options.pattern,
+        criterion=None if options.keep_zeros else options.criterion,
+        settings=options.model_dump(mode="json", include=set(PruningSettings.model_fields)),
+        sparsity=sparsity,
+        tensors={name: TensorSparsity(one.sparsity, one.transposed) for name, one in tensors.items()},
+        skipped=skipped,
+        expert_tokens={one.name: one.tokens for one in results if one.expert and one.tokens is not None},
+        by_magnitude=[one.name for one in results if one.criterion not in (None, options.criterion)],
+        calibration=calibration,
+        seconds=seconds,
+    )
 
-    So a survivor is exact even where the model computed in a narrower dtype than its file has.
-    """
-    after = after.to(before.device)
-    untouched = (after != 0) & (after == before.to(after.dtype))
-    written = torch.where(untouched, before, after.to(before.dtype))
-    if not torch.isfinite(written).all():
-        dtype = str(before.dtype).removeprefix("torch.")
-        raise SppError(f"{name}: an updated weight is too large for the checkpoint's {dtype}; use the criterion wanda")
-    return written
 
-
-def _measure(written: Checkpoint, names: list[str]) -> tuple[float, dict[str, TensorSparsity]]:
-    """Share of zeros in the files, over all of these tensors and for each."""
-    tensors, zeros, entries = {}, 0, 0
-    for name in names:
-        tensor = written.tensor(name)
-        count = int((tensor == 0).sum())
-        tensors[name] = TensorSparsity(count / tensor.numel(), written.transposed(name))
-        zeros, entries = zeros + count, entries + tensor.numel()
-    return zeros / entries, tensors
+def _found_pattern(tensors: dict[str, TensorFacts], sparsity: float) -> str:
+    """The N:M that all sparse tensors obey, or else the share of zeros over all."""
+    found = {one.pattern for one in tensors.values() if one.pattern}
+    return found.pop() if len(found) == 1 else str(Unstructured(round(sparsity, 4)))
 
 
 def _manifest(report: PruneReport, options: PruneOptions) -> dict[str, Any]:
     facts = {name: value for name, value in asdict(report).items() if name not in ("out", "seconds")}
     return {"tool": "spp", "version": __version__, "kind": "pruned", "base": options.model, **facts}
+
+
+def _speak(report: PruneReport, tensors: dict[str, TensorFacts], model: PreTrainedModel) -> None:
+    """Say what the user should know."""
+    if processes.rank():
+        return
+    for name in report.skipped:
+        logger.warning("%s stays dense: %s does not divide its input dimension", name, report.pattern)
+    if unreached := unreached_weights(model):
+        logger.warning(
+            "%d weights in the decoder blocks are no matrices that can be pruned and stay dense, e.g. %s",
+            len(unreached), unreached[0],
+        )  # fmt: skip
+    if report.expert_tokens:
+        least = min(report.expert_tokens, key=lambda name: report.expert_tokens[name])
+        logger.info(
+            "calibration tokens that reached an expert: %d at least (%s); all are in %s",
+            report.expert_tokens[least], least, MANIFEST,
+        )  # fmt: skip
+    if report.by_magnitude:
+        logger.warning(
+            "%d matrices of experts saw too few calibration tokens (--min-expert-tokens) and were pruned by magnitude, "
+            "e.g. %s", len(report.by_magnitude), report.by_magnitude[0],
+        )  # fmt: skip
+    before = sum(one.zeros_before for one in tensors.values()) / sum(one.entries for one in tensors.values())
+    if before >= _WORTH_A_NOTE:
+        logger.info("%.1f %% of these weights were zero before; all of them still are", 100 * before)
+    logger.info("%.2f %% of the weights of %d tensors are zero", 100 * report.sparsity, len(tensors))

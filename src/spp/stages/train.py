@@ -24,7 +24,7 @@ from spp.fingerprint import base_fingerprint
 from spp.folders import check_output, new_folder, write_json
 from spp.loading import compute_dtype, context_window, load_base, pick_device
 from spp.memory import peak_memory_bytes, return_freed_memory
-from spp.models import sparsity, unreached_weights
+from spp.models import sparsity, stacked_weights
 from spp.options import TrainingSettings, TrainOptions
 from spp.packed_linear import PackedLinear
 from spp.stages.adapting import target_layers, with_new_adapter
@@ -104,7 +104,7 @@ def train(options: TrainOptions) -> TrainReport:
             options.model,
             100 * share_of_zeros,
         )
-    if unreached := unreached_weights(model):
+    if unreached := stacked_weights(model):
         logger.warning("%d weights are no linear layers and get no adapter, e.g. %s", len(unreached), unreached[0])
     beside = _beside(options.out)
     batch = torch.Size((sequences, max(len(one.input_ids) for one in examples)))

@@ -1,0 +1,74 @@
+"""One process or several: what torchrun started, for work that is the same with any number of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Inside, the processes that torchrun started can talk to each other; a process by itself is left alone.
+
+    Args:
+        device: where the tensors will be that they send.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def count() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this one, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def device() -> torch.device:
+    """Where tensors must be that processes send each other."""
+    return torch.device("cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """The sum of the tensors of all processes, in the place of this one's."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensor: Tensor, source: int) -> None:
+    """Give `tensor`, a view of any strides, the values that it has in process `source`."""
+    if dist.is_initialized():
+        buffer = tensor.contiguous()
+        dist.broadcast(buffer, source)
+        tensor.copy_(buffer)
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, by their number."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,79 @@
+"""How far a pruning run has come, so that one that was killed goes on after its last finished block."""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from spp import processes
+from spp.folders import read_json, sync_folder, write_json
+from spp.pruning.states import FolderStates, States
+
+
+class Journal(ABC):
+    """Finished blocks and what they left: a list of results a pass over the blocks, and the states before the next."""
+
+    @abstractmethod
+    def results(self, walk: str) -> list[Any]:
+        """The results of the blocks that the pass called `walk` has finished, JSON values."""
+
+    @abstractmethod
+    def states(self, walk: str, block: int, stream: str = "main") -> States:
+        """The hidden states that enter a block in that pass, which may have several streams of them."""
+
+    @abstractmethod
+    def finish(self, walk: str, result: Any) -> None:
+        """Note the next block as finished; what enters the one after it is complete."""
+
+
+class MemoryJournal(Journal):
+    """For runs that need not survive: everything in memory."""
+
+    def __init__(self) -> None:
+        self._results: dict[str, list[Any]] = {}
+        self._states: dict[tuple[str, int], dict[str, dict[int, Any]]] = {}
+
+    def results(self, walk: str) -> list[Any]:
+        return self._results.setdefault(walk, [])
+
+    def states(self, walk: str, block: int, stream: str = "main") -> States:
+        return self._states.setdefault((walk, block), {}).setdefault(stream, {})
+
+    def finish(self, walk: str, result: Any) -> None:
+        self._states.pop((walk, len(self.results(walk))), None)
+        self._results[walk].append(result)
+
+
+class FolderJournal(Journal):
+    """In a folder that all processes see; the first of them writes the record.
+
+    A block is finished at the moment that its record is renamed into place. All that it says is on disk by then.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._record = folder / "record.json"
+
+    def results(self, walk: str) -> list[Any]:
+        return self._read().get(walk, [])
+
+    def states(self, walk: str, block: int, stream: str = "main") -> States:
+        return FolderStates(self._states(walk, block) / stream)
+
+    def finish(self, walk: str, result: Any) -> None:
+        done = self.results(walk)
+        if (following := self._states(walk, len(done) + 1)).is_dir():
+            sync_folder(following)
+        processes.barrier()
+        if processes.rank() == 0:
+            write_json(self._record, {**self._read(), walk: [*done, result]})
+            shutil.rmtree(self._states(walk, len(done)), ignore_errors=True)
+        processes.barrier()
+
+    def _read(self) -> dict[str, list[Any]]:
+        return read_json(self._record) if self._record.is_file() else {}
+
+    def _states(self, walk: str, block: int) -> Path:
+        return self._folder / f"{walk}-{block}"

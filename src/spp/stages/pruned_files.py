@@ -1,0 +1,121 @@
+"""The files of a pruned model in the making: finished blocks go in, and what they are like now comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp.checkpoint import Checkpoint
+from spp.errors import SppError
+from spp.patterns import detect_pattern
+from spp.progress import track
+from spp.rewriting import Rewriting
+from spp.stages.quantities import size
+from spp.weight_map import Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFacts:
+    """A pruned tensor as it lies in the file.
+
+    Attributes:
+        entries: weights in it.
+        zeros: zeros among them.
+        zeros_before: those that were there before.
+        pattern: what it obeys, if it is sparse; looked for only where zeros are adopted.
+        transposed: whether the file holds it as (I, O) instead of (O, I).
+    """
+
+    entries: int
+    zeros: int
+    zeros_before: int
+    pattern: str | None
+    transposed: bool
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return self.zeros / self.entries
+
+
+class PrunedFiles:
+    """Takes the tensors of a model in any order, and writes them under the names and in the dtypes that they had.
+
+    Args:
+        source: the model before.
+        folder: where to write; what an earlier run wrote there is gone on with.
+        pruned: names of the parameters that are pruned.
+        adopt: whether the zeros are those of somebody else, whose pattern is to be found out.
+
+    Raises:
+        SppError: there is no room for the files.
+    """
+
+    def __init__(self, source: Checkpoint, folder: Path, pruned: Collection[str], *, adopt: bool) -> None:
+        self._source, self._pruned, self._adopt = source, pruned, adopt
+        try:
+            self._files = Rewriting(source, folder)
+        except OSError as error:
+            needed = sum(layout.nbytes for layout in source.layouts().values())
+            raise SppError(f"{folder.parent}: no room for the {size(needed)} of the pruned model ({error})") from error
+
+    def copy(self, names: Iterable[str]) -> None:
+        """Write tensors as they were."""
+        for name in track(sorted(names), "copying what is not pruned"):
+            self._files.write(name, self._source.tensor(name))
+        self._files.sync()
+
+    def keep(self, block: dict[str, tuple[Part, Tensor]]) -> dict[str, Any]:
+        """Write the tensors of a finished block; returns the facts of those that were pruned, by name, for JSON.
+
+        Raises:
+            SppError: an updated weight is too large for the file's dtype, or a zero was lost.
+        """
+        facts = {}
+        for name, (part, after) in block.items():
+            before = self._source.tensor(name)
+            if part.parameter in self._pruned:
+                after = _in_file_dtype(name, before, after)
+                facts[name] = asdict(self._facts(name, before, after))
+                self._files.write(name, after)
+            else:
+                self._files.write(name, before)
+        self._files.sync()
+        return facts
+
+    def _facts(self, name: str, before: Tensor, after: Tensor) -> TensorFacts:
+        zero, was_zero = after == 0, before == 0
+        if lost := int((was_zero & ~zero).sum()):
+            raise SppError(f"{name}: {lost} weights that were zero are not any more; this is a bug of spp")
+        transposed = self._source.transposed(name)
+        pattern = detect_pattern(after.T if transposed else after) if self._adopt else None
+        return TensorFacts(
+            entries=after.numel(),
+            zeros=int(zero.sum()),
+            zeros_before=int(was_zero.sum()),
+            pattern=str(pattern) if pattern else None,
+            transposed=transposed,
+        )
+
+    def finish(self) -> None:
+        """Add what else belongs to the model."""
+        self._files.finish()
+
+
+def _in_file_dtype(name: str, before: Tensor, after: Tensor) -> Tensor:
+    """The pruned weight in the dtype of the file; entries that pruning did not touch keep the file's bits.
+
+    So a survivor is exact even where the model computed in a narrower dtype than its file has.
+    """
+    after = after.to(before.device)
+    untouched = (after != 0) & (after == before.to(after.dtype))
+    written = torch.where(untouched, before, after.to(before.dtype))
+    if not torch.isfinite(written).all():
+        dtype = str(before.dtype).removeprefix("torch.")
+        raise SppError(f"{name}: an updated weight is too large for the checkpoint's {dtype}; use the criterion wanda")
+    return written
