@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spp import patterns
 from spp.errors import UsageError
 from spp.patterns import NM, Pattern, Unstructured, detect_pattern, parse_pattern
 
@@ -23,6 +24,18 @@ def random_scores(rows: int, columns: int, seed: int, *, levels: int | None = No
     if levels is not None:
         return torch.randint(levels, (rows, columns), generator=generator).float()
     return torch.rand(rows, columns, generator=generator)
+
+
+SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, -1e-40, 1.0, 1.0, -3.0]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def adversarial_scores(rows: int, columns: int, seed: int, share: float, dtype: torch.dtype) -> Tensor:
+    """Scores of which a share is special: signed zeros, infinities, NaN, denormals, many ties."""
+    generator = torch.Generator().manual_seed(seed)
+    special = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (rows, columns), generator=generator)]
+    replaced = torch.rand(rows, columns, generator=generator) < share
+    return torch.where(replaced, special, torch.randn(rows, columns, generator=generator)).to(dtype)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +122,91 @@ def test_ties_go_by_position() -> None:
 def test_nan_counts_as_the_highest_score() -> None:
     scores = torch.tensor([[torch.nan, 3.0, torch.inf, 1.0]])
     assert NM(2, 4).keep_mask(scores).tolist() == [[True, False, True, False]]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 40), seeds, st.floats(0, 1), st.booleans(), st.booleans())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("long", [False, True], ids=["short rows", "long rows"])
+def test_selection_is_a_stable_sort(
+    long: bool,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    count: int,
+    seed: int,
+    share: float,
+    finite: bool,
+    strided: bool,
+) -> None:
+    scores = adversarial_scores(rows, columns, seed, share, dtype)
+    if finite:  # NaN takes another way, and would hide this one
+        scores = scores.nan_to_num(nan=-0.0)
+    if strided:
+        scores = scores.T.contiguous().T
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patterns, "_PART", 30)
+        if long:
+            patch.setattr(patterns, "_SMALL_GROUP", 0)
+            patch.setattr(patterns, "_LONG_ROW", 0)
+            patch.setattr(patterns, "_SAMPLE", 8)
+        count = min(count, columns)
+        assert patterns.keep_all_but_lowest(scores, count).equal(patterns._reference(scores, count))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [2, 4, 7, 8, 16, 17])
+def test_groups_of_columns_are_those_of_rows(size: int, dtype: torch.dtype) -> None:
+    groups = adversarial_scores(size, 500, size, 0.5, dtype).nan_to_num()
+    for removed in range(size + 1):
+        expected = patterns._reference(groups.T, removed).T
+        assert patterns.keep_in_groups(groups, removed).equal(expected)
+
+
+@pytest.mark.parametrize("levels", [None, 2, 1000])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.5, 0.999])
+def test_a_long_row_has_the_exact_count(share: float, levels: int | None) -> None:
+    scores = random_scores(1, 300_001, 5, levels=levels)
+    mask = Unstructured(share).keep_mask(scores)
+    assert mask.equal(patterns._reference(scores, Unstructured(share).removed_of(300_001)))
+
+
+def test_an_unlucky_sample_only_costs_time() -> None:
+    row = torch.zeros(300_001)
+    row[:: 300_001 // patterns._SAMPLE] = torch.rand(len(row[:: 300_001 // patterns._SAMPLE])) + 1
+    row[1] = -1
+    for count in (1, 2, 150_000, 299_000):
+        assert patterns.keep_all_but_lowest(row[None], count).equal(patterns._reference(row[None], count))
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 2), NM(5, 20), Unstructured(0.3)], ids=str)
+@pytest.mark.parametrize("nan", [False, True])
+def test_layout_does_not_matter(pattern: Pattern, nan: bool) -> None:
+    scores = random_scores(7, 40, 2, levels=9)
+    if nan:
+        scores[::2, ::3] = torch.nan
+    expected = pattern.keep_mask(scores)
+    wide = torch.zeros(7, 80)
+    wide[:, ::2] = scores
+    for same in (scores.T.contiguous().T, wide[:, ::2]):
+        assert pattern.keep_mask(same).equal(expected)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 20), Unstructured(0.3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_transposed_scores(pattern: Pattern, dtype: torch.dtype) -> None:
+    scores = adversarial_scores(40, 9, 3, 0.3, dtype).T
+    mask = pattern.keep_mask(scores)
+    assert mask.equal(pattern.keep_mask(scores.contiguous()))
+    groups = scores.unflatten(1, (-1, pattern.m if isinstance(pattern, NM) else 40))
+    removed = pattern.m - pattern.n if isinstance(pattern, NM) else 12
+    assert mask.equal(patterns._reference(groups, removed).flatten(1))
+
+
+def test_nothing_to_choose_from() -> None:
+    for shape in ((0, 4), (4, 0), (0, 0)):
+        assert patterns.keep_all_but_lowest(torch.zeros(shape), 0).shape == shape
+    assert NM(2, 4).keep_mask(torch.zeros(0, 8)).shape == (0, 8)
 
 
 def test_n_of_m_needs_a_divisible_dimension() -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spp.pruning import result
 from spp.pruning.allocation import outlier_share, owl_ratios
 
 
@@ -48,3 +49,23 @@ def test_the_mean_is_exact_and_the_limit_holds(blocks: list[tuple[float, int]], 
     assert all(abs(ratio - target) <= limit + 1e-12 and 0 < ratio < 1 for ratio in ratios)
     for one, other in zip(zip(shares, ratios, strict=True), list(zip(shares, ratios, strict=True))[1:], strict=False):
         assert one[0] == other[0] or (one[0] > other[0]) == (one[1] < other[1]) or one[1] == pytest.approx(other[1])
+
+
+def test_shares_that_hardly_differ() -> None:
+    shares = [0.1, math.nextafter(0.1, 1), 0.1]
+    ratios = owl_ratios(shares, [3, 1, 10**9], 0.5, 0.08)
+    assert all(abs(ratio - 0.5) <= 0.08 + 1e-12 for ratio in ratios)
+    assert ratios[0] == pytest.approx(0.5, abs=1e-9) and ratios[1] == pytest.approx(0.42)
+
+
+def test_no_block_is_pruned_away() -> None:
+    ratios = owl_ratios([0.0, 0.5], [1, 1], 0.99, 0.3)
+    assert all(0 < ratio < 1 for ratio in ratios) and sum(ratios) == pytest.approx(1.98)
+
+
+def test_outliers_do_not_depend_on_how_rows_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scored = [(torch.randn(37, 16, generator=generator) ** 3, torch.rand(16, generator=generator)) for _ in range(3)]
+    whole = outlier_share(scored, 3.0)
+    monkeypatch.setattr(result, "_PART", 100)
+    assert outlier_share(scored, 3.0) == whole > 0

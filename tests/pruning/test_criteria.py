@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spp import patterns
 from spp.errors import SppError, UsageError
 from spp.patterns import NM, Pattern, parse_pattern
-from spp.pruning import magnitude, ria, sparsegpt, wanda
+from spp.pruning import magnitude, result, ria, sparsegpt, wanda
 from spp.pruning.criteria import CRITERIA
 from spp.pruning.result import Pruned
 from spp.pruning.statistics import Gram, InputNorm, Moments, Statistic
@@ -148,6 +149,60 @@ def test_ria_of_empty_rows_and_columns(pattern: Pattern) -> None:
     assert not pruned.mask[3].any()
     assert not pruned.mask[:, [5, 6]].any()
     assert pattern.violations(pruned.weight) == 0
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "ria"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_result_does_not_depend_on_how_rows_are_split(
+    monkeypatch: pytest.MonkeyPatch, pattern: Pattern, dtype: torch.dtype, criterion: str
+) -> None:
+    weight, inputs = layer(37, 64, dtype=dtype)
+    whole = run(criterion, weight, inputs, pattern)
+    monkeypatch.setattr(result, "_PART", 5 * 64)
+    monkeypatch.setattr(patterns, "_PART", 3 * 64)
+    split = run(criterion, weight, inputs, pattern)
+    assert split.weight.equal(whole.weight)
+    assert split.mask.equal(whole.mask)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "magnitude-matrix", "wanda", "ria"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_extreme_weights(pattern: Pattern, criterion: str) -> None:
+    weight, inputs = layer(16, 64)
+    weight[0], weight[1, ::2], weight[2, 5] = 0.0, 1e-42, 3e38
+    weight[:, 7], weight[3:5, 8:16] = -0.0, torch.tensor(-1e-42)
+    pruned = run(criterion, weight, inputs, pattern)
+    assert pattern.violations(pruned.weight) == 0
+    assert pruned.weight[pruned.mask].equal(weight[pruned.mask])
+    assert not torch.signbit(pruned.weight[~pruned.mask]).any()
+    assert pruned.mask[2, 5]
+
+
+@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 255, 301])
+def test_factor_is_that_of_the_inverse(size: int) -> None:
+    """H^-1 = U^T U with U upper triangular, against the inverse in float64."""
+    inputs = layer(1, size)[1].double()
+    hessian = (2 / len(inputs) * inputs.T @ inputs).float()
+    before = hessian.clone()
+    found = sparsegpt.inverse(hessian)
+    upper = found.factor * found.scale[:, None]
+    damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(size, dtype=torch.float64)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    torch.testing.assert_close(upper.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert not upper.tril(-1).any()
+    assert hessian.equal(before)
+
+
+def test_a_new_input_makes_a_new_factor() -> None:
+    inputs = layer(1, 16)[1]
+    statistic, alone = sparsegpt.InverseFactor(16), sparsegpt.InverseFactor(16)
+    statistic.update(inputs[:20])
+    first = statistic.value()
+    statistic.update(inputs[20:])
+    alone.update(inputs)
+    torch.testing.assert_close(statistic.value().factor, alone.value().factor)
+    assert not first.factor.equal(alone.value().factor)
 
 
 def test_layers_that_share_inputs_share_one_inversion(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,11 @@ Shapes: O output features, I input features.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 from torch import Tensor
+
+from spp.pruning.result import row_parts
 
 
 def outlier_share(scored: Sequence[tuple[Tensor, Tensor]], threshold: float) -> float:
@@ -23,10 +26,15 @@ def outlier_share(scored: Sequence[tuple[Tensor, Tensor]], threshold: float) -> 
     entries = sum(weight.numel() for weight, _ in scored)
     if not entries:
         return 0.0
-    # |W| summed over rows, and only then weighted: no matrix of scores is needed for their mean.
-    mean = sum(float(weight.abs().float().sum(dim=0).double() @ norm.double()) for weight, norm in scored) / entries
-    limit = threshold * mean
-    return sum(int((weight.abs().float() * norm > limit).sum()) for weight, norm in scored) / entries
+    # Some rows at a time: no matrix of scores is made.
+    parts = [(weight[rows], norm) for weight, norm in scored for rows in row_parts(weight)]
+    limit = threshold * sum(float(_scores(part, norm).sum()) for part, norm in parts) / entries
+    return sum(int((_scores(part, norm) > limit).sum()) for part, norm in parts) / entries
+
+
+def _scores(weight: Tensor, norm: Tensor) -> Tensor:
+    """Wanda's, (O, I) fp32."""
+    return weight.abs().float() * norm
 
 
 def owl_ratios(shares: Sequence[float], sizes: Sequence[int], target: float, limit: float) -> list[float]:
@@ -43,7 +51,9 @@ def owl_ratios(shares: Sequence[float], sizes: Sequence[int], target: float, lim
     """
     if max(shares) == min(shares):
         return [target] * len(shares)
-    mean = sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
-    spread = max(abs(share - mean) for share in shares)
+    # Exact, since shares that hardly differ have a rounded mean that need not lie between them.
+    exact = [Fraction(share) for share in shares]
+    mean = sum(share * size for share, size in zip(exact, sizes, strict=True)) / sum(sizes)
+    spread = max(abs(share - mean) for share in exact)
     reach = min(limit, 0.99 * target, 0.99 * (1 - target))
-    return [target - reach * (share - mean) / spread for share in shares]
+    return [target - reach * float((share - mean) / spread) for share in exact]

@@ -10,25 +10,26 @@ every row whose |E| is above a threshold
 
 A row that cannot go on has settled. So every row, or group, keeps as many weights as it had.
 
+The published code averages the variances of single windows; var is that over all tokens here, whatever the batches. And
+where no candidate is left, it goes on with weights that are none; here the row has settled.
+
 Shapes: O output features, I input features, C cycles.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from spp.patterns import NM, Pattern
-from spp.pruning.result import Pruned, survivors
+from spp.pruning.result import Pruned, row_parts, survivors
 from spp.pruning.statistics import InputMoments
 
 _CYCLES = 50
-# The published 0.1 is for E summed over a window of 2048 tokens; here E is a mean over tokens.
-_THRESHOLD = 0.1 / 2048
-
-
-# Rows are independent; so many at a time keep the scratch small.
-_ROWS = 1024
+# Rows that lose less have settled. The published 0.1 is for E summed over a window of 2048 tokens; ours is a mean.
+THRESHOLD = 0.1 / 2048
 
 
 def refine(weight: Tensor, pruned: Pruned, statistics: InputMoments, pattern: Pattern) -> Pruned:
@@ -40,25 +41,19 @@ def refine(weight: Tensor, pruned: Pruned, statistics: InputMoments, pattern: Pa
         statistics: `Moments`.
         pattern: of the mask.
     """
-    parts = zip(weight.split(_ROWS), pruned.mask.split(_ROWS), strict=True)
-    return survivors(weight, torch.cat([_refined(part, mask, statistics, pattern) for part, mask in parts]))
+    mask = torch.empty_like(pruned.mask)
+    for rows in row_parts(weight):
+        mask[rows] = _refined(weight[rows], pruned.mask[rows], statistics, pattern)
+    return replace(survivors(weight, mask), note=pruned.note)
 
 
 def _refined(weight: Tensor, mask: Tensor, statistics: InputMoments, pattern: Pattern) -> Tensor:
     """The mask (O, I) of some rows after all cycles."""
-    mask = mask.clone()
     change = weight.float() * statistics.mean
-    scores = weight.abs().float() * statistics.norm
-    # A constant input has no variance, and is the best to grow; where c is 0 as well there is nothing to gain.
-    gain = torch.where(mask, 0, change / statistics.variance).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-    grown = _Candidates.highest(gain, -gain)
-    if isinstance(pattern, NM):
-        removed: _Candidates | _InGroup = _InGroup(torch.where(mask, scores, torch.inf), pattern.m)
-    else:
-        lowest = [torch.where(mask & (sign * change < 0), 1 / scores, 0) for sign in (1, -1)]
-        removed = _Candidates.highest(*lowest)
-    error = torch.where(mask, 0, change).sum(dim=1)
-    first_sign, unsettled = error.sign(), error.abs() > _THRESHOLD
+    grown = _to_grow(change, mask, statistics.variance)
+    removed = _to_remove(change, mask, weight.abs().float() * statistics.norm, pattern)
+    mask, error = mask.clone(), torch.where(mask, 0, change).sum(dim=1)
+    first_sign, unsettled = error.sign(), error.abs() > THRESHOLD
     for _ in range(_CYCLES):
         if not unsettled.any():
             break
@@ -66,7 +61,7 @@ def _refined(weight: Tensor, mask: Tensor, statistics: InputMoments, pattern: Pa
         grow, may_grow = grown.next(side)
         remove, may_remove = removed.next(side, grow)
         after = error + _at(change, remove) - _at(change, grow)
-        unsettled &= may_grow & may_remove & (error.abs() > _THRESHOLD)
+        unsettled &= may_grow & may_remove & (error.abs() > THRESHOLD)
         if isinstance(pattern, NM):
             unsettled &= after.sign() == first_sign
         mask.scatter_(1, remove[:, None], (_at(mask, remove) & ~unsettled)[:, None])
@@ -75,30 +70,40 @@ def _refined(weight: Tensor, mask: Tensor, statistics: InputMoments, pattern: Pa
     return mask
 
 
+def _to_grow(change: Tensor, mask: Tensor, variance: Tensor) -> _Candidates:
+    """Removed weights that bring E towards 0, those first that do most for their variance."""
+    # A constant input has no variance, and is the best to grow; where c is 0 as well, 0 / 0 is not above 0.
+    gain = torch.where(mask, 0, change / variance)
+    return _Candidates(*(torch.where(sign * gain > 0, sign * gain, -torch.inf) for sign in (1, -1)))
+
+
+def _to_remove(change: Tensor, mask: Tensor, scores: Tensor, pattern: Pattern) -> _Candidates | _InGroup:
+    """Kept weights, those of least score first."""
+    if isinstance(pattern, NM):
+        return _InGroup(torch.where(mask, scores, torch.inf), pattern.m)
+    return _Candidates(*(torch.where(mask & (sign * change < 0), -scores, -torch.inf) for sign in (1, -1)))
+
+
 def _at(values: Tensor, positions: Tensor) -> Tensor:
     """Of every row of (O, I) the entry at its position (O,)."""
     return values.gather(1, positions[:, None])[:, 0]
 
 
 class _Candidates:
-    """Positions to try in every row, in order: one list for E > 0, one for E < 0.
+    """Positions to try in every row, in order, as many as there are cycles: one list for E > 0, one for E < 0.
 
     Args:
-        positions: (2, O, C).
-        usable: (2, O, C) bool.
+        positive: (O, I), the highest come first where E > 0; -inf for what is no candidate.
+        negative: (O, I), the same for E < 0.
     """
 
-    def __init__(self, positions: Tensor, usable: Tensor) -> None:
-        self._positions, self._usable = positions, usable
-        self._next = positions.new_zeros(positions.shape[:2])
-        self._rows = torch.arange(positions.shape[1], device=positions.device)
-
-    @classmethod
-    def highest(cls, positive: Tensor, negative: Tensor) -> _Candidates:
-        """Those with the highest scores (O, I), as many as there are cycles; only scores above 0 count."""
+    def __init__(self, positive: Tensor, negative: Tensor) -> None:
         count = min(_CYCLES, positive.shape[1])
         found = [scores.topk(count, dim=1) for scores in (positive, negative)]
-        return cls(torch.stack([one.indices for one in found]), torch.stack([one.values > 0 for one in found]))
+        self._positions = torch.stack([one.indices for one in found])  # (2, O, C)
+        self._usable = torch.stack([one.values > -torch.inf for one in found])
+        self._next = self._positions.new_zeros(self._positions.shape[:2])
+        self._rows = torch.arange(len(positive), device=positive.device)
 
     def next(self, side: Tensor, _: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The next position (O,) of the list that each row is at (O,), and whether there was one."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from spp.patterns import NM, Pattern
-from spp.pruning.result import Pruned, survivors
+from spp.pruning.result import Pruned, prune_rows, survivors
 
 
 def prune(weight: Tensor, statistics: Tensor | None, pattern: Pattern) -> Pruned:
@@ -19,7 +19,7 @@ def prune(weight: Tensor, statistics: Tensor | None, pattern: Pattern) -> Pruned
         statistics: not used.
         pattern: how many weights to remove.
     """
-    return survivors(weight, pattern.keep_mask(weight.abs().float()))
+    return prune_rows(weight, pattern, Tensor.abs)
 
 
 def prune_whole_matrix(weight: Tensor, statistics: Tensor | None, pattern: Pattern) -> Pruned:
@@ -29,5 +29,4 @@ def prune_whole_matrix(weight: Tensor, statistics: Tensor | None, pattern: Patte
     """
     if isinstance(pattern, NM):
         return prune(weight, statistics, pattern)
-    scores = weight.abs().float().reshape(1, -1)
-    return survivors(weight, pattern.keep_mask(scores).view_as(weight))
+    return survivors(weight, pattern.keep_mask(weight.abs().reshape(1, -1)).view_as(weight))

@@ -5,10 +5,16 @@ Shapes: O output features, I input features.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from spp.patterns import Pattern
+
+# Entries that are scored together: so many fit into a CPU's cache, and keep an accelerator busy.
+_PART, _GPU_PART = 2**19, 2**26
 
 
 @dataclass(frozen=True)
@@ -36,5 +42,30 @@ def survivors(weight: Tensor, mask: Tensor) -> Pruned:
 
     Zeros inside of the mask leave it. Never a product with the mask, which would write -0.0.
     """
-    mask = mask & (weight != 0)
-    return Pruned(torch.where(mask, weight, torch.zeros_like(weight)), mask)
+    gone = (weight == 0) | ~mask
+    return Pruned(weight.masked_fill(gone, 0), gone.logical_not_())
+
+
+def prune_rows(weight: Tensor, pattern: Pattern, score: Callable[[Tensor], Tensor]) -> Pruned:
+    """Remove the weights of least score, compared within each row or group; weights that are zero already go first.
+
+    Some rows at a time, so that beside the result there is little scratch, whatever the size of the matrix.
+
+    Args:
+        weight: (O, I), any float dtype.
+        pattern: how many weights to remove.
+        score: rows of the weight (o, I) -> their scores (o, I) in a float dtype.
+    """
+    kept, mask = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
+    for rows in row_parts(weight):
+        part = weight[rows]
+        pruned = survivors(part, pattern.keep_mask(lowest_where_zero(score(part), part)))
+        kept[rows], mask[rows] = pruned.weight, pruned.mask
+    return Pruned(kept, mask)
+
+
+def row_parts(weight: Tensor) -> Iterator[slice]:
+    """Slices of rows of a (O, I) matrix that are worked on together."""
+    rows, columns = weight.shape
+    size = max((_GPU_PART if weight.is_cuda else _PART) // max(columns, 1), 1)
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

@@ -7,10 +7,11 @@ Shapes: O output features, I input features.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from spp.patterns import Pattern
-from spp.pruning.result import Pruned, lowest_where_zero, survivors
+from spp.pruning.result import Pruned, prune_rows, row_parts
 
 _POWER = 0.5
 
@@ -27,7 +28,19 @@ def prune(weight: Tensor, statistics: Tensor | None, pattern: Pattern) -> Pruned
     """
     if statistics is None:
         raise ValueError("RIA needs the norm of the inputs")
-    size = weight.abs().float()
-    # Where a sum is zero, so are all of its weights, which go first whatever their score.
-    scores = (size / size.sum(dim=1, keepdim=True) + size / size.sum(dim=0)) * statistics**_POWER
-    return survivors(weight, pattern.keep_mask(lowest_where_zero(scores, weight)))
+    columns, root = _column_sums(weight), statistics**_POWER
+
+    def score(rows: Tensor) -> Tensor:
+        size = rows.abs().float()
+        # Where a sum is zero, so are all of its weights, which go first whatever their score.
+        return (size / size.sum(dim=1, keepdim=True)).add_(size / columns).mul_(root)
+
+    return prune_rows(weight, pattern, score)
+
+
+def _column_sums(weight: Tensor) -> Tensor:
+    """sum_k |W[k, j]| of every column, (I,) fp32."""
+    sums = torch.zeros(weight.shape[1], device=weight.device)
+    for rows in row_parts(weight):
+        sums += weight[rows].abs().float().sum(dim=0)
+    return sums

@@ -133,10 +133,10 @@ class Gram(Statistic):
 
     def _add(self, mean: Tensor, weight: float, rows: Tensor, share: float) -> Tensor:
         with full_fp32():
-            return mean.addmm_(rows.T, rows, beta=weight, alpha=share)
+            return mean.addmm_(rows.T, rows, beta=weight, alpha=2 * share)
 
     def _finish(self, mean: Tensor) -> Any:
-        return 2 * mean
+        return mean.clone()
 
 
 @contextmanager

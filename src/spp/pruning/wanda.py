@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from spp.patterns import Pattern
-from spp.pruning.result import Pruned, lowest_where_zero, survivors
+from spp.pruning.result import Pruned, prune_rows
 
 
 def prune(weight: Tensor, statistics: Tensor | None, pattern: Pattern) -> Pruned:
@@ -21,5 +21,4 @@ def prune(weight: Tensor, statistics: Tensor | None, pattern: Pattern) -> Pruned
     """
     if statistics is None:
         raise ValueError("Wanda needs the norm of the inputs")
-    scores = weight.abs().float() * statistics
-    return survivors(weight, pattern.keep_mask(lowest_where_zero(scores, weight)))
+    return prune_rows(weight, pattern, lambda rows: rows.abs().float() * statistics)
