@@ -173,6 +173,7 @@ class Checkpoint:
         with safe_open(self.files[name], framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
+    @cached_property
     def layouts(self) -> dict[str, Layout]:
         """Name -> dtype, shape and bytes of every tensor; for a packed one, those of the dense tensor."""
         layouts: dict[str, Layout] = {}

@@ -180,7 +180,7 @@ def keep_all_but_lowest(scores: Tensor, count: int) -> Tensor:
     if count in (0, size):
         return keep.fill_(count == 0)
     rows, kept = scores.reshape(-1, size), keep.view(-1, size)
-    at_once = 1 if size > _LONG_ROW else max((_GPU_PART if scores.is_cuda else _PART) // size, 1)
+    at_once = 1 if size > _LONG_ROW else rows_at_once(scores)
     for part, out in zip(rows.split(at_once), kept.split(at_once), strict=True):
         if has_nan:  # comparisons do not order it
             out.copy_(_reference(part, count))
@@ -191,6 +191,11 @@ def keep_all_but_lowest(scores: Tensor, count: int) -> Tensor:
         else:
             _keep_in_long_row(part[0], count, out[0])
     return keep
+
+
+def rows_at_once(matrix: Tensor) -> int:
+    """How many rows of a matrix (..., I) are worked on together."""
+    return max((_GPU_PART if matrix.is_cuda else _PART) // max(matrix.shape[-1], 1), 1)
 
 
 def keep_in_groups(groups: Tensor, removed: int) -> Tensor:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
     from spp.stages.inspection import InspectReport
     from spp.stages.merge import MergeReport
     from spp.stages.pack import PackReport
-    from spp.stages.prediction import MemoryPrediction
+    from spp.stages.prediction import MemoryPrediction, TrainingPrediction
     from spp.stages.prune import PruneReport
     from spp.stages.pruning_prediction import PruningPrediction
     from spp.stages.train import TrainReport
@@ -64,7 +64,7 @@ def _prune_dry_run(report: PruningPrediction) -> Iterable[RenderableType]:
     )
 
 
-def _memory_table(report: MemoryPrediction | PruningPrediction) -> Table:
+def _memory_table(report: MemoryPrediction) -> Table:
     table = Table(show_header=False, box=None)
     table.add_column()
     table.add_column(justify="right")
@@ -75,7 +75,7 @@ def _memory_table(report: MemoryPrediction | PruningPrediction) -> Table:
     return table
 
 
-def _train_dry_run(report: MemoryPrediction) -> Iterable[RenderableType]:
+def _train_dry_run(report: TrainingPrediction) -> Iterable[RenderableType]:
     yield _memory_table(report)
     yield (
         f"{report.sequences} sequences of {report.tokens} tokens at once, gradient checkpointing "

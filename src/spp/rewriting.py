@@ -45,7 +45,7 @@ class Rewriting:
 
     def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
         self._checkpoint, self._folder = checkpoint, folder
-        layouts = checkpoint.layouts()
+        layouts = checkpoint.layouts
         self._size = sum(layout.nbytes for layout in layouts.values())
         self._files: dict[str, TensorFile] = {}
         for path, names in checkpoint.shards.items():

@@ -164,7 +164,7 @@ def _groups(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, to
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     known: dict[str, Any] = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": shapes}
-    layouts = checkpoint.layouts()
+    layouts = checkpoint.layouts
     groups: dict[str, _Group] = {}
     for name in sorted(checkpoint.names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, **known)

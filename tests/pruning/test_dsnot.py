@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from spp import patterns
 from spp.patterns import NM, Pattern, parse_pattern
-from spp.pruning import dsnot, magnitude, result, wanda
+from spp.pruning import dsnot, magnitude, wanda
 from spp.pruning.result import Pruned
 from spp.pruning.statistics import InputMoments, Moments
 
@@ -100,7 +101,7 @@ def test_inputs_without_variance(inputs: Tensor, pattern: Pattern) -> None:
 def test_rows_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, inputs = layer()
     _, whole = refined(weight, inputs, PATTERNS[0])
-    monkeypatch.setattr(result, "_PART", 5 * 64)
+    monkeypatch.setattr(patterns, "_PART", 5 * 64)
     assert refined(weight, inputs, PATTERNS[0])[1].mask.equal(whole.mask)
 
 

@@ -17,7 +17,7 @@ from spp.models import Matrix, prunable_matrices
 from spp.options import Criterion, PruningSettings
 from spp.patterns import Pattern, parse_pattern
 from spp.pruning import dsnot
-from spp.pruning.criteria import CRITERIA, Method
+from spp.pruning.criteria import CRITERIA
 from spp.pruning.observing import Statistics, observe
 from spp.pruning.reconstruction import Fit, Reconstruction, Targets, reconstruct
 from spp.pruning.result import Pruned, survivors
@@ -157,7 +157,7 @@ class BlockPruner:
         """The criterion's choice, refined if that is asked for."""
         for statistic in statistics.values():
             _check_statistic(matrix.name, statistic)
-        method: Method = self._method
+        method = self._method
         try:
             value: Any = statistics[method.statistic].value() if method.statistic else None
             pruned = method.prune(matrix.weight, value, pattern)

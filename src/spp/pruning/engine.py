@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from spp import processes
 from spp.data.tokens import require_known_ids
 from spp.errors import UsageError
-from spp.models import decoder_blocks, prunable_matrices
+from spp.models import Matrix, decoder_blocks, prunable_matrices
 from spp.options import PruningSettings
 from spp.patterns import Unstructured, parse_pattern
 from spp.progress import track
@@ -136,12 +136,7 @@ def matrices_to_prune(model: PreTrainedModel, settings: PruningSettings) -> tupl
         UsageError: some do not fit, and may not be skipped; or none fits.
     """
     pattern = parse_pattern(settings.pattern)
-    prefix, blocks = decoder_blocks(model)
-    sizes = {
-        matrix.name: matrix.weight.shape[1]
-        for index, block in enumerate(blocks)
-        for matrix in prunable_matrices(f"{prefix}.{index}", block)
-    }
+    sizes = {matrix.name: matrix.weight.shape[1] for matrix in _all_matrices(model)}
     skipped = [] if settings.keep_zeros else [name for name, columns in sizes.items() if not pattern.fits(columns)]
     if skipped and (not settings.skip_indivisible or len(skipped) == len(sizes)):
         remedy = (
@@ -158,14 +153,15 @@ def matrices_to_prune(model: PreTrainedModel, settings: PruningSettings) -> tupl
 
 def pruned_parameters(model: PreTrainedModel, names: Set[str]) -> set[str]:
     """Full names of the parameters that hold these matrices."""
-    prefix, blocks = decoder_blocks(model)
     owners = {id(module): name for name, module in model.named_modules()}
-    return {
-        f"{owners[id(matrix.owner)]}.{matrix.parameter}"
-        for index, block in enumerate(blocks)
-        for matrix in prunable_matrices(f"{prefix}.{index}", block)
-        if matrix.name in names
-    }
+    return {f"{owners[id(one.owner)]}.{one.parameter}" for one in _all_matrices(model) if one.name in names}
+
+
+def _all_matrices(model: PreTrainedModel) -> Iterator[Matrix]:
+    """Those of all blocks, in order."""
+    prefix, blocks = decoder_blocks(model)
+    for index, block in enumerate(blocks):
+        yield from prunable_matrices(f"{prefix}.{index}", block)
 
 
 def _my_batches(windows: Tensor | None, settings: PruningSettings, blocks: Blocks) -> dict[int, Tensor]:

@@ -63,12 +63,13 @@ class FolderJournal(Journal):
         return FolderStates(self._states(walk, block) / stream)
 
     def finish(self, walk: str, result: Any) -> None:
-        done = self.results(walk)
+        record = self._read()
+        done = record.get(walk, [])
         if (following := self._states(walk, len(done) + 1)).is_dir():
             sync_folder(following)
         processes.barrier()
         if processes.rank() == 0:
-            write_json(self._record, {**self._read(), walk: [*done, result]})
+            write_json(self._record, {**record, walk: [*done, result]})
             shutil.rmtree(self._states(walk, len(done)), ignore_errors=True)
         processes.barrier()
 

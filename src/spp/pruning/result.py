@@ -11,10 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spp.patterns import Pattern
-
-# Entries that are scored together: so many fit into a CPU's cache, and keep an accelerator busy.
-_PART, _GPU_PART = 2**19, 2**26
+from spp.patterns import Pattern, rows_at_once
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,5 @@ def prune_rows(weight: Tensor, pattern: Pattern, score: Callable[[Tensor], Tenso
 
 def row_parts(weight: Tensor) -> Iterator[slice]:
     """Slices of rows of a (O, I) matrix that are worked on together."""
-    rows, columns = weight.shape
-    size = max((_GPU_PART if weight.is_cuda else _PART) // max(columns, 1), 1)
+    rows, size = len(weight), rows_at_once(weight)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

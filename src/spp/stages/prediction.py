@@ -39,23 +39,16 @@ _HEAP_SLACK = 0.42
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPrediction:
-    """The predicted peak of a training run on one device, in bytes by part.
+    """The predicted peak of a run on one device, in bytes by part.
 
     Attributes:
         parts: what -> bytes.
         available: free on the device now.
-        gradient_checkpointing: whether the run would use it.
-        packed: layers whose weights would be packed.
-        sequences, tokens: of a batch on the device, and of a sequence in it.
     """
 
     parts: dict[str, int]
     available: int
     device: str
-    gradient_checkpointing: bool
-    packed: int
-    sequences: int
-    tokens: int
 
     @property
     def total(self) -> int:
@@ -63,7 +56,23 @@ class MemoryPrediction:
         return sum(self.parts.values())
 
 
-def predict_training(options: TrainOptions) -> MemoryPrediction:
+@dataclass(frozen=True, kw_only=True)
+class TrainingPrediction(MemoryPrediction):
+    """That of a training run.
+
+    Attributes:
+        gradient_checkpointing: whether the run would use it.
+        packed: layers whose weights would be packed.
+        sequences, tokens: of a batch on the device, and of a sequence in it.
+    """
+
+    gradient_checkpointing: bool
+    packed: int
+    sequences: int
+    tokens: int
+
+
+def predict_training(options: TrainOptions) -> TrainingPrediction:
     """What `spp train` with these options would need; it reads the data and the weights, and writes nothing.
 
     Raises:
@@ -87,10 +96,8 @@ def predict_training(options: TrainOptions) -> MemoryPrediction:
         checkpointing = sum(weights.values()) + sum(step.values()) > _SHARE_TO_USE * available_bytes(device)
     if checkpointing:
         step = needs_of_a_step(options, config, batch, device, checkpointing=True)
-    import_module("spp.stages.train")  # and what it imports: a run has that in memory, too
-    libraries = {"Python and libraries": psutil.Process().memory_info().rss} if device.type == "cpu" else {}
-    return MemoryPrediction(
-        parts={**libraries, **weights, **step},
+    return TrainingPrediction(
+        parts={**libraries("spp.stages.train", device), **weights, **step},
         available=available_bytes(device),
         device=str(device),
         gradient_checkpointing=checkpointing,
@@ -143,6 +150,12 @@ def needs_of_a_step(
         **slack,
         "scratch": scratch,
     }
+
+
+def libraries(stage: str, device: torch.device) -> dict[str, int]:
+    """Bytes of Python and of all that a run of a stage's module imports, where they are in the device's memory."""
+    import_module(stage)
+    return {"Python and libraries": psutil.Process().memory_info().rss} if device.type == "cpu" else {}
 
 
 def available_bytes(device: torch.device) -> int:

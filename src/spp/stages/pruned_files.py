@@ -14,6 +14,7 @@ from spp.checkpoint import Checkpoint
 from spp.errors import SppError
 from spp.patterns import detect_pattern
 from spp.progress import track
+from spp.proof import lost_zeros
 from spp.rewriting import Rewriting
 from spp.stages.quantities import size
 from spp.weight_map import Part
@@ -61,7 +62,7 @@ class PrunedFiles:
         try:
             self._files = Rewriting(source, folder)
         except OSError as error:
-            needed = sum(layout.nbytes for layout in source.layouts().values())
+            needed = sum(layout.nbytes for layout in source.layouts.values())
             raise SppError(f"{folder.parent}: no room for the {size(needed)} of the pruned model ({error})") from error
 
     def copy(self, names: Iterable[str]) -> None:
@@ -89,15 +90,14 @@ class PrunedFiles:
         return facts
 
     def _facts(self, name: str, before: Tensor, after: Tensor) -> TensorFacts:
-        zero, was_zero = after == 0, before == 0
-        if lost := int((was_zero & ~zero).sum()):
+        if lost := lost_zeros(before, after):
             raise SppError(f"{name}: {lost} weights that were zero are not any more; this is a bug of spp")
         transposed = self._source.transposed(name)
         pattern = detect_pattern(after.T if transposed else after) if self._adopt else None
         return TensorFacts(
             entries=after.numel(),
-            zeros=int(zero.sum()),
-            zeros_before=int(was_zero.sum()),
+            zeros=int((after == 0).sum()),
+            zeros_before=int((before == 0).sum()),
             pattern=str(pattern) if pattern else None,
             transposed=transposed,
         )

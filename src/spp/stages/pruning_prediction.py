@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,7 +23,7 @@ from spp.pruning.block import BlockPruner
 from spp.pruning.blocks import batched, capture
 from spp.pruning.engine import matrices_to_prune
 from spp.pruning.observing import observe
-from spp.stages.prediction import available_bytes
+from spp.stages.prediction import MemoryPrediction, available_bytes, libraries
 
 _FP32 = 4
 # What a criterion makes of one matrix at its largest, in fp32 copies of it, and in fp32 matrices (I, I).
@@ -35,30 +33,20 @@ _TUNED_BYTES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningPrediction:
-    """The predicted peak of a pruning run on one device, in bytes by part, in the phase that takes most.
+class PruningPrediction(MemoryPrediction):
+    """That of a pruning run, in the phase that takes most.
 
     Attributes:
-        parts: what -> bytes.
         phase: what takes most.
-        available: free on the device now.
         blocks: how many the model has; the peak does not depend on it.
         disk_bytes: of the result.
         states_bytes: of the hidden states on disk while the work is under way.
     """
 
-    parts: dict[str, int]
     phase: str
-    available: int
-    device: str
     blocks: int
     disk_bytes: int
     states_bytes: int
-
-    @property
-    def total(self) -> int:
-        """Bytes of all parts."""
-        return sum(self.parts.values())
 
 
 def predict_pruning(options: PruneOptions) -> PruningPrediction:
@@ -77,7 +65,7 @@ def predict_pruning(options: PruneOptions) -> PruningPrediction:
     heaviest = max(range(len(blocks)), key=lambda index: _nbytes(blocks[index].parameters()))
     block = _nbytes(blocks[heaviest].parameters())
     matrices = prunable_matrices(f"{prefix}.{heaviest}", blocks[heaviest])
-    layouts = source.layouts()
+    layouts = source.layouts
     largest = max(layout.nbytes for layout in layouts.values())
     criterion = _scratch_of_criterion(options, matrices)
     phases = {"a block is written": {"one block": block, "reading and writing": 3 * largest}}
@@ -95,10 +83,8 @@ def predict_pruning(options: PruneOptions) -> PruningPrediction:
     else:
         phases["a block is pruned"] = {"one block": block, "criterion": criterion}
     phase, parts = max(phases.items(), key=lambda item: sum(item[1].values()))
-    import_module("spp.stages.prune")  # and what it imports: a run has that in memory, too
-    libraries = {"Python and libraries": psutil.Process().memory_info().rss} if device.type == "cpu" else {}
     return PruningPrediction(
-        parts={**libraries, **parts},
+        parts={**libraries("spp.stages.prune", device), **parts},
         phase=phase,
         available=available_bytes(device),
         device=str(device),
