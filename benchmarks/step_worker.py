@@ -20,7 +20,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from benchmarks.common import sparse_weight
+from benchmarks.common import resident, sparse_weight
 from spp import SppConfig
 from spp.models import prunable_linears
 from spp.packing import packed_layer
@@ -87,11 +86,11 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    imports = _resident()["VmRSS"]
+    imports = resident()["VmRSS"]
     torch.manual_seed(0)
     model = random_llama(settings.size, settings.sparsity, packed=settings.method in PACKED)
     adapted = get_peft_model(model, METHODS[settings.method]())
-    built = _resident()["VmRSS"]
+    built = resident()["VmRSS"]
     step_ms, losses = _train(adapted, settings)
     return {
         "step_ms": step_ms,
@@ -99,7 +98,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "trained_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         "imports_bytes": imports,
         "built_bytes": built,
-        "peak_bytes": _resident()["VmHWM"],
+        "peak_bytes": resident()["VmHWM"],
     }
 
 
@@ -146,15 +145,6 @@ def _train(model: PeftModel, settings: Settings) -> tuple[list[float], list[floa
         times.append((time.perf_counter() - began) * 1e3)
         losses.append(loss.item())
     return times[1:], losses[1:]
-
-
-def _resident() -> dict[str, int]:
-    """This process's resident bytes: VmRSS now, and VmHWM at most so far.
-
-    Not getrusage's ru_maxrss, which on Linux starts from what the parent process had.
-    """
-    lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(value.split()[0]) * 1024 for name, _, value in lines if name in ("VmRSS", "VmHWM")}
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from spp.checkpoint import Checkpoint, canonical_zeros, resolve_model
+from spp.checkpoint import Checkpoint, resolve_model
 from spp.errors import SppError, UsageError
 from spp.folders import read_json, write_json
+from spp.values import canonical_zeros
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -25,22 +24,8 @@ MANIFEST = "spp.json"
 """Side file in every folder that we write: what made it and from what. Never part of `config.json`."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What a checkpoint needs besides its weights; never pickles, never code that was not asked for.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-
-
-def is_float(tensor: Tensor) -> bool:
-    """Whether a tensor holds weights in one of the dtypes that zeros can be proved in (fp16, bf16, fp32, fp64)."""
-    return tensor.dtype in _FLOATS
-
-
-def canonical_zeros(tensor: Tensor) -> Tensor:
-    """The same tensor with every -0.0 written as +0.0; all other bits, NaN payloads too, stay as they are.
-
-    Engines that test a weight's bits for zero misread -0.0, and a fixed-count N:M packing breaks on it.
-    """
-    return torch.where(tensor == 0, torch.zeros_like(tensor), tensor) if is_float(tensor) else tensor
 
 
 def resolve_model(model: str) -> Path:

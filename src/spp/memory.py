@@ -1,4 +1,4 @@
-"""How much memory the process has used at most."""
+"""How much memory the process has used at most, and how it is made to give some back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import resource
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +31,23 @@ def return_freed_memory() -> None:
     glibc keeps them for later, in a heap that fragments: a step with activation checkpointing took 1.5 times the
     memory, and was 10 % faster.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    if (mallopt := _from_glibc("mallopt")) is not None:
         mallopt(_MMAP_THRESHOLD, 2**20)
+
+
+def trim_heap() -> None:
+    """Give back to the system what has been freed so far, where malloc is glibc's.
+
+    glibc keeps tensors of up to 32 MiB for later, in a heap that fragments: without this, pruning block by block
+    kept 64 MiB more with every block of a 2 GB model. It takes milliseconds, and the next block a page fault each page.
+    """
+    if (malloc_trim := _from_glibc("malloc_trim")) is not None:
+        malloc_trim(0)
+
+
+def _from_glibc(name: str) -> Any:
+    """A function of malloc's that other libraries may lack."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -28,9 +28,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from spp.checkpoint import is_float
 from spp.errors import UsageError
 from spp.packed_linear import PackedLinear
+from spp.values import is_float
 
 AutoClass = type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]
 
@@ -239,7 +239,7 @@ def _count_zeros(module: nn.Module) -> tuple[int, int]:
         entries = module.out_features * module.in_features
         return entries - module.values.numel(), entries
     weight = weight_oi(module)
-    return int((weight == 0).sum()), weight.numel()
+    return int((weight == 0).count_nonzero()), weight.numel()
 
 
 def stacked_weights(model: PreTrainedModel) -> list[str]:

@@ -77,7 +77,7 @@ def packed_bytes(nonzeros: int, out_features: int, in_features: int, dtype: torc
 
 def zero_share(weight: Tensor) -> float:
     """Share of a tensor's entries that are zeros of either sign."""
-    return 1 - int(weight.count_nonzero()) / weight.numel()
+    return 1 - int((weight != 0).count_nonzero()) / weight.numel()
 
 
 def word_count(in_features: int) -> int:
@@ -122,8 +122,8 @@ def unpack(packed: PackedWeight) -> Tensor:
         SppError: the bitmask does not fit the values.
     """
     keep = unpack_mask(packed)
-    if int(keep.sum()) != len(packed.values):
-        raise SppError(f"a packed weight has {int(keep.sum())} bits set for {len(packed.values)} values; it is damaged")
+    if (bits := int(keep.count_nonzero())) != len(packed.values):
+        raise SppError(f"a packed weight has {bits} bits set for {len(packed.values)} values; it is damaged")
     weight = torch.zeros(packed.shape, dtype=packed.dtype, device=packed.device)
     # As integers: copying floats may quieten a NaN.
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[packed.dtype.itemsize]

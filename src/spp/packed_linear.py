@@ -56,7 +56,7 @@ class PackedLinear(nn.Module):
         """
         weight = weight.T if self.transposed else weight
         keep = unpack_mask(self.packed)
-        if lost := int((weight[~keep] != 0).sum()):
+        if lost := int((weight[~keep] != 0).count_nonzero()):
             raise SppError(
                 f"{lost} entries are not zero where the packed weight is; unpack the layer to change its zeros"
             )

@@ -18,11 +18,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spp.checkpoint import Checkpoint, is_float
+from spp.checkpoint import Checkpoint
 from spp.errors import SppError
 from spp.models import AutoClass, prunable_linears
 from spp.packed import zero_share
 from spp.packing import WORTH_PACKING, packed_layer
+from spp.values import is_float
 
 _METHOD = "spp_packed"
 

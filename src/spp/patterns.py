@@ -60,7 +60,7 @@ class Unstructured:
     def violations(self, weight: Tensor) -> int:
         """How many zeros a (O, I) weight lacks of O * int(I * sparsity), the least that any criterion makes."""
         demanded = weight.shape[:-1].numel() * self.removed_of(weight.shape[-1])
-        return max(demanded - int((weight == 0).sum()), 0)
+        return max(demanded - int((weight == 0).count_nonzero()), 0)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def detect_pattern(weight: Tensor) -> Pattern | None:
 
     A matrix of which under 1 % is zero counts as dense. The N:M answer is the strictest known one.
     """
-    sparsity = float((weight == 0).sum()) / max(weight.numel(), 1)
+    sparsity = float((weight == 0).count_nonzero()) / max(weight.numel(), 1)
     if sparsity < 0.01:
         return None
     for pattern in KNOWN_NM:

@@ -42,7 +42,7 @@ class TensorProof:
 
 def lost_zeros(base: Tensor, other: Tensor) -> int:
     """How many zeros of `base` (of either sign) are anything but an exact +0.0 in `other`."""
-    return int(((base == 0) & ((other != 0) | torch.signbit(other))).sum())
+    return int(((base == 0) & ((other != 0) | torch.signbit(other))).count_nonzero())
 
 
 def compare(base: Tensor, other: Tensor) -> TensorProof:
@@ -56,13 +56,13 @@ def compare(base: Tensor, other: Tensor) -> TensorProof:
     before, after = base.to(wide), other.to(wide)
     change = torch.where(survivor, (after - before).abs() / before.abs(), torch.zeros((), dtype=wide))
     return TensorProof(
-        zeros=int(zero.sum()),
+        zeros=int(zero.count_nonzero()),
         offenders=lost_zeros(base, other),
-        negative_zeros=int(negative_zero.sum()),
-        survivors=int((~zero).sum()),
-        underflowed=int((~zero & (other == 0)).sum()),
-        unchanged=int((~zero & (before == after)).sum()),
-        sign_flips=int((survivor & (before.sign() * after.sign() < 0)).sum()),
-        non_finite=int((finite & ~torch.isfinite(other)).sum()),
+        negative_zeros=int(negative_zero.count_nonzero()),
+        survivors=int((~zero).count_nonzero()),
+        underflowed=int((~zero & (other == 0)).count_nonzero()),
+        unchanged=int((~zero & (before == after)).count_nonzero()),
+        sign_flips=int((survivor & (before.sign() * after.sign() < 0)).count_nonzero()),
+        non_finite=int((finite & ~torch.isfinite(other)).count_nonzero()),
         largest_relative_change=float(change.max()) if change.numel() else 0.0,
     )

@@ -13,10 +13,11 @@ from pathlib import Path
 from torch import Tensor
 
 from spp.archive import dense_name
-from spp.checkpoint import INDEX, MANIFEST, SINGLE, Checkpoint, canonical_zeros
+from spp.checkpoint import INDEX, MANIFEST, SINGLE, Checkpoint
 from spp.folders import sync, write_json
 from spp.progress import track
 from spp.tensor_file import TensorFile
+from spp.values import canonical_zeros
 
 # What a model folder holds besides its weights and belongs to every model made from it.
 _COMPANIONS = {".json", ".model", ".txt", ".jinja", ".py", ".tiktoken"}

@@ -10,13 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spp.archive import archive_files
-from spp.checkpoint import Checkpoint, canonical_zeros
+from spp.checkpoint import Checkpoint
 from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
 from spp.models import prunable_linears
 from spp.options import PackOptions, UnpackOptions, VerifyOptions
 from spp.stages.pack import pack, unpack
 from spp.stages.verify import verify
+from spp.values import canonical_zeros
 
 
 @pytest.fixture(params=["llama", "gpt2"])

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from spp import processes
-from spp.checkpoint import canonical_zeros
 from spp.errors import SppError, raise_problems
 from spp.models import Matrix, prunable_matrices
 from spp.options import Criterion, PruningSettings
@@ -22,6 +21,7 @@ from spp.pruning.observing import Statistics, observe
 from spp.pruning.reconstruction import Fit, Reconstruction, Targets, reconstruct
 from spp.pruning.result import Pruned, survivors
 from spp.pruning.statistics import Moments, Statistic
+from spp.values import all_finite
 
 logger = logging.getLogger("spp")
 
@@ -178,7 +178,7 @@ def add_up(statistics: Mapping[str, Statistics]) -> None:
 
 
 def _check_weights(matrices: list[Matrix]) -> None:
-    bad = [matrix.name for matrix in matrices if not torch.isfinite(matrix.weight).all()]
+    bad = [matrix.name for matrix in matrices if not all_finite(matrix.weight)]
     raise_problems([f"{name}: the weight holds NaN or infinity; the model is damaged" for name in bad], SppError)
 
 
@@ -194,12 +194,10 @@ def _check_statistic(name: str, statistic: Statistic) -> None:
 
 def _put(matrix: Matrix, pruned: Pruned) -> None:
     """Write a pruned weight into its place, rounded to the dtype there."""
-    weight = matrix.weight
-    # The cast comes before the canonical zeros: a tiny negative survivor may round to -0.0.
-    rounded = canonical_zeros(pruned.weight.to(weight.dtype))
-    if not torch.isfinite(rounded).all():
+    weight = matrix.weight.copy_(pruned.weight)
+    weight.masked_fill_(weight == 0, 0)  # a tiny negative survivor may have been rounded to -0.0
+    if not all_finite(weight):
         dtype = str(weight.dtype).removeprefix("torch.")
         raise SppError(
             f"{matrix.name}: an updated weight is NaN, or too large for {dtype}; compute in float32 (--dtype)"
         )
-    weight.copy_(rounded)

@@ -29,12 +29,12 @@ from torch.func import functional_call
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
-from spp.checkpoint import canonical_zeros
 from spp.errors import SppError
 from spp.models import Matrix, is_transposed
 from spp.ops.reference import merged_weight
 from spp.options import BlockPart
 from spp.proof import lost_zeros
+from spp.values import canonical_zeros
 
 Run = Callable[[Callable[..., Any], int], Tensor]
 """(block or what stands for it, batch) -> its output on the hidden states that enter it in the pruned model."""

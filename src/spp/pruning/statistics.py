@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spp import processes
+from spp.values import all_finite
 
 
 class Statistic(ABC):
@@ -63,7 +64,7 @@ class Statistic(ABC):
 
     def is_finite(self) -> bool:
         """Whether all inputs were finite, and small enough to be squared."""
-        return self._mean is None or bool(torch.isfinite(self._mean).all())
+        return self._mean is None or all_finite(self._mean)
 
     def all_reduce(self) -> None:
         """Take in what all other processes have seen; each of them ends up with the same."""

@@ -9,10 +9,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from spp.checkpoint import Checkpoint, is_float, resolve_model
+from spp.checkpoint import Checkpoint, resolve_model
 from spp.options import InspectOptions
 from spp.patterns import detect_pattern
 from spp.progress import track
+from spp.values import all_finite, is_float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +102,9 @@ class _Count:
         zero = tensor == 0
         return cls(
             tensor.numel(),
-            int(zero.sum()),
-            int((zero & torch.signbit(tensor)).sum()),
-            int((~torch.isfinite(tensor)).sum()),
+            int(zero.count_nonzero()),
+            int((zero & torch.signbit(tensor)).count_nonzero()),
+            0 if all_finite(tensor) else int((~torch.isfinite(tensor)).count_nonzero()),
         )
 
     def __add__(self, other: _Count) -> _Count:

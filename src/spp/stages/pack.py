@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spp import __version__, archive
 from spp.archive import PackedEntry
-from spp.checkpoint import MANIFEST, Checkpoint, canonical_zeros, is_float, resolve_model
+from spp.checkpoint import MANIFEST, Checkpoint, resolve_model
 from spp.errors import UsageError
 from spp.folders import check_output, new_folder, write_json
 from spp.options import PackOptions, UnpackOptions
@@ -20,6 +20,7 @@ from spp.packed import zero_share
 from spp.packing import WORTH_PACKING
 from spp.progress import track
 from spp.rewriting import rewrite, write_companions
+from spp.values import canonical_zeros, is_float
 
 
 @dataclass(frozen=True, kw_only=True)

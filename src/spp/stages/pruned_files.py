@@ -17,6 +17,7 @@ from spp.progress import track
 from spp.proof import lost_zeros
 from spp.rewriting import Rewriting
 from spp.stages.quantities import size
+from spp.values import all_finite
 from spp.weight_map import Part
 
 
@@ -96,8 +97,8 @@ class PrunedFiles:
         pattern = detect_pattern(after.T if transposed else after) if self._adopt else None
         return TensorFacts(
             entries=after.numel(),
-            zeros=int((after == 0).sum()),
-            zeros_before=int((before == 0).sum()),
+            zeros=int((after == 0).count_nonzero()),
+            zeros_before=int((before == 0).count_nonzero()),
             pattern=str(pattern) if pattern else None,
             transposed=transposed,
         )
@@ -113,9 +114,11 @@ def _in_file_dtype(name: str, before: Tensor, after: Tensor) -> Tensor:
     So a survivor is exact even where the model computed in a narrower dtype than its file has.
     """
     after = after.to(before.device)
-    untouched = (after != 0) & (after == before.to(after.dtype))
-    written = torch.where(untouched, before, after.to(before.dtype))
-    if not torch.isfinite(written).all():
+    written = after.to(before.dtype)
+    if torch.promote_types(before.dtype, after.dtype) != after.dtype:
+        untouched = (after != 0) & (after == before.to(after.dtype))
+        written = torch.where(untouched, before, written)
+    if not all_finite(written):
         dtype = str(before.dtype).removeprefix("torch.")
         raise SppError(f"{name}: an updated weight is too large for the checkpoint's {dtype}; use the criterion wanda")
     return written

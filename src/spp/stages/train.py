@@ -33,6 +33,7 @@ from spp.stages.prediction import needs_checkpointing
 from spp.stages.resuming import Checkpoints
 from spp.stages.training_data import training_examples
 from spp.stages.watching import Watch
+from spp.values import all_finite
 
 logger = logging.getLogger("spp")
 
@@ -180,7 +181,7 @@ def _run(trainer: Trainer, watch: Watch, latest: Path | None) -> None:
 
 def _require_finite(adapted: PeftModel) -> None:
     """The last step's update is seen by no loss."""
-    if not all(torch.isfinite(p).all() for p in adapted.parameters() if p.requires_grad):
+    if not all(all_finite(p.detach()) for p in adapted.parameters() if p.requires_grad):
         raise SppError("the last step made the adapter NaN or infinite; nothing was written. Lower --learning-rate")
 
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from spp.checkpoint import Checkpoint, is_float, resolve_model
+from spp.checkpoint import Checkpoint, resolve_model
 from spp.errors import UsageError
 from spp.options import VerifyOptions
 from spp.patterns import Pattern, parse_pattern
 from spp.progress import track
 from spp.proof import TensorProof, compare
+from spp.values import is_float
 
 logger = logging.getLogger("spp")
 
@@ -56,7 +57,7 @@ def verify(options: VerifyOptions) -> VerifyReport:
     for name, before in track(base.items(), "verifying", total=len(base.files)):
         if not is_float(before):
             continue
-        zeros = int((before == 0).sum())
+        zeros = int((before == 0).count_nonzero())
         if name not in other.files:
             if zeros:
                 problems.append(f"{name}: missing, and BASE has {zeros} zeros in it")

@@ -23,6 +23,7 @@ from spp.packed import PackedWeight, Weight
 from spp.packed_linear import PackedLinear
 from spp.proof import lost_zeros
 from spp.tuner.config import SppConfig
+from spp.values import all_finite
 
 
 class Factor(nn.Module):
@@ -144,7 +145,7 @@ class SppLinear(nn.Module, SppLayer):
         with torch.no_grad():
             delta = sum(self.get_delta_weight(name) for name in [*self.merged_adapters, *names])
             merged = add_delta(before, delta)  # pyright: ignore[reportArgumentType]
-        if safe_merge and not torch.isfinite(merged).all():
+        if safe_merge and not all_finite(merged):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
         if lost := lost_zeros(before, merged):
             raise SppError(f"merging {', '.join(names)} would turn {lost} zeros of the weight into something else")

@@ -1,0 +1,150 @@
+"""Prune a model that is larger than memory: what it takes beyond forward passes and criterion, and what a kill costs.
+
+    python scripts/make_synthetic_model.py --gigabytes 20 /tmp/model
+    python benchmarks/streaming.py /tmp/model --threads 2 [--json]
+
+The model is pruned twice. The first run is left alone; the second is killed (SIGKILL) after half of its blocks, and
+repeated. Its files have to be the first one's, bit by bit. The disk needs room for two results.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # Python puts a script's folder first on the path, and there operator.py stands in for the library's `operator`.
+    _here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
+
+import argparse
+import filecmp
+import json
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import spp
+from benchmarks.common import DATA, append_rows, machine_columns, print_table, resident
+from spp.folders import WORK, partial_folder
+from spp.pruning.journal import FolderJournal
+from spp.stages.pruning_prediction import predict_pruning
+
+_WORKER = Path(__file__).with_name("streaming_worker.py")
+_CASE = ("criterion", "pattern", "samples", "window")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure one case, and print it, or append it to the CSV file."""
+    args = _parser().parse_args(arguments)
+    values = {"model": str(args.model), **{name: getattr(args, name) for name in _CASE}}
+    with tempfile.TemporaryDirectory(dir=args.work or args.model.parent, prefix="pruned-") as folder:
+        found = measure(values, Path(folder), args.threads)
+    row = {**machine_columns("cpu"), **{name: values[name] for name in _CASE}, **found}
+    if args.json:
+        print(json.dumps(row))
+        return
+    append_rows(args.csv, [row])
+    print_table(f"{args.model.name}, {found['disk_bytes'] / 1e9:.3g} GB", [row], _HEADINGS)
+
+
+_HEADINGS = {
+    "criterion": "criterion",
+    "pattern": "pattern",
+    "seconds": "seconds",
+    "forward_seconds": "in forwards",
+    "criterion_seconds": "in criterion",
+    "overhead": "share of the rest",
+    "predicted_bytes": "predicted MiB",
+    "peak_bytes": "peak MiB",
+    "killed_peak_bytes": "until killed",
+    "resumed_peak_bytes": "resumed",
+}
+
+
+def measure(values: dict[str, Any], folder: Path, threads: int | None) -> dict[str, Any]:
+    """The figures of a case.
+
+    Args:
+        values: options of `spp prune`, without the output.
+        folder: where the two results may lie, for a while.
+        threads: of torch.
+
+    Raises:
+        SystemExit: a run failed, or the two results differ.
+    """
+    whole, killed = folder / "whole", folder / "killed"
+    prediction = predict_pruning(spp.PruneOptions.build({**values, "out": str(whole)}))
+    print(f"predicted: {prediction.total / 2**20:.0f} MiB", file=sys.stderr)
+    alone = _finished(_start(values, whole, threads))
+    killed_peak = _kill(_start(values, killed, threads), killed, prediction.blocks // 2)
+    resumed = _finished(_start(values, killed, threads))
+    if different := _differences(whole, killed):
+        raise SystemExit(f"the run that was killed has other bits in {', '.join(different)}")
+    known = alone["forward_seconds"] + alone["criterion_seconds"]
+    return {
+        "blocks": prediction.blocks,
+        "disk_bytes": prediction.disk_bytes,
+        "predicted_bytes": prediction.total,
+        "peak_bytes": alone["peak_bytes"],
+        "killed_peak_bytes": killed_peak,
+        "resumed_peak_bytes": resumed["peak_bytes"],
+        **{name: round(alone[name], 2) for name in ("seconds", "forward_seconds", "criterion_seconds")},
+        "resumed_seconds": round(resumed["seconds"], 2),
+        "overhead": round((alone["seconds"] - known) / alone["seconds"], 4),
+    }
+
+
+def _start(values: dict[str, Any], out: Path, threads: int | None) -> subprocess.Popen[str]:
+    command = [sys.executable, str(_WORKER), json.dumps([{**values, "out": str(out)}, threads])]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def _finished(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """What a run printed at its end."""
+    output, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"pruning failed with exit code {process.returncode} (-9: out of memory)")
+    return json.loads(output.splitlines()[-1])
+
+
+def _kill(process: subprocess.Popen[str], out: Path, blocks: int) -> int:
+    """Kill a run that has finished so many blocks and is at work on the next; returns its peak memory until then."""
+    journal = FolderJournal(partial_folder(out) / WORK)
+    while len(journal.results("prune")) < blocks:
+        if process.poll() is not None:
+            raise SystemExit("pruning ended before it could be killed")
+        time.sleep(0.1)
+    peak = resident(process.pid)["VmHWM"]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return peak
+
+
+def _differences(one: Path, other: Path) -> list[str]:
+    """Names of files that are not in both folders with the same bytes."""
+    names = sorted({path.name for folder in (one, other) for path in folder.iterdir()})
+    _, different, missing = filecmp.cmpfiles(one, other, names, shallow=False)
+    return [*different, *missing]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmarks/streaming.py", description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path, help="folder of a dense model")
+    parser.add_argument("--criterion", default="wanda")
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--samples", type=int, default=4, help="calibration windows (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=512, help="tokens in each (default: %(default)s)")
+    parser.add_argument("--work", type=Path, help="folder for the results while it runs (default: beside the model)")
+    parser.add_argument("--threads", type=int, help="default: what torch takes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and write no CSV")
+    parser.add_argument("--csv", type=Path, default=DATA / "streaming.csv", help="default: %(default)s")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

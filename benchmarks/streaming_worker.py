@@ -1,0 +1,78 @@
+"""One run of `benchmarks/streaming.py` in a process of its own: prune a model, and see where the time goes.
+
+Takes the options of `spp prune` as a JSON object, and prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # Python puts a script's folder first on the path, and there operator.py stands in for the library's `operator`.
+    _here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import spp
+from benchmarks.common import resident
+from spp.pruning.blocks import BlockCalls
+from spp.pruning.criteria import CRITERIA
+
+
+class Stopwatch:
+    """Adds up the seconds that functions take."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, which the watch runs with."""
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return run
+
+
+def run(values: dict[str, Any], threads: int | None) -> dict[str, Any]:
+    """Prune.
+
+    Returns:
+        seconds of all; of it forward_seconds, passes through blocks with the statistics of their inputs, and
+        criterion_seconds, from statistics to pruned weights; and peak_bytes, the process's resident memory
+        at its highest.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    options = spp.PruneOptions.build(values)
+    forward, criterion = Stopwatch(), Stopwatch()
+    BlockCalls.run = forward.timed(BlockCalls.run)
+    method = CRITERIA[options.criterion]
+    CRITERIA[options.criterion] = replace(method, prune=criterion.timed(method.prune))
+    if method.statistic:
+        method.statistic.value = criterion.timed(method.statistic.value)
+    report = spp.prune(options)
+    return {
+        "seconds": report.seconds,
+        "forward_seconds": forward.seconds,
+        "criterion_seconds": criterion.seconds,
+        "peak_bytes": resident()["VmHWM"],
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(*json.loads(sys.argv[1]))))
