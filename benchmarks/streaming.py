@@ -3,8 +3,8 @@
     python scripts/make_synthetic_model.py --gigabytes 20 /tmp/model
     python benchmarks/streaming.py /tmp/model --threads 2 [--json]
 
-The model is pruned twice. The first run is left alone; the second is killed (SIGKILL) after half of its blocks, and
-repeated. Its files have to be the first one's, bit by bit. The disk needs room for two results.
+The model is pruned twice. The first run is left alone; the second is killed (SIGKILL) in the middle of its blocks,
+and repeated. Its files have to be the first one's, bit by bit. The disk needs room for two results.
 """
 
 from __future__ import annotations
@@ -23,15 +23,12 @@ import json
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import spp
-from benchmarks.common import DATA, append_rows, machine_columns, print_table, resident
-from spp.folders import WORK, partial_folder
-from spp.pruning.journal import FolderJournal
+from benchmarks.common import DATA, append_rows, machine_columns, print_table
 from spp.stages.pruning_prediction import predict_pruning
 
 _WORKER = Path(__file__).with_name("streaming_worker.py")
@@ -80,9 +77,9 @@ def measure(values: dict[str, Any], folder: Path, threads: int | None) -> dict[s
     whole, killed = folder / "whole", folder / "killed"
     prediction = predict_pruning(spp.PruneOptions.build({**values, "out": str(whole)}))
     print(f"predicted: {prediction.total / 2**20:.0f} MiB", file=sys.stderr)
-    alone = _finished(_start(values, whole, threads))
-    killed_peak = _kill(_start(values, killed, threads), killed, prediction.blocks // 2)
-    resumed = _finished(_start(values, killed, threads))
+    alone = _run(values, whole, threads)
+    until_killed = _run(values, killed, threads, last_block=prediction.blocks // 2)
+    resumed = _run(values, killed, threads)
     if different := _differences(whole, killed):
         raise SystemExit(f"the run that was killed has other bits in {', '.join(different)}")
     known = alone["forward_seconds"] + alone["criterion_seconds"]
@@ -91,7 +88,7 @@ def measure(values: dict[str, Any], folder: Path, threads: int | None) -> dict[s
         "disk_bytes": prediction.disk_bytes,
         "predicted_bytes": prediction.total,
         "peak_bytes": alone["peak_bytes"],
-        "killed_peak_bytes": killed_peak,
+        "killed_peak_bytes": until_killed["peak_bytes"],
         "resumed_peak_bytes": resumed["peak_bytes"],
         **{name: round(alone[name], 2) for name in ("seconds", "forward_seconds", "criterion_seconds")},
         "resumed_seconds": round(resumed["seconds"], 2),
@@ -99,30 +96,14 @@ def measure(values: dict[str, Any], folder: Path, threads: int | None) -> dict[s
     }
 
 
-def _start(values: dict[str, Any], out: Path, threads: int | None) -> subprocess.Popen[str]:
-    command = [sys.executable, str(_WORKER), json.dumps([{**values, "out": str(out)}, threads])]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-def _finished(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """What a run printed at its end."""
-    output, _ = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"pruning failed with exit code {process.returncode} (-9: out of memory)")
-    return json.loads(output.splitlines()[-1])
-
-
-def _kill(process: subprocess.Popen[str], out: Path, blocks: int) -> int:
-    """Kill a run that has finished so many blocks and is at work on the next; returns its peak memory until then."""
-    journal = FolderJournal(partial_folder(out) / WORK)
-    while len(journal.results("prune")) < blocks:
-        if process.poll() is not None:
-            raise SystemExit("pruning ended before it could be killed")
-        time.sleep(0.1)
-    peak = resident(process.pid)["VmHWM"]
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return peak
+def _run(values: dict[str, Any], out: Path, threads: int | None, last_block: int | None = None) -> dict[str, Any]:
+    """What a process printed at its end."""
+    arguments = json.dumps([{**values, "out": str(out)}, threads, last_block])
+    done = subprocess.run([sys.executable, str(_WORKER), arguments], stdout=subprocess.PIPE, text=True)
+    expected = 0 if last_block is None else -signal.SIGKILL
+    if done.returncode != expected:
+        raise SystemExit(f"pruning ended with exit code {done.returncode}, not {expected} (-9: out of memory)")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _differences(one: Path, other: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """One run of `benchmarks/streaming.py` in a process of its own: prune a model, and see where the time goes.
 
-Takes the options of `spp prune` as a JSON object, and prints one JSON object.
+Takes a JSON list: the options of `spp prune`, threads or null, and the number of the block in which to die or null.
+Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ if __name__ == "__main__":
 
 import functools
 import json
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +28,7 @@ import spp
 from benchmarks.common import resident
 from spp.pruning.blocks import BlockCalls
 from spp.pruning.criteria import CRITERIA
+from spp.pruning.streaming import StreamedBlocks
 
 
 class Stopwatch:
@@ -48,8 +51,8 @@ class Stopwatch:
         return run
 
 
-def run(values: dict[str, Any], threads: int | None) -> dict[str, Any]:
-    """Prune.
+def run(values: dict[str, Any], threads: int | None, last_block: int | None = None) -> dict[str, Any]:
+    """Prune; die by SIGKILL when `last_block` has been written, and not yet been noted as finished.
 
     Returns:
         seconds of all; of it forward_seconds, passes through blocks with the statistics of their inputs, and
@@ -65,6 +68,8 @@ def run(values: dict[str, Any], threads: int | None) -> dict[str, Any]:
     CRITERIA[options.criterion] = replace(method, prune=criterion.timed(method.prune))
     if method.statistic:
         method.statistic.value = criterion.timed(method.statistic.value)
+    if last_block is not None:
+        StreamedBlocks.keep = _dying(StreamedBlocks.keep, last_block)
     report = spp.prune(options)
     return {
         "seconds": report.seconds,
@@ -72,6 +77,19 @@ def run(values: dict[str, Any], threads: int | None) -> dict[str, Any]:
         "criterion_seconds": criterion.seconds,
         "peak_bytes": resident()["VmHWM"],
     }
+
+
+def _dying(keep: Callable[..., Any], last_block: int) -> Callable[..., Any]:
+    """The method, after which the process is gone, having said how much memory it had."""
+
+    def keep_or_die(blocks: StreamedBlocks, index: int) -> Any:
+        kept = keep(blocks, index)
+        if index == last_block:
+            print(json.dumps({"peak_bytes": resident()["VmHWM"]}), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return kept
+
+    return keep_or_die
 
 
 if __name__ == "__main__":

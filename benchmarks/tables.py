@@ -1,9 +1,10 @@
 """The rows in benchmarks/data as tables of a Markdown page, each between two markers.
 
-The markers are `<!-- operator -->` and `<!-- /operator -->`, and the same with step and decode.
+The markers are `<!-- operator -->` and `<!-- /operator -->`, and the same with step, decode, criteria, streaming,
+quality and start. A page has those that it wants.
 
 python benchmarks/tables.py --write docs/performance.md
-python benchmarks/tables.py --check docs/performance.md      # exit code 1 where the page is not up to date
+python benchmarks/tables.py --check docs/pruning.md      # exit code 1 where the page is not up to date
 """
 
 from __future__ import annotations
@@ -53,6 +54,14 @@ _DECODE_METHODS = {
     "packed_75": "packed 75 %",
     "packed_90": "packed 90 %",
 }
+_CRITERION_METHODS = {
+    "magnitude": "magnitude",
+    "magnitude-matrix": "magnitude, matrix",
+    "wanda": "Wanda",
+    "ria": "RIA",
+    "sparsegpt": "SparseGPT",
+    "dsnot": "DSnoT",
+}
 _RUN = ("device", "hardware", "threads")
 
 
@@ -62,6 +71,10 @@ def tables(folder: Path = DATA) -> dict[str, str]:
         "operator": operator_table(read_rows(folder / "operator.csv")),
         "step": step_table(read_rows(folder / "step.csv")),
         "decode": decode_table(read_rows(folder / "decode.csv")),
+        "criteria": criteria_table(read_rows(folder / "pruning.csv")),
+        "streaming": streaming_table(read_rows(folder / "streaming.csv")),
+        "quality": quality_table(read_rows(folder / "quality.csv")),
+        "start": start_table(read_rows(folder / "quality.csv")),
     }
 
 
@@ -128,17 +141,103 @@ def decode_table(rows: Sequence[Row]) -> str:
     return _markdown(heads, lines + _gpu_row(rows)) if rows else _NOTHING
 
 
+def criteria_table(rows: Sequence[Row]) -> str:
+    """Milliseconds of pruning one weight, ours over those of plain torch, and the ratio in parentheses."""
+    heads = ["hardware", "layer", "dtype", "pattern", *(f"{heading}, ms" for heading in _CRITERION_METHODS.values())]
+    lines = [
+        [
+            *_where(methods, "shape", "dtype", "pattern"),
+            *(_against_plain(methods, name) for name in _CRITERION_METHODS),
+        ]
+        for methods in _latest(rows, (*_RUN, "shape", "dtype", "pattern"))
+    ]
+    return _markdown(heads, lines + _gpu_row(rows)) if rows else _NOTHING
+
+
+def streaming_table(rows: Sequence[Row]) -> str:
+    """A whole model, block by block: memory foretold and measured, time by what it went to."""
+    case = ("blocks", "disk_bytes", "criterion", "pattern", "samples", "window")
+    runs = {tuple(row[key] for key in (*_RUN, *case)): row for row in rows}  # the last of each
+    heads = [
+        "hardware",
+        "model, GB",
+        "blocks",
+        "criterion",
+        "pattern",
+        "calibration",
+        "predicted MiB",
+        "peak MiB",
+        "peak MiB, resumed",
+        "seconds",
+        "in forwards",
+        "in the criterion",
+        "the rest",
+    ]
+    lines = [
+        [
+            f"{row['hardware']}, {row['threads']} threads",
+            f"{int(row['disk_bytes']) / 1e9:.3g}",
+            *(row[key] for key in ("blocks", "criterion", "pattern")),
+            f"{row['samples']} x {row['window']}",
+            *(_mebibytes(int(row[f"{key}_bytes"])) for key in ("predicted", "peak", "resumed_peak")),
+            *(_number(row, key) for key in ("seconds", "forward_seconds", "criterion_seconds")),
+            f"{float(row['overhead']):.0%}",
+        ]
+        for _, row in sorted(runs.items(), key=lambda item: _natural(item[0]))
+    ]
+    return _markdown(heads, lines) if rows else _NOTHING
+
+
+def quality_table(rows: Sequence[Row]) -> str:
+    """One table per model: perplexity by method and pattern."""
+    cells = {(row["model"], row["method"], row["pattern"]): row for row in rows}
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows))
+    made = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        last = next(row for row in reversed(rows) if row["model"] == model)
+        methods = list(dict.fromkeys(row["method"] for row in rows if row["model"] == model))
+        lines = [
+            [method, *(_number(cells.get((model, method, pattern)), "perplexity") for pattern in patterns)]
+            for method in methods
+        ]
+        title = f"{model}, dense {significant(float(last['dense']))} ({last['protocol']}):\n\n"
+        made.append(title + _markdown(["method", *patterns], lines))
+    return "\n\n".join(made) or _NOTHING
+
+
+def start_table(rows: Sequence[Row]) -> str:
+    """Perplexity before and after SPP fine-tuning, by what it started from."""
+    cells = {(row["model"], row["pattern"], row["method"]): row for row in rows if row["trained_perplexity"]}
+    lines = [
+        [
+            model,
+            pattern,
+            significant(float(row["dense"])),
+            method,
+            _number(row, "perplexity"),
+            row["trained_steps"],
+            _number(row, "trained_perplexity"),
+        ]
+        for (model, pattern, method), row in cells.items()
+    ]
+    heads = ["model", "pattern", "dense", "start", "pruned", "steps", "after SPP"]
+    return _markdown(heads, lines) if lines else _NOTHING
+
+
 def replaced(page: str, made: Mapping[str, str]) -> str:
-    """The page with every table between its markers.
+    """The page with its tables between their markers.
 
     Raises:
-        ValueError: a marker is missing.
+        ValueError: there are none, or one has no end.
     """
-    for name, table in made.items():
+    wanted = [name for name in made if f"<!-- {name} -->" in page]
+    if not wanted:
+        raise ValueError(f"the page has no marker: <!-- {' -->, <!-- '.join(made)} -->")
+    for name in wanted:
         between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not between.search(page):
             raise ValueError(f"the page has no <!-- {name} --> on a line of its own with <!-- /{name} --> after it")
-        page = between.sub(lambda found, table=table: f"{found[1]}\n{table}\n\n{found[2]}", page, count=1)
+        page = between.sub(lambda found, table=made[name]: f"{found[1]}\n{table}\n\n{found[2]}", page, count=1)
     return page
 
 
@@ -181,6 +280,14 @@ def _with_speedup(row: Row | None, torch: Row | None) -> str:
     if row is None or torch is None or row is torch:
         return text
     return f"{text} ({float(torch['median_ms']) / float(row['median_ms']):.2f} x)"
+
+
+def _against_plain(methods: Mapping[str, Row], name: str) -> str:
+    """`ours / theirs (ratio)`."""
+    ours, plain = methods.get(name), methods.get(f"{name}_plain")
+    if plain is None:
+        return _number(ours, "median_ms")
+    return f"{_number(ours, 'median_ms')} / {_number(plain, 'median_ms')} ({_number(ours, 'ratio_to_plain')})"
 
 
 def _mebibytes(count: int) -> str:

@@ -103,6 +103,15 @@ def test_another_request_in_the_same_folder_is_refused(finished, tiny_checkpoint
     assert (finished.out / "notes.txt").read_text() == "mine"
 
 
+def test_adopted_zeros_are_reported_as_they_were_found(finished, tmp_path, stories):
+    """A 4:8 request would say so; nothing was asked for here, and nothing was chosen."""
+    pruned = run(options(finished.out / "pruned", stories, tmp_path / "adopted", keep_zeros=True)).results
+    assert (pruned["protocol"]["pattern"], pruned["protocol"]["criterion"]) == ("2:4", None)
+    assert pruned["protocol"]["calibration"] is None and pruned["verified"]
+    page = (tmp_path / "adopted" / "report.html").read_text()
+    assert "pruned 2:4, fine-tuned with SPP" in page
+
+
 def test_gap_closed_by_hand():
     assert gap_closed(dense=math.e, pruned=math.e**3, spp=math.e**2) == pytest.approx(0.5)
     assert gap_closed(dense=10.0, pruned=20.0, spp=20.0) == 0

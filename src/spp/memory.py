@@ -38,8 +38,8 @@ def return_freed_memory() -> None:
 def trim_heap() -> None:
     """Give back to the system what has been freed so far, where malloc is glibc's.
 
-    glibc keeps tensors of up to 32 MiB for later, in a heap that fragments: without this, pruning block by block
-    kept 64 MiB more with every block of a 2 GB model. It takes milliseconds, and the next block a page fault each page.
+    glibc keeps tensors of up to 32 MiB for later, in a heap that fragments: without this, pruning a 2 GB model kept
+    64 MiB more with every block. It takes milliseconds.
     """
     if (malloc_trim := _from_glibc("malloc_trim")) is not None:
         malloc_trim(0)

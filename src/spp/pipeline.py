@@ -189,8 +189,8 @@ def _results(options: RunOptions, model: str, records: _Records, manifest: dict[
         "peak_rss_bytes": max(records.every("peak_rss_bytes").values()),
         "protocol": {
             "model": options.model or "bundled",
-            "pattern": options.pattern,
-            "criterion": options.criterion,
+            "pattern": manifest["pattern"],
+            "criterion": manifest["criterion"],
             "calibration": manifest["calibration"],
             "train": options.train,
             "evaluation": {key: value for key, value in scores["dense"].items() if key not in {"perplexity", "nll"}},

@@ -81,4 +81,58 @@ def test_page_without_markers(data, tmp_path, capsys):
     page.write_text("Nothing.\n")
     with pytest.raises(SystemExit):
         tables.main(["--write", str(page), "--data", str(data)])
-    assert "no <!-- operator -->" in capsys.readouterr().err and page.read_text() == "Nothing.\n"
+    assert "no marker: <!-- operator -->" in capsys.readouterr().err and page.read_text() == "Nothing.\n"
+    page.write_text("<!-- step -->\n")
+    with pytest.raises(SystemExit):
+        tables.main(["--write", str(page), "--data", str(data)])
+    assert "with <!-- /step --> after it" in capsys.readouterr().err
+
+
+def test_a_page_has_the_tables_that_it_wants(data, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- decode -->\n<!-- /decode -->\n")
+    tables.main(["--write", str(page), "--data", str(data)])
+    assert "1.17 (2.80 x)" in page.read_text() and "published" not in page.read_text()
+
+
+def test_criteria_table_shows_both_times_and_their_ratio(data):
+    case = {"date": "1", **MACHINE, "shape": "8x16", "dtype": "fp32", "pattern": "2:4"}
+    rows = [
+        {"method": "wanda", "median_ms": 2.0, "ratio_to_plain": 0.25},
+        {"method": "wanda_plain", "median_ms": 8.0, "ratio_to_plain": 1.0},
+        {"method": "dsnot", "median_ms": 3.0, "ratio_to_plain": ""},
+    ]
+    common.append_rows(data / "pruning.csv", [case | row for row in rows])
+    _, _, line, gpu = cells(tables.tables(data)["criteria"])
+    assert line == ["A CPU, 2 threads", "8x16", "fp32", "2:4", "–", "–", "2.00 / 8.00 (0.250)", "–", "–", "3.00"]
+    assert gpu[:2] == ["NVIDIA H100", "not measured"]
+
+
+def test_streaming_table_has_the_last_run_of_a_case(data):
+    case = {**MACHINE, "criterion": "wanda", "pattern": "2:4", "samples": 4, "window": 512, "blocks": 48}
+    sizes = {"disk_bytes": 19_950_000_000, "predicted_bytes": 2**31, "peak_bytes": 2**30, "resumed_peak_bytes": 2**29}
+    seconds = {"forward_seconds": 60.0, "criterion_seconds": 20.0, "overhead": 0.2}
+    for date, total in (("1", 999.0), ("2", 100.0)):
+        row = {"date": date, **case, **sizes, "seconds": total, **seconds}
+        common.append_rows(data / "streaming.csv", [row])
+    _, _, line = cells(tables.tables(data)["streaming"])
+    assert line == [
+        *("A CPU, 2 threads", "19.9", "48", "wanda", "2:4", "4 x 512"),
+        *("2048", "1024", "512", "100", "60.0", "20.0", "20%"),
+    ]
+
+
+def test_quality_tables(data):
+    case = {"date": "1", **MACHINE, "model": "small", "protocol": "a text", "dense": 10.0}
+    for method, pattern, before, steps, after in (
+        ("wanda", "50%", 20.0, 0, ""),
+        ("wanda", "2:4", 99.0, 0, ""),
+        ("wanda", "2:4", 30.0, 7, 15.0),
+        ("ria", "2:4", 29.0, 0, ""),
+    ):
+        row = {"pattern": pattern, "method": method, "perplexity": before, "trained_steps": steps}
+        common.append_rows(data / "quality.csv", [case | row | {"trained_perplexity": after}])
+    made = tables.tables(data)
+    assert made["quality"].startswith("small, dense 10.0 (a text):")
+    assert cells(made["quality"])[2:] == [["wanda", "20.0", "30.0"], ["ria", "–", "29.0"]]
+    assert cells(made["start"])[2:] == [["small", "2:4", "10.0", "wanda", "30.0", "7", "15.0"]]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import naive_pruning as naive
@@ -12,7 +14,7 @@ import pytest
 import torch
 from conftest import TINY_CONFIGS
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from spp.errors import SppError, UsageError
 from spp.models import decoder_blocks, prunable_linears, weight_oi
@@ -23,6 +25,7 @@ from spp.pruning.engine import prune_model
 
 MakeModel = Callable[..., PreTrainedModel]
 FAMILIES = list(TINY_CONFIGS)
+PATTERNS = ["50%", "75%", "2:4", "4:8", "2:8", "1:4"]
 CRITERIA: list[Criterion] = ["magnitude", "wanda", "ria", "sparsegpt"]
 
 
@@ -42,7 +45,7 @@ def prune(
 ) -> list[str]:
     """Prune in place; names of the matrices that were."""
     asked = PruningSettings.build({"criterion": criterion, "pattern": str(pattern), **settings})
-    return [result.name for result in prune_model(model, asked, tokens)]
+    return [matrix.name for block in prune_model(model, asked, tokens) for matrix in block.matrices]
 
 
 def pruned_copy(model: PreTrainedModel, criterion: Criterion, pattern: Pattern, tokens: Tensor) -> PreTrainedModel:
@@ -112,7 +115,22 @@ def test_equals_full_model_recomputation(tiny_model: MakeModel, family: str, cri
     assert_same_pruning(pruned, recomputed(model, criterion, NM(2, 4), tokens), criterion)
 
 
-@pytest.mark.parametrize("text", ["50%", "75%", "2:4", "4:8", "2:8", "1:4"])
+@pytest.mark.parametrize("text", PATTERNS)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_real_block_equals_its_recomputation(shared_data: Path, text: str, criterion: Criterion) -> None:
+    """The first block of a trained model, on text of the kind that it was trained on."""
+    folder = shared_data / "models" / "story"
+    model = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=1, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with (shared_data / "corpora" / "tinystories_train.jsonl").open() as lines:
+        text_ids = [tokenizer(json.loads(next(lines))["text"]).input_ids for _ in range(12)]
+    tokens = torch.tensor([ids[:64] for ids in text_ids if len(ids) >= 64])
+    pattern = parse_pattern(text)
+    pruned = pruned_copy(model, criterion, pattern, tokens)
+    assert_same_pruning(pruned, recomputed(model, criterion, pattern, tokens), criterion)
+
+
+@pytest.mark.parametrize("text", PATTERNS)
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_obeys_the_pattern_and_touches_nothing_else(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,20 @@ def test_zeros_of_others_are_adopted(options: Callable[..., PruneOptions], tmp_p
     with pytest.raises(UsageError, match="has no zeros to keep"):
         prune(options("nothing", keep_zeros=True))
     assert not (tmp_path / "nothing").exists()
+
+
+def test_the_fit_of_every_block_is_reported(options: Callable[..., PruneOptions]) -> None:
+    report = prune(options(reconstruct="attention,mlp", reconstruct_epochs=2))
+    assert list(report.reconstruction) == [f"model.layers.{index}" for index in range(BLOCKS)]
+    for parts in report.reconstruction.values():
+        assert list(parts) == ["attention", "mlp"]
+        assert all(0 < fit.after <= fit.before < 1 for fit in parts.values())
+        assert parts["mlp"].before == parts["attention"].after  # of the same block, one after the other
+    noted = read_json(report.out / MANIFEST)["reconstruction"]
+    assert noted == {
+        block: {part: asdict(fit) for part, fit in fits.items()} for block, fits in report.reconstruction.items()
+    }
+    assert not prune(options("plain")).reconstruction
 
 
 def test_a_sparse_model_is_pruned_further(options: Callable[..., PruneOptions], tmp_path: Path) -> None:

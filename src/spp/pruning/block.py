@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spp import processes
 from spp.errors import SppError, raise_problems
 from spp.models import Matrix, prunable_matrices
-from spp.options import Criterion, PruningSettings
+from spp.options import BlockPart, Criterion, PruningSettings
 from spp.patterns import Pattern, parse_pattern
 from spp.pruning import dsnot
 from spp.pruning.criteria import CRITERIA
@@ -43,6 +43,29 @@ class MatrixResult:
     criterion: Criterion | None
     tokens: int | None
     expert: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockResult:
+    """What was done to a block.
+
+    Attributes:
+        name: of the block.
+        matrices: of those that were pruned, in their order.
+        fits: part that was reconstructed -> how well.
+    """
+
+    name: str
+    matrices: list[MatrixResult]
+    fits: dict[BlockPart, Fit]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> BlockResult:
+        """From what `dataclasses.asdict` made of it, and JSON."""
+        matrices = [MatrixResult(**matrix) for matrix in values["matrices"]]
+        return cls(
+            name=values["name"], matrices=matrices, fits={part: Fit(**fit) for part, fit in values["fits"].items()}
+        )
 
 
 class BlockPruner:
@@ -81,9 +104,7 @@ class BlockPruner:
         """Those of a block that are to be pruned."""
         return [matrix for matrix in prunable_matrices(name, block) if matrix.name in self._names]
 
-    def prune(
-        self, name: str, block: nn.Module, pattern: Pattern, runs: Runs, targets: Targets
-    ) -> tuple[list[MatrixResult], dict[str, Fit]]:
+    def prune(self, name: str, block: nn.Module, pattern: Pattern, runs: Runs, targets: Targets) -> BlockResult:
         """Prune a block in place.
 
         Args:
@@ -92,9 +113,6 @@ class BlockPruner:
             pattern: what to keep.
             runs: this process's share of the calibration; empty where there is none.
             targets: what the block ought to give for each batch, for reconstruction.
-
-        Returns:
-            What was done, in the order of its matrices; and how well each part was reconstructed.
 
         Raises:
             SppError: see `spp.pruning.engine.prune_model`.
@@ -106,11 +124,12 @@ class BlockPruner:
             statistics = observe(matrices, self.kinds, lambda: [run(block) for run in runs.values()])
             add_up(statistics)
         results = self._share_out(matrices, statistics, pattern)
-        return results, self._reconstruct(name, block, matrices, runs, targets)
+        fits = self._reconstruct(name, block, matrices, runs, targets)
+        return BlockResult(name=name, matrices=results, fits=fits)
 
     def _reconstruct(
         self, name: str, block: nn.Module, matrices: list[Matrix], runs: Runs, targets: Targets
-    ) -> dict[str, Fit]:
+    ) -> dict[BlockPart, Fit]:
         settings = self._settings
         if settings.reconstruct is None:
             return {}
@@ -120,8 +139,7 @@ class BlockPruner:
             epochs=settings.reconstruct_epochs,
             learning_rate=settings.reconstruct_learning_rate,
         )
-        fits = reconstruct(name, block, lambda one, batch: runs[batch](one), targets, list(runs), matrices, how)
-        return {str(part): fit for part, fit in fits.items()}
+        return reconstruct(name, block, lambda one, batch: runs[batch](one), targets, list(runs), matrices, how)
 
     def _share_out(
         self, matrices: list[Matrix], statistics: Mapping[str, Statistics], pattern: Pattern

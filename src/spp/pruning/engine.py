@@ -26,7 +26,7 @@ from spp.options import PruningSettings
 from spp.patterns import Unstructured, parse_pattern
 from spp.progress import track
 from spp.pruning.allocation import outlier_share, owl_ratios
-from spp.pruning.block import BlockPruner, MatrixResult, Runs, add_up
+from spp.pruning.block import BlockPruner, BlockResult, Runs, add_up
 from spp.pruning.blocks import BlockCalls, batched, capture
 from spp.pruning.journal import Journal, MemoryJournal
 from spp.pruning.observing import observe
@@ -76,7 +76,7 @@ class LoadedBlocks:
         pass
 
 
-def prune_model(model: PreTrainedModel, settings: PruningSettings, windows: Tensor | None = None) -> list[MatrixResult]:
+def prune_model(model: PreTrainedModel, settings: PruningSettings, windows: Tensor | None = None) -> list[BlockResult]:
     """Prune every matrix inside the decoder blocks of `model`, in place; puts it in eval mode.
 
     Args:
@@ -85,7 +85,7 @@ def prune_model(model: PreTrainedModel, settings: PruningSettings, windows: Tens
         windows: (samples, window) int64 token ids to calibrate on; not needed for magnitude.
 
     Returns:
-        What was done, matrix by matrix.
+        What was done, block by block.
 
     Raises:
         UsageError: the pattern does not fit (all matrices concerned are named, and nothing is changed), no calibration
@@ -98,7 +98,7 @@ def prune_model(model: PreTrainedModel, settings: PruningSettings, windows: Tens
 
 def prune_blocks(
     blocks: Blocks, settings: PruningSettings, windows: Tensor | None, journal: Journal
-) -> list[MatrixResult]:
+) -> list[BlockResult]:
     """Prune the blocks that the journal does not know as finished; see `prune_model`."""
     if settings.reconstruct and processes.count() > 1:
         raise UsageError("reconstruction runs in one process; start it without torchrun, or leave out --reconstruct")
@@ -115,13 +115,12 @@ def prune_blocks(
             with blocks.loaded(index) as block:
                 if settings.reconstruct:
                     walk.propagate(index, block, "dense")
-                results, fits = pruner.prune(walk.name(index), block, pattern, walk.runs(index), walk.targets(index))
+                result = pruner.prune(walk.name(index), block, pattern, walk.runs(index), walk.targets(index))
                 kept = blocks.keep(index)
                 if not walk.is_last(index):
                     walk.propagate(index, block)
-            matrices = [asdict(result) for result in results]
-            walk.finish({"matrices": matrices, "fits": {part: asdict(fit) for part, fit in fits.items()}, "kept": kept})
-    return [MatrixResult(**result) for block in journal.results("prune") for result in block["matrices"]]
+            walk.finish({**asdict(result), "kept": kept})
+    return [BlockResult.of(block) for block in journal.results("prune")]
 
 
 def needs_calibration(settings: PruningSettings) -> bool:

@@ -28,11 +28,12 @@ from spp.fingerprint import base_fingerprint
 from spp.folders import WORK, check_output, partial_folder, resumable_folder, write_json
 from spp.loading import compute_dtype, context_window, load_tokenizer, pick_device, skeleton
 from spp.models import unreached_weights
-from spp.options import PruneOptions, PruningSettings
+from spp.options import BlockPart, PruneOptions, PruningSettings
 from spp.patterns import Unstructured
-from spp.pruning.block import MatrixResult
+from spp.pruning.block import BlockResult
 from spp.pruning.engine import matrices_to_prune, needs_calibration, prune_blocks, pruned_parameters
 from spp.pruning.journal import FolderJournal
+from spp.pruning.reconstruction import Fit
 from spp.pruning.streaming import StreamedBlocks
 from spp.stages.pruned_files import PrunedFiles, TensorFacts
 from spp.weight_map import Part
@@ -83,6 +84,7 @@ class PruneReport:
         skipped: layers left dense because the pattern does not divide them.
         expert_tokens: matrix of an expert -> calibration tokens that reached it.
         by_magnitude: matrices of experts that too few tokens reached, so that magnitude decided.
+        reconstruction: block -> part of it that was tuned -> its error before and after; empty without reconstruction.
         calibration: None for a criterion that needs none.
     """
 
@@ -95,6 +97,7 @@ class PruneReport:
     skipped: list[str]
     expert_tokens: dict[str, int]
     by_magnitude: list[str]
+    reconstruction: dict[str, dict[BlockPart, Fit]]
     calibration: CalibrationFacts | None
     seconds: float
 
@@ -203,7 +206,7 @@ def _calibrate(options: PruneOptions, model: PreTrainedModel) -> tuple[Tensor | 
 
 def _report(
     options: PruneOptions,
-    results: list[MatrixResult],
+    results: list[BlockResult],
     tensors: dict[str, TensorFacts],
     skipped: list[str],
     calibration: CalibrationFacts | None,
@@ -212,6 +215,7 @@ def _report(
     sparsity = sum(one.zeros for one in tensors.values()) / sum(one.entries for one in tensors.values())
     if options.keep_zeros and sparsity < _WORTH_A_NOTE:
         raise UsageError(f"{options.model} has no zeros to keep ({sparsity:.2%}); prune it without --keep-zeros")
+    matrices = [matrix for block in results for matrix in block.matrices]
     return PruneReport(
         out=options.out,
         pattern=_found_pattern(tensors, sparsity) if options.keep_zeros else options.pattern,
@@ -220,8 +224,9 @@ def _report(
         sparsity=sparsity,
         tensors={name: TensorSparsity(one.sparsity, one.transposed) for name, one in tensors.items()},
         skipped=skipped,
-        expert_tokens={one.name: one.tokens for one in results if one.expert and one.tokens is not None},
-        by_magnitude=[one.name for one in results if one.criterion not in (None, options.criterion)],
+        expert_tokens={one.name: one.tokens for one in matrices if one.expert and one.tokens is not None},
+        by_magnitude=[one.name for one in matrices if one.criterion not in (None, options.criterion)],
+        reconstruction={block.name: block.fits for block in results if block.fits},
         calibration=calibration,
         seconds=seconds,
     )
