@@ -39,27 +39,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure one case, and print it, or append it to the CSV file."""
     args = _parser().parse_args(arguments)
     values = {"model": str(args.model), **{name: getattr(args, name) for name in _CASE}}
+    machine = machine_columns("cpu")
     with tempfile.TemporaryDirectory(dir=args.work or args.model.parent, prefix="pruned-") as folder:
         found = measure(values, Path(folder), args.threads)
-    row = {**machine_columns("cpu"), **{name: values[name] for name in _CASE}, **found}
+    row = {**machine, **{name: values[name] for name in _CASE}, **found}
     if args.json:
         print(json.dumps(row))
         return
     append_rows(args.csv, [row])
-    print_table(f"{args.model.name}, {found['disk_bytes'] / 1e9:.3g} GB", [row], _HEADINGS)
+    case = ", ".join(f"{name} {values[name]}" for name in _CASE)
+    print_table(f"{args.model.name}, {found['disk_bytes'] / 1e9:.3g} GB, {case}", [row], _HEADINGS)
 
 
 _HEADINGS = {
-    "criterion": "criterion",
-    "pattern": "pattern",
-    "seconds": "seconds",
-    "forward_seconds": "in forwards",
-    "criterion_seconds": "in criterion",
-    "overhead": "share of the rest",
     "predicted_bytes": "predicted MiB",
-    "peak_bytes": "peak MiB",
-    "killed_peak_bytes": "until killed",
+    "peak_bytes": "peak",
     "resumed_peak_bytes": "resumed",
+    "seconds": "seconds",
+    "forward_seconds": "forwards",
+    "criterion_seconds": "criterion",
+    "overhead": "the rest",
 }
 
 
