@@ -159,15 +159,6 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def resident(process: int | str = "self") -> dict[str, int]:
-    """A process's resident bytes: VmRSS now, and VmHWM at most so far (Linux only).
-
-    Not getrusage's ru_maxrss, which on Linux starts from what the parent process had.
-    """
-    lines = (line.partition(":") for line in Path(f"/proc/{process}/status").read_text().splitlines())
-    return {name: int(value.split()[0]) * 1024 for name, _, value in lines if name in ("VmRSS", "VmHWM")}
-
-
 def sparse_weight(out_features: int, in_features: int, density: float, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """A random weight (O, I) of which the largest of each row are kept, as many as `density` says; the rest is zero.
 

@@ -22,14 +22,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from peft import HiraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from benchmarks.common import resident, sparse_weight
+from benchmarks.common import sparse_weight
 from spp import SppConfig
+from spp.memory import peak_rss_bytes
 from spp.models import prunable_linears
 from spp.packing import packed_layer
 
@@ -86,11 +88,11 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    imports = resident()["VmRSS"]
+    imports = psutil.Process().memory_info().rss
     torch.manual_seed(0)
     model = random_llama(settings.size, settings.sparsity, packed=settings.method in PACKED)
     adapted = get_peft_model(model, METHODS[settings.method]())
-    built = resident()["VmRSS"]
+    built = psutil.Process().memory_info().rss
     step_ms, losses = _train(adapted, settings)
     return {
         "step_ms": step_ms,
@@ -98,7 +100,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "trained_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         "imports_bytes": imports,
         "built_bytes": built,
-        "peak_bytes": resident()["VmHWM"],
+        "peak_bytes": peak_rss_bytes(),
     }
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import spp
-from benchmarks.common import resident
+from spp.memory import peak_rss_bytes
 from spp.pruning.blocks import BlockCalls
 from spp.pruning.criteria import CRITERIA
 from spp.pruning.streaming import StreamedBlocks
@@ -75,7 +75,7 @@ def run(values: dict[str, Any], threads: int | None, last_block: int | None = No
         "seconds": report.seconds,
         "forward_seconds": forward.seconds,
         "criterion_seconds": criterion.seconds,
-        "peak_bytes": resident()["VmHWM"],
+        "peak_bytes": peak_rss_bytes(),
     }
 
 
@@ -85,7 +85,7 @@ def _dying(keep: Callable[..., Any], last_block: int) -> Callable[..., Any]:
     def keep_or_die(blocks: StreamedBlocks, index: int) -> Any:
         kept = keep(blocks, index)
         if index == last_block:
-            print(json.dumps({"peak_bytes": resident()["VmHWM"]}), flush=True)
+            print(json.dumps({"peak_bytes": peak_rss_bytes()}), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         return kept
 

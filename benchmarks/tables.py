@@ -67,14 +67,15 @@ _RUN = ("device", "hardware", "threads")
 
 def tables(folder: Path = DATA) -> dict[str, str]:
     """Name of the marker -> Markdown."""
+    quality = read_rows(folder / "quality.csv")
     return {
         "operator": operator_table(read_rows(folder / "operator.csv")),
         "step": step_table(read_rows(folder / "step.csv")),
         "decode": decode_table(read_rows(folder / "decode.csv")),
         "criteria": criteria_table(read_rows(folder / "pruning.csv")),
         "streaming": streaming_table(read_rows(folder / "streaming.csv")),
-        "quality": quality_table(read_rows(folder / "quality.csv")),
-        "start": start_table(read_rows(folder / "quality.csv")),
+        "quality": quality_table(quality),
+        "start": start_table(quality),
     }
 
 
@@ -175,7 +176,7 @@ def streaming_table(rows: Sequence[Row]) -> str:
     ]
     lines = [
         [
-            f"{row['hardware']}, {row['threads']} threads",
+            _hardware(row),
             f"{int(row['disk_bytes']) / 1e9:.3g}",
             *(row[key] for key in ("blocks", "criterion", "pattern")),
             f"{row['samples']} x {row['window']}",
@@ -266,8 +267,11 @@ def _any(methods: Mapping[str, Row]) -> Row:
 
 def _where(methods: Mapping[str, Row], *columns: str) -> list[str]:
     row = _any(methods)
-    hardware = row["hardware"] if row["device"] == "cuda" else f"{row['hardware']}, {row['threads']} threads"
-    return [hardware, *(row[column] for column in columns)]
+    return [_hardware(row), *(row[column] for column in columns)]
+
+
+def _hardware(row: Row) -> str:
+    return row["hardware"] if row["device"] == "cuda" else f"{row['hardware']}, {row['threads']} threads"
 
 
 def _number(row: Row | None, column: str) -> str:

@@ -22,6 +22,7 @@ from spp.errors import SppError
 from spp.patterns import NM, Pattern, keep_all_but_lowest, keep_in_groups
 from spp.pruning.result import Pruned
 from spp.pruning.statistics import Gram, full_fp32
+from spp.values import all_finite
 
 _BLOCK = 128
 _DAMPING = 0.01
@@ -125,7 +126,7 @@ def _damped_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor | No
     if failed:
         return None
     _invert_triangle(lower)
-    if not torch.isfinite(torch.stack(work.aminmax())).all():
+    if not all_finite(work):
         return None
     _reverse(work)
     return lower

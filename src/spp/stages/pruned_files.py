@@ -115,6 +115,7 @@ def _in_file_dtype(name: str, before: Tensor, after: Tensor) -> Tensor:
     """
     after = after.to(before.device)
     written = after.to(before.dtype)
+    # Back from a wider dtype, untouched entries have the file's bits anyway.
     if torch.promote_types(before.dtype, after.dtype) != after.dtype:
         untouched = (after != 0) & (after == before.to(after.dtype))
         written = torch.where(untouched, before, written)
