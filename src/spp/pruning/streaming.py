@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spp.checkpoint import Checkpoint
-from spp.memory import trim_heap
 from spp.models import decoder_blocks
 from spp.weight_map import Part, require_filled, weight_map
 
@@ -83,7 +82,6 @@ class StreamedBlocks:
         finally:
             for module in block.modules():
                 _empty(module)
-            trim_heap()
 
     def keep(self, index: int) -> Any:
         """Hand over the tensors of a block."""

@@ -27,6 +27,7 @@ from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
 from spp.folders import WORK, check_output, partial_folder, resumable_folder, write_json
 from spp.loading import compute_dtype, context_window, load_tokenizer, pick_device, skeleton
+from spp.memory import return_freed_memory
 from spp.models import unreached_weights
 from spp.options import BlockPart, PruneOptions, PruningSettings
 from spp.patterns import Unstructured
@@ -131,6 +132,7 @@ def _prune(options: PruneOptions, device: torch.device) -> PruneReport:
     model = skeleton(options.model, options, compute_dtype(options.dtype, device))
     names, skipped = matrices_to_prune(model, options)
     windows, calibration = _calibrate(options, model)
+    return_freed_memory()  # or each block would find less room than the one before it
     with _output(options, _request(options, source, calibration)) as folder:
         journal = FolderJournal(folder / WORK)
         files = None  # the first of several processes writes
