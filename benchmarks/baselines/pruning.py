@@ -83,6 +83,8 @@ def _settle(block: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Tensor, Te
 def dsnot(weight: Tensor, mask: Tensor, mean: Tensor, variance: Tensor, norm: Tensor, threshold: float) -> Tensor:
     """Exchange weights row by row (unstructured): full sorts of every row say in which order, at most 50 cycles.
 
+    With our stop besides the published one: a row has settled when an exchange would make its error larger.
+
     Args:
         mask: (O, I) bool, what a criterion kept.
         threshold: rows whose expected error is below have settled.
@@ -109,10 +111,11 @@ def dsnot(weight: Tensor, mask: Tensor, mean: Tensor, variance: Tensor, norm: Te
         for counts in (grown, pruned):
             counts[0] += positive
             counts[1] += ~positive
-        active &= error.abs() > threshold
+        after = error + change.gather(1, prune) - change.gather(1, grow)
+        active &= (error.abs() > threshold) & (after.abs() < error.abs())
         mask.scatter_(1, prune, mask.gather(1, prune) & ~active)
         mask.scatter_(1, grow, mask.gather(1, grow) | active)
-        error += (change.gather(1, prune) - change.gather(1, grow)) * active
+        error = torch.where(active, after, error)
     return _zeroed(weight, ~mask)
 
 

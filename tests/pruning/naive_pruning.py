@@ -92,7 +92,7 @@ def outlier_share(weights: list[Tensor], inputs: list[Tensor], threshold: float)
 
 
 def dsnot(weight: Tensor, mask: Tensor, inputs: Tensor, pattern: Pattern) -> Tensor:
-    """arXiv 2310.08915, row by row and weight by weight; in float64."""
+    """arXiv 2310.08915 without exchanges that make the error larger, row by row and weight by weight; in float64."""
     w, x, mask = weight.double(), inputs.double(), mask.clone()
     change, scores = w * x.mean(dim=0), w.abs() * x.square().mean(dim=0).sqrt()
     gain = change / x.var(dim=0, unbiased=False)
@@ -114,7 +114,7 @@ def dsnot(weight: Tensor, mask: Tensor, inputs: Tensor, pattern: Pattern) -> Ten
             if remove is None:
                 break
             after = error + (change[row, remove] - change[row, grow]).item()
-            if isinstance(pattern, NM) and (after > 0) != sign:
+            if abs(after) >= abs(error) or (isinstance(pattern, NM) and (after > 0) != sign):
                 break
             error = after
             mask[row, grow], mask[row, remove] = True, False

@@ -67,17 +67,19 @@ def test_counts_stay_exact_and_the_expected_error_falls(pattern: Pattern) -> Non
     if isinstance(pattern, NM):
         assert (after.mask.unflatten(1, (-1, pattern.m)).sum(dim=2) == pattern.n).all()
     lost, still = (expected_error(weight, one.mask, inputs) for one in (before, after))
-    assert still.sum() < 0.9 * lost.sum()  # single rows may end a little beyond where they were
+    assert (still <= lost * (1 + 1e-5)).all()
+    assert still.sum() < 0.9 * lost.sum()
 
 
 def test_by_hand() -> None:
-    """Removing 1 and 2 of (1, 2, 3, -4) loses E = 1 + 2 where all means are 1."""
-    weight = torch.tensor([[1.0, 2.0, 3.0, -4.0]])
+    """Removing 1 and 2 of either row loses E = 1 + 2 where all means are 1."""
+    weight = torch.tensor([[1.0, 2.0, 4.0, -2.5], [1.0, 2.0, 3.0, -4.0]])
     one = torch.ones(4)
     pruned = magnitude.prune(weight, None, parse_pattern("50%"))
     after = dsnot.refine(weight, pruned, InputMoments(one, one, one), parse_pattern("50%"))
-    # E = 3: grow 2, remove -4: E = 3 - 2 - 4 = -3. E < 0: grow is the most negative of the removed, and none is left.
-    assert after.mask.tolist() == [[False, True, True, False]]
+    # Grow 2, remove -2.5: E = 3 - 2 - 2.5 = -1.5. E < 0: grow is the most negative of the removed, and none is left.
+    # Grow 2, remove -4: E = 3 - 2 - 4 = -3 would be no gain.
+    assert after.mask.tolist() == [[False, True, True, False], [False, False, True, True]]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
