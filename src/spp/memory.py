@@ -26,17 +26,18 @@ def peak_rss_bytes() -> int:
 
 
 def return_freed_memory() -> None:
-    """Make this process give freed tensors back to the system at once, from 1 MiB on, where malloc is glibc's.
+    """Make this process give freed memory back to the system: all there is now, and tensors from 1 MiB on at once.
 
-    glibc keeps tensors of up to 32 MiB for later, in a heap that fragments. In a training step with activation
-    checkpointing that took 1.5 times the memory, and was 10 % faster; in pruning a 2 GB model, 1.3 times, and more with
-    every block.
+    Nothing happens where malloc is not glibc's, which keeps tensors of up to 32 MiB for later, in a heap that
+    fragments. In a training step with activation checkpointing that took 1.5 times the memory, and was 10 % faster; in
+    pruning a 2 GB model, 1.3 times, and more with every block.
     """
     if sys.platform != "linux":
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # other C libraries have none
-        mallopt(_MMAP_THRESHOLD, 2**20)
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):  # other C libraries have neither
+        library.mallopt(_MMAP_THRESHOLD, 2**20)
+        library.malloc_trim(0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
