@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spp.checkpoint import Checkpoint
+from spp.memory import return_freed_memory
 from spp.models import decoder_blocks
 from spp.weight_map import Part, require_filled, weight_map
 
@@ -82,6 +83,7 @@ class StreamedBlocks:
         finally:
             for module in block.modules():
                 _empty(module)
+            return_freed_memory()  # or each block would find less room than the one before it
 
     def keep(self, index: int) -> Any:
         """Hand over the tensors of a block."""

@@ -126,13 +126,13 @@ def prune(options: PruneOptions) -> PruneReport:
 
 def _prune(options: PruneOptions, device: torch.device) -> PruneReport:
     start = time.perf_counter()
+    return_freed_memory()  # before calibration text leaves holes in the heap that tensors would go to
     source = Checkpoint.open(resolve_model(options.model))
     check_output(options.out, options.overwrite, inputs=(source.folder,))
     source.require_unquantised("give the model as it was before quantisation")
     model = skeleton(options.model, options, compute_dtype(options.dtype, device))
     names, skipped = matrices_to_prune(model, options)
     windows, calibration = _calibrate(options, model)
-    return_freed_memory()  # or each block would find less room than the one before it
     with _output(options, _request(options, source, calibration)) as folder:
         journal = FolderJournal(folder / WORK)
         files = None  # the first of several processes writes
