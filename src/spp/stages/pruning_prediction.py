@@ -68,7 +68,7 @@ def predict_pruning(options: PruneOptions) -> PruningPrediction:
     layouts = source.layouts
     largest = max(layout.nbytes for layout in layouts.values())
     criterion = _scratch_of_criterion(options, matrices)
-    phases = {"a block is written": {"one block": block, "reading and writing": 3 * largest}}
+    phases = {"what is not pruned is copied": {"reading and writing": 2 * largest}}
     states = 0
     if pruner.calibrates:
         window = context_window(model.config, options.window)
