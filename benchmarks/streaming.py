@@ -38,8 +38,8 @@ _CASE = ("criterion", "pattern", "samples", "window")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure one case, and print it, or append it to the CSV file."""
     args = _parser().parse_args(arguments)
-    values = {"model": str(args.model), **{name: getattr(args, name) for name in _CASE}}
-    machine = machine_columns("cpu")
+    values = {"model": str(args.model), **{name: getattr(args, name) for name in (*_CASE, "device")}}
+    machine = machine_columns(args.device)
     with tempfile.TemporaryDirectory(dir=args.work or args.model.parent, prefix="pruned-") as folder:
         found = measure(values, Path(folder), args.threads)
     row = {**machine, **{name: values[name] for name in _CASE}, **found}
@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--samples", type=int, default=4, help="calibration windows (default: %(default)s)")
     parser.add_argument("--window", type=int, default=512, help="tokens in each (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--work", type=Path, help="folder for the results while it runs (default: beside the model)")
     parser.add_argument("--threads", type=int, help="default: what torch takes")
     parser.add_argument("--json", action="store_true", help="print one JSON object, and write no CSV")

@@ -25,30 +25,41 @@ from typing import Any
 import torch
 
 import spp
-from spp.memory import peak_rss_bytes
+from spp.loading import pick_device
+from spp.memory import peak_memory_bytes
 from spp.pruning.blocks import BlockCalls
 from spp.pruning.criteria import CRITERIA
 from spp.pruning.streaming import StreamedBlocks
 
 
 class Stopwatch:
-    """Adds up the seconds that functions take."""
+    """Adds up the seconds that functions take.
 
-    def __init__(self) -> None:
+    Args:
+        device: where they compute; on a GPU, calls return before they are done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.seconds = 0.0
+        self._device = device
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, which the watch runs with."""
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
+            began = self._now()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - began
+                self.seconds += self._now() - began
 
         return run
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
 
 def run(values: dict[str, Any], threads: int | None, last_block: int | None = None) -> dict[str, Any]:
@@ -57,35 +68,36 @@ def run(values: dict[str, Any], threads: int | None, last_block: int | None = No
     Returns:
         seconds of all; of it forward_seconds, passes through blocks with the statistics of their inputs, and
         criterion_seconds, from statistics to pruned weights; and peak_bytes, the process's resident memory
-        at its highest.
+        at its highest, or on a GPU what its tensors took there.
     """
     if threads:
         torch.set_num_threads(threads)
     options = spp.PruneOptions.build(values)
-    forward, criterion = Stopwatch(), Stopwatch()
+    device = pick_device(options.device)
+    forward, criterion = Stopwatch(device), Stopwatch(device)
     BlockCalls.run = forward.timed(BlockCalls.run)
     method = CRITERIA[options.criterion]
     CRITERIA[options.criterion] = replace(method, prune=criterion.timed(method.prune))
     if method.statistic:
         method.statistic.value = criterion.timed(method.statistic.value)
     if last_block is not None:
-        StreamedBlocks.keep = _dying(StreamedBlocks.keep, last_block)
+        StreamedBlocks.keep = _dying(StreamedBlocks.keep, last_block, device)
     report = spp.prune(options)
     return {
         "seconds": report.seconds,
         "forward_seconds": forward.seconds,
         "criterion_seconds": criterion.seconds,
-        "peak_bytes": peak_rss_bytes(),
+        "peak_bytes": peak_memory_bytes(device),
     }
 
 
-def _dying(keep: Callable[..., Any], last_block: int) -> Callable[..., Any]:
+def _dying(keep: Callable[..., Any], last_block: int, device: torch.device) -> Callable[..., Any]:
     """The method, after which the process is gone, having said how much memory it had."""
 
     def keep_or_die(blocks: StreamedBlocks, index: int) -> Any:
         kept = keep(blocks, index)
         if index == last_block:
-            print(json.dumps({"peak_bytes": peak_rss_bytes()}), flush=True)
+            print(json.dumps({"peak_bytes": peak_memory_bytes(device)}), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         return kept
 

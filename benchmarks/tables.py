@@ -62,7 +62,7 @@ _CRITERION_METHODS = {
     "sparsegpt": "SparseGPT",
     "dsnot": "DSnoT",
 }
-_RUN = ("device", "hardware", "threads")
+_RUN = ("device", "hardware", "instructions", "threads")
 
 
 def tables(folder: Path = DATA) -> dict[str, str]:
@@ -271,7 +271,9 @@ def _where(methods: Mapping[str, Row], *columns: str) -> list[str]:
 
 
 def _hardware(row: Row) -> str:
-    return row["hardware"] if row["device"] == "cuda" else f"{row['hardware']}, {row['threads']} threads"
+    if row["device"] == "cuda":
+        return row["hardware"]
+    return f"{row['hardware']} ({row['instructions']}), {row['threads']} threads"
 
 
 def _number(row: Row | None, column: str) -> str:

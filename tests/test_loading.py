@@ -96,6 +96,21 @@ def test_the_cpu_is_always_there():
     assert pick_device("auto").type in {"cpu", "cuda", "mps", "xpu"}
 
 
+def test_each_of_several_processes_gets_an_accelerator_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert pick_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
+    assert pick_device("cpu") == torch.device("cpu")
+    assert "one for several processes; pass --device cuda" in refusal(pick_device, "cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert "2 accelerators are not enough for 3 processes" in refusal(pick_device, "auto")
+
+
 @pytest.mark.parametrize("load", [load_model, load_tokenizer, load_config])
 def test_no_such_model(load, tmp_path, monkeypatch):
     assert "no such folder" in refusal(load, str(tmp_path / "missing"), CPU)

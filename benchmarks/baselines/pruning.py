@@ -97,7 +97,7 @@ def dsnot(weight: Tensor, mask: Tensor, mean: Tensor, variance: Tensor, norm: Te
     by_score = by_score[:, : int(mask[0].sum())]
     # Negative changes in ascending order of their scores, then positive ones in descending order.
     signs = change.gather(1, by_score) > 0
-    numbers = torch.arange(by_score.shape[1]).expand_as(signs)
+    numbers = torch.arange(by_score.shape[1], device=weight.device).expand_as(signs)
     order = torch.where(signs, 2 * by_score.shape[1] - numbers, numbers).argsort(dim=1)
     prune_order = by_score.gather(1, order)
     grown, pruned = ([torch.zeros_like(error, dtype=torch.int64) for _ in range(2)] for _ in range(2))

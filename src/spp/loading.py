@@ -9,6 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from spp import processes
 from spp.checkpoint import Checkpoint, resolve_model
 from spp.errors import SppError, UsageError
 from spp.models import AutoClass, auto_class
@@ -23,16 +24,22 @@ _DEFAULT_WINDOW = 2048
 def pick_device(device: str) -> torch.device:
     """The device that `auto` or a name stands for: an accelerator where there is one, else the CPU.
 
+    Of several processes that torchrun started on a machine, each gets an accelerator of its own.
+
     Raises:
-        UsageError: the device is unknown or not on this machine.
+        UsageError: the device is unknown or not on this machine, or one and the same for several processes.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device == "auto":
-        return accelerator or torch.device("cpu")
     try:
-        picked = torch.device(device)
+        picked = (accelerator or torch.device("cpu")) if device == "auto" else torch.device(device)
     except RuntimeError:
         raise UsageError(f"device {device!r} is unknown; use auto, cpu, cuda, cuda:1 or mps") from None
+    if picked.type != "cpu" and (number := processes.local_rank()) is not None:
+        if picked.index is not None:
+            raise UsageError(f"device {device!r} is one for several processes; pass --device {picked.type}")
+        if number >= (count := torch.accelerator.device_count()):
+            raise UsageError(f"{count} accelerators are not enough for {number + 1} processes; start no more than that")
+        picked = torch.device(picked.type, number)
     known = picked.type == "cpu" or (accelerator is not None and picked.type == accelerator.type)
     if not known or (picked.type != "cpu" and (picked.index or 0) >= torch.accelerator.device_count()):
         raise UsageError(f"device {device!r} is not on this machine; pass --device auto or cpu")

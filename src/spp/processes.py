@@ -19,14 +19,21 @@ def joined(device: torch.device) -> Iterator[None]:
     Args:
         device: where the tensors will be that they send.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if _started() == 1 or dist.is_initialized():
         yield
         return
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def local_rank() -> int | None:
+    """The number of this process among those that torchrun started on this machine; None where it is the only one."""
+    return int(os.environ["LOCAL_RANK"]) if _started() > 1 and "LOCAL_RANK" in os.environ else None
 
 
 def count() -> int:
@@ -72,3 +79,8 @@ def gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * count()
     dist.all_gather_object(values, value)
     return values
+
+
+def _started() -> int:
+    """How many processes torchrun has started, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

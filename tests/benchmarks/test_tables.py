@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import common, tables
 
-MACHINE = {"device": "cpu", "hardware": "A CPU", "threads": 2}
+MACHINE = {"device": "cpu", "hardware": "A CPU", "instructions": "AVX2", "threads": 2}
 PAGE = "".join(f"Text.\n\n<!-- {name} -->\nold\n<!-- /{name} -->\n\n" for name in ("operator", "step", "decode"))
 
 
@@ -38,14 +38,14 @@ def test_operator_table_has_the_last_run(data):
     head, _, *lines = cells(tables.tables(data)["operator"])
     assert head == ["hardware", "layer", "density", "tokens", "floor, ms", "SPP native", "published 1"]
     assert lines == [
-        ["A CPU, 2 threads", "64x48", "0.5", "64", "0.123", "–", "2.43"],
-        ["A CPU, 2 threads", "64x48", "0.5", "256", "2.00", "1.10", "–"],
+        ["A CPU (AVX2), 2 threads", "64x48", "0.5", "64", "0.123", "–", "2.43"],
+        ["A CPU (AVX2), 2 threads", "64x48", "0.5", "256", "2.00", "1.10", "–"],
         ["NVIDIA H100", "not measured", "", "", "", "", ""],
     ]
 
 
 def test_a_measured_gpu_has_rows(data):
-    gpu = {"device": "cuda", "hardware": "NVIDIA H100 80GB HBM3", "threads": 8}
+    gpu = {"device": "cuda", "hardware": "NVIDIA H100 80GB HBM3", "instructions": "", "threads": 8}
     common.append_rows(data / "operator.csv", operator_rows("3", {"floor": 1.0, "native": 1.05}, gpu))
     table = tables.tables(data)["operator"]
     assert "not measured" not in table and "| NVIDIA H100 80GB HBM3 | 64x48 |" in table
@@ -53,7 +53,7 @@ def test_a_measured_gpu_has_rows(data):
 
 def test_decode_table_shows_times_and_gains(data):
     _, _, line, gpu = cells(tables.tables(data)["decode"])
-    assert line == ["A CPU, 2 threads", "64x48", "bf16", "1", "3.28", "–", "1.17 (2.80 x)", "–", "–"]
+    assert line == ["A CPU (AVX2), 2 threads", "64x48", "bf16", "1", "3.28", "–", "1.17 (2.80 x)", "–", "–"]
     assert gpu[:2] == ["NVIDIA H100", "not measured"]
 
 
@@ -62,7 +62,7 @@ def test_step_table(data):
     memory = {"imports_bytes": 100 * 2**20, "peak_bytes": 350 * 2**20}
     common.append_rows(data / "step.csv", [case | {"method": "spp", "median_ms": 1234.5, "ratio_to_lora": ""} | memory])
     _, _, line, _ = cells(tables.tables(data)["step"])
-    assert line == ["A CPU, 2 threads", "1b", "0.75", "1", "512", "SPP, packed", "1234", "–", "350", "250"]
+    assert line == ["A CPU (AVX2), 2 threads", "1b", "0.75", "1", "512", "SPP, packed", "1234", "–", "350", "250"]
 
 
 def test_page_is_written_once_and_checked(data, tmp_path):
@@ -104,7 +104,7 @@ def test_criteria_table_shows_both_times_and_their_ratio(data):
     ]
     common.append_rows(data / "pruning.csv", [case | row for row in rows])
     _, _, line, gpu = cells(tables.tables(data)["criteria"])
-    assert line == ["A CPU, 2 threads", "8x16", "fp32", "2:4", "–", "–", "2.00 / 8.00 (0.250)", "–", "–", "3.00"]
+    assert line == ["A CPU (AVX2), 2 threads", "8x16", "fp32", "2:4", "–", "–", "2.00 / 8.00 (0.250)", "–", "–", "3.00"]
     assert gpu[:2] == ["NVIDIA H100", "not measured"]
 
 
@@ -117,7 +117,7 @@ def test_streaming_table_has_the_last_run_of_a_case(data):
         common.append_rows(data / "streaming.csv", [row])
     _, _, line = cells(tables.tables(data)["streaming"])
     assert line == [
-        *("A CPU, 2 threads", "19.9", "48", "wanda", "2:4", "4 x 512"),
+        *("A CPU (AVX2), 2 threads", "19.9", "48", "wanda", "2:4", "4 x 512"),
         *("2048", "1024", "512", "100", "60.0", "20.0", "20%"),
     ]
 

@@ -83,7 +83,7 @@ def test_groups_are_those_of_the_paper_where_r_divides_o_and_nearly_equal_elsewh
     even = reference.row_groups(rank * 3, rank)
     assert even.equal(torch.arange(rank).repeat_interleave(3))
     first, last = more // 3, out_features - more // 3
-    pieces = list(kernels.pieces(out_features, rank, first, last))
+    pieces = list(kernels.pieces(out_features, rank, first, last, 128))
     walked = torch.cat([torch.full((rows.stop - rows.start,), group) for group, rows in pieces])
     assert walked.equal(groups[first:last])
 

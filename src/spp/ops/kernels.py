@@ -1,7 +1,7 @@
 """What the operator needs besides GEMMs, in plain torch: form W', expand a packed W, reduce the gradient of W'.
 
 The other back-ends (`native`, `triton`) have functions of the same names and signatures; the operator takes the module.
-Rows are walked in pieces that lie in one group, so that A needs no gather, and that are small enough for a CPU's cache.
+Rows are walked in pieces that lie in one group, so that A needs no gather, and that fit a CPU's cache.
 
 Shapes: O output features, I input features, R row groups. W (O, I), A (R, I), B (O, 1).
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spp.packed import PackedWeight, Weight, unpack, unpack_rows
 
-_PIECE_ROWS = 128
+_PIECE_ROWS, _GPU_PIECE = 128, 2**24  # the latter in entries
 
 
 def effective_weight(weight: Weight, A: Tensor, B: Tensor, out: Tensor, *, with_base: bool) -> None:
@@ -28,7 +28,7 @@ def effective_weight(weight: Weight, A: Tensor, B: Tensor, out: Tensor, *, with_
         out: (O, I), contiguous.
         with_base: c = 1 or 0.
     """
-    for group, rows in pieces(len(weight), len(A), 0, len(weight)):
+    for group, rows in pieces(len(weight), len(A), 0, len(weight), _most_rows(out)):
         part = _rows(weight, rows).to(A.dtype)
         delta = part * (A[group] * B[rows])
         total = delta.add_(part) if with_base else delta
@@ -50,7 +50,7 @@ def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Te
         A, B: (R, I) and (O, 1) in the dtype of dA and dB.
         dA, dB: (R, I) and (O, 1), changed in place.
     """
-    for group, rows in pieces(len(weight), len(A), first, first + len(G)):
+    for group, rows in pieces(len(weight), len(A), first, first + len(G), _most_rows(G)):
         part = _rows(weight, rows)
         # A zero of W takes no part, even where G is not finite.
         P = G[rows.start - first : rows.stop - first].to(dA.dtype).mul_(part).masked_fill_(part == 0, 0.0)
@@ -58,14 +58,19 @@ def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Te
         dA[group].addmv_(P.T, B[rows, 0])
 
 
-def pieces(out_features: int, rank: int, first: int, last: int) -> Iterator[tuple[int, slice]]:
-    """The rows [first, last) in order, as (group, rows) of up to 128 rows of one group."""
+def _most_rows(matrix: Tensor) -> int:
+    """Of a piece: as many as a CPU's cache holds, or as are worth a GPU's launches."""
+    return _PIECE_ROWS if matrix.device.type == "cpu" else max(_GPU_PIECE // max(matrix.shape[1], 1), _PIECE_ROWS)
+
+
+def pieces(out_features: int, rank: int, first: int, last: int, most: int) -> Iterator[tuple[int, slice]]:
+    """The rows [first, last) in order, as (group, rows) of up to `most` rows of one group."""
     start = first
     while start < last:
         group = start * rank // out_features
         # The first i with floor(i * R / O) > group is ceil((group + 1) * O / R).
         group_end = -(-(group + 1) * out_features // rank)
-        rows = slice(start, min(start + _PIECE_ROWS, group_end, last))
+        rows = slice(start, min(start + most, group_end, last))
         yield group, rows
         start = rows.stop
 

@@ -29,6 +29,8 @@ from spp.packed import PackedWeight, Weight
 Part = Literal["fused", "split", "adapter"]
 """What is computed: x W'^T with W' rounded once, the same as two products, or the adapter's product x Delta^T alone."""
 
+_GPU_BLOCK = 2**26  # entries of G: all of it, but in the largest layers
+
 _MODULES = {"torch": "spp.ops.kernels", "native": "spp.ops.native", "triton": "spp.ops.triton"}
 
 
@@ -56,13 +58,16 @@ def kernels_of(backend: str) -> ModuleType:
     return import_module(_MODULES[backend])  # only now: triton takes its time
 
 
-def scratch_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
+def scratch_bytes(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes of scratch memory that a layer's forward and backward share: W', and a block of G."""
-    return (out_features + min(out_features, _block_rows(out_features))) * in_features * dtype.itemsize
+    rows = _block_rows(out_features, in_features, device)
+    return (out_features + min(out_features, rows)) * in_features * dtype.itemsize
 
 
-def _block_rows(out_features: int) -> int:
-    """Rows of G at once: enough for a GEMM to be efficient, few beside W'."""
+def _block_rows(out_features: int, in_features: int, device: torch.device) -> int:
+    """Rows of G at once: enough for a GEMM to be efficient, few beside W'; on a GPU few launches count for more."""
+    if device.type != "cpu":
+        return max(_GPU_BLOCK // max(in_features, 1), 128)
     return min(1024, max(128, out_features // 8))
 
 
@@ -101,7 +106,7 @@ def _factor_gradients(
     wide_A, wide_B = A.to(wide), B.to(wide)
     dA, dB = torch.zeros_like(wide_A), torch.zeros_like(wide_B)
     with torch.autocast(x.device.type, enabled=False):
-        block = _block_rows(len(B))
+        block = _block_rows(len(B), x.shape[1], x.device)
         for first in range(0, len(B) if len(x) else 0, block):
             rows = dy[:, first : first + block].T
             G = scratch("gradient", (len(rows), x.shape[1]), x.dtype, x.device)

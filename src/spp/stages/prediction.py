@@ -135,7 +135,7 @@ def needs_of_a_step(
     model = _skeleton(options, config, device)
     targets = target_layers(model, options.target_modules)
     shapes = (weight_oi(layer).shape for layer in targets.values())
-    scratch = max(scratch_bytes(rows, columns, model.dtype) for rows, columns in shapes)
+    scratch = max(scratch_bytes(rows, columns, model.dtype, device) for rows, columns in shapes)
     adapted = with_new_adapter(model, targets, options)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     if checkpointing:
