@@ -157,7 +157,8 @@ def test_the_whole_run(tmp_path: Path, tiny_checkpoint: Path, stories: Path, pac
 def test_processes_talk_through_nccl(tmp_path: Path, options: Callable[..., PruneOptions]) -> None:
     """As far as one process can show: every sum and broadcast goes through it."""
     alone = prune(options("alone", device="cuda", criterion="sparsegpt"))
-    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    meeting = {"init_method": f"file://{tmp_path}/meeting", "rank": 0, "world_size": 1}
+    torch.distributed.init_process_group("nccl", device_id=torch.device("cuda:0"), **meeting)
     try:
         together = prune(options("together", device="cuda", criterion="sparsegpt"))
     finally:

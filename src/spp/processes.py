@@ -24,7 +24,10 @@ def joined(device: torch.device) -> Iterator[None]:
         return
     if device.index is not None:
         torch.accelerator.set_device_index(device.index)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield
     finally:

@@ -98,7 +98,7 @@ def test_the_ops_pass_torchs_own_checks(packed):
         "fused",
         "torch",
     )
-    torch.library.opcheck(linear._linear, arguments)
+    torch.library.opcheck(linear._linear_op, arguments)
 
 
 FSDP = """

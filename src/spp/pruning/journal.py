@@ -9,7 +9,7 @@ from typing import Any
 
 from spp import processes
 from spp.folders import read_json, sync_folder, write_json
-from spp.pruning.states import FolderStates, States
+from spp.pruning.states import FolderStates, States, StatesWriter
 
 
 class Journal(ABC):
@@ -55,16 +55,18 @@ class FolderJournal(Journal):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._record = folder / "record.json"
+        self._writer = StatesWriter()
 
     def results(self, walk: str) -> list[Any]:
         return self._read().get(walk, [])
 
     def states(self, walk: str, block: int, stream: str = "main") -> States:
-        return FolderStates(self._states(walk, block) / stream)
+        return FolderStates(self._states(walk, block) / stream, self._writer)
 
     def finish(self, walk: str, result: Any) -> None:
         record = self._read()
         done = record.get(walk, [])
+        self._writer.wait()
         if (following := self._states(walk, len(done) + 1)).is_dir():
             sync_folder(following)
         processes.barrier()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spp.folders import sync
+
 _KEY = "hidden"
+_THREADS, _MOST_WAITING = 4, 8
 
 
 class States(Protocol):
@@ -23,22 +28,65 @@ class States(Protocol):
         ...
 
 
+class StatesWriter:
+    """Writes files of states; those that come from a GPU while that goes on computing."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_THREADS)
+        self._waiting: dict[Path, Future[None]] = {}
+
+    def write(self, hidden: Tensor, path: Path) -> None:
+        """Write states, now or until `wait` returns."""
+        if not hidden.is_cuda:
+            _save(hidden.cpu(), path)
+            return
+        if len(self._waiting) >= _MOST_WAITING:
+            self.wait_for(next(iter(self._waiting)))
+        copy = hidden.to("cpu", non_blocking=True)  # to pinned memory, once the GPU has come to it
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(hidden.device))
+        self._waiting[path] = self._threads.submit(_save_later, copied, copy, path)
+
+    def wait_for(self, path: Path) -> None:
+        """Until this file is written. What went wrong with it is raised here."""
+        if writing := self._waiting.pop(path, None):
+            writing.result()
+
+    def wait(self) -> None:
+        """Until all is written, as `wait_for`."""
+        for path in list(self._waiting):
+            self.wait_for(path)
+
+
+def _save(hidden: Tensor, path: Path) -> None:
+    save_file({_KEY: hidden.contiguous()}, path)
+
+
+def _save_later(copied: torch.cuda.Event, hidden: Tensor, path: Path) -> None:
+    copied.synchronize()
+    _save(hidden, path)
+    sync(path)  # here, because it takes as long as writing
+
+
 class FolderStates:
-    """States on disk, one file a batch, so that one batch is in memory, and a killed run finds them again.
+    """States on disk, one file a batch, so that few batches are in memory, and a killed run finds them again.
 
     Args:
         folder: made if it is not there.
+        writer: shared by all.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, writer: StatesWriter) -> None:
+        self._folder, self._writer = folder, writer
         folder.mkdir(parents=True, exist_ok=True)
 
     def __getitem__(self, batch: int) -> Tensor:
-        return load_file(self._path(batch))[_KEY]
+        path = self._path(batch)
+        self._writer.wait_for(path)
+        return load_file(path)[_KEY]
 
     def __setitem__(self, batch: int, hidden: Tensor) -> None:
-        save_file({_KEY: hidden.cpu().contiguous()}, self._path(batch))
+        self._writer.write(hidden, self._path(batch))
 
     def _path(self, batch: int) -> Path:
         return self._folder / f"{batch:06}.safetensors"
