@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from spp.errors import SppError, UsageError
+from spp.live_bytes import LiveBytes
 from spp.models import decoder_blocks, prunable_linears, weight_oi
 from spp.options import Criterion, PruningSettings
 from spp.patterns import NM, Pattern, parse_pattern
 from spp.pruning import blocks as block_calls
-from spp.pruning.engine import prune_model
+from spp.pruning.engine import LoadedBlocks, prune_blocks, prune_model
+from spp.pruning.journal import FolderJournal
 
 MakeModel = Callable[..., PreTrainedModel]
 FAMILIES = list(TINY_CONFIGS)
@@ -400,3 +402,16 @@ def test_ten_and_more_blocks_are_told_apart(tiny_model: MakeModel) -> None:
     model, tokens = tiny_model("llama", num_hidden_layers=11), windows(2, 8)
     pruned = pruned_copy(model, "wanda", NM(2, 4), tokens)
     assert_same_pruning(pruned, recomputed(model, "wanda", NM(2, 4), tokens), "wanda")
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_more_calibration_takes_no_more_memory(tiny_model: MakeModel, tmp_path: Path, criterion: Criterion) -> None:
+    """Neither outputs nor inputs of a batch are there when the next one runs."""
+    settings = PruningSettings.build({"criterion": criterion, "pattern": "2:4"})
+    peaks = []
+    for batches in (2, 6):
+        model = tiny_model("llama", num_hidden_layers=2)
+        with FolderJournal(tmp_path / str(batches)) as journal, LiveBytes() as live:
+            prune_blocks(LoadedBlocks(model), settings, windows(batches * 2048 // 16), journal)
+        peaks.append(live.peak)
+    assert peaks[1] <= 1.05 * peaks[0]

@@ -16,6 +16,7 @@ Shapes: T tokens, O output features, I input features, R row groups. x (T, I), W
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -86,7 +87,7 @@ def as_tensors(weight: Weight) -> list[Tensor]:
 def _linear(
     x: Tensor, weight: list[Tensor], A: Tensor, B: Tensor, scale: float, bias: Tensor | None, part: str, backend: str
 ) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
+    with _exactly(x):
         if part != "split":
             return F.linear(x, _effective(x.dtype, weight, A, B, scale, part == "fused", backend), bias)
         whole = _whole(weight, A)
@@ -98,7 +99,7 @@ def _linear(
 def _input_gradient(
     dy: Tensor, weight: list[Tensor], A: Tensor, B: Tensor, scale: float, part: str, backend: str
 ) -> Tensor:
-    with torch.autocast(dy.device.type, enabled=False):
+    with _exactly(dy):
         return dy @ _effective(dy.dtype, weight, A, B, scale, part != "adapter", backend)
 
 
@@ -109,7 +110,7 @@ def _factor_gradients(
     wide = wide_dtype(whole, A, B)
     wide_A, wide_B = A.to(wide), B.to(wide)
     dA, dB = torch.zeros_like(wide_A), torch.zeros_like(wide_B)
-    with torch.autocast(x.device.type, enabled=False):
+    with _exactly(x):
         block = _block_rows(len(B), x.shape[1], x.device)
         for first in range(0, len(B) if len(x) else 0, block):
             rows = dy[:, first : first + block].T
@@ -183,6 +184,13 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         dx, _, *others = _backward(_input_gradient, _factor_gradients, ctx, dy)
         return dx, None, *others
+
+
+def _exactly(x: Tensor) -> AbstractContextManager[None]:
+    """Inside, products are computed in the dtypes of their arguments."""
+    device = x.device.type
+    # Switching off what is not on costs as much as a launch.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _effective(

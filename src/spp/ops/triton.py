@@ -16,6 +16,7 @@ Shapes: O output features, I input features, R row groups. W (O, I), A (R, I), B
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -208,7 +209,7 @@ def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Te
     _require(G.shape[1:] == (in_features,) and first >= 0 and last <= out_features and G.is_contiguous(), "G", G)
     if not G.numel():
         return
-    plan = _plan(weight, len(A), first, last, _REDUCE)
+    plan = _plan(tuple(weight.shape), len(A), first, last, _REDUCE)
     dA_of_pieces = torch.empty(plan.groups, plan.pieces, in_features, device=G.device)
     dB_of_blocks = torch.empty(len(G), plan.blocks, device=G.device)
     with torch.cuda.device_of(G):
@@ -224,7 +225,7 @@ def _form_rows(weight: Weight, A: Tensor | None, B: Tensor | None, out: Tensor, 
     _require(out.shape == tuple(weight.shape) and out.is_contiguous(), "out", out)
     if not out.numel():
         return
-    plan = _plan(weight, 1 if A is None else len(A), 0, len(weight), _FORM)
+    plan = _plan(tuple(weight.shape), 1 if A is None else len(A), 0, len(weight), _FORM)
     arguments = {"out": out, "A": _factor(A), "B": _factor(B), "WITH_BASE": with_base, **described, **plan.arguments}
     with torch.cuda.device_of(out):
         _form[plan.groups * plan.pieces, plan.blocks](**arguments)
@@ -240,9 +241,10 @@ class _Plan(NamedTuple):
     arguments: dict[str, int]
 
 
-def _plan(weight: Weight, rank: int, first: int, last: int, tile: _Tile) -> _Plan:
-    """For the rows [first, last)."""
-    out_features, in_features = weight.shape
+@lru_cache
+def _plan(shape: tuple[int, int], rank: int, first: int, last: int, tile: _Tile) -> _Plan:
+    """For the rows [first, last) of a weight."""
+    out_features, in_features = shape
     words = word_count(in_features)
     first_group, last_group = (row * rank // out_features for row in (first, last - 1))
     largest_group = -(-out_features // rank)

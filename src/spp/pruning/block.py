@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ class BlockPruner:
         _check_weights(matrices)
         statistics: dict[str, Statistics] = {}
         if self.kinds:
-            statistics = observe(matrices, self.kinds, lambda: [run(block) for run in runs.values()])
+            statistics = observe(matrices, self.kinds, partial(_run_all, runs, block))
             add_up(statistics)
         results = self._share_out(matrices, statistics, pattern)
         fits = self._reconstruct(name, block, matrices, runs, targets)
@@ -186,6 +187,12 @@ class BlockPruner:
         if pruned.note:
             logger.warning("%s: %s", matrix.name, pruned.note)
         return pruned
+
+
+def _run_all(runs: Runs, block: nn.Module) -> None:
+    """Run a block over the calibration for what is seen on the way; no output is kept."""
+    for run in runs.values():
+        run(block)
 
 
 def add_up(statistics: Mapping[str, Statistics]) -> None:

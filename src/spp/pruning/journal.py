@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from spp import processes
 from spp.folders import read_json, sync_folder, write_json
@@ -50,12 +51,19 @@ class FolderJournal(Journal):
     """In a folder that all processes see; the first of them writes the record.
 
     A block is finished at the moment that its record is renamed into place. All that it says is on disk by then.
+    Used as a context manager: nothing touches the folder any more after it.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._record = folder / "record.json"
         self._writer = StatesWriter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
 
     def results(self, walk: str) -> list[Any]:
         return self._read().get(walk, [])
@@ -72,7 +80,8 @@ class FolderJournal(Journal):
         processes.barrier()
         if processes.rank() == 0:
             write_json(self._record, {**record, walk: [*done, result]})
-            shutil.rmtree(self._states(walk, len(done)), ignore_errors=True)
+            used = self._states(walk, len(done))
+            self._writer.later(used, partial(shutil.rmtree, used, ignore_errors=True))
         processes.barrier()
 
     def _read(self) -> dict[str, list[Any]]:

@@ -6,6 +6,7 @@ and its inverse, is computed once for all of them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -55,8 +56,9 @@ class _Inputs:
         self._own = {matrix.name: {kind: kind(matrix.weight.shape[1]) for kind in kinds} for matrix in matrices}
         # Those that get the inputs of another matrix, and that one.
         self._leaders: dict[str, str] = {}
-        # The last input of those that have statistics of their own, and its version, which counts changes in place.
-        self._last: dict[str, tuple[Tensor, int]] = {}
+        # The last input of those that have statistics of their own, if it is still there, and its version, which counts
+        # changes in place.
+        self._last: dict[str, tuple[weakref.ref[Tensor], int]] = {}
 
     def see(self, name: str, inputs: Tensor) -> None:
         """Take in a batch of inputs (..., I) of one matrix."""
@@ -70,7 +72,7 @@ class _Inputs:
         else:
             for statistic in self._own[name].values():
                 statistic.update(inputs)
-            self._last[name] = inputs, inputs._version
+            self._last[name] = weakref.ref(inputs), inputs._version
 
     def statistics(self) -> dict[str, Statistics]:
         """By the matrix's name; who shares them is the same in all processes."""
@@ -79,8 +81,8 @@ class _Inputs:
         return {name: self._own[self._leaders.get(name, name)] for name in self._own}
 
 
-def _is_same(inputs: Tensor, last: tuple[Tensor, int]) -> bool:
-    return inputs is last[0] and inputs._version == last[1]
+def _is_same(inputs: Tensor, last: tuple[weakref.ref[Tensor], int]) -> bool:
+    return inputs is last[0]() and inputs._version == last[1]
 
 
 def _see_first(inputs: _Inputs, name: str, _: Any, args: tuple[Tensor, ...]) -> None:

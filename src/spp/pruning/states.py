@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +31,7 @@ class States(Protocol):
 
 
 class StatesWriter:
-    """Writes files of states; those that come from a GPU while that goes on computing."""
+    """Writes files of states, those that come from a GPU while that goes on computing, and removes them."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS)
@@ -45,17 +47,25 @@ class StatesWriter:
         copy = hidden.to("cpu", non_blocking=True)  # to pinned memory, once the GPU has come to it
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(hidden.device))
-        self._waiting[path] = self._threads.submit(_save_later, copied, copy, path)
+        self.later(path, partial(_save_later, copied, copy, path))
+
+    def later(self, path: Path, work: Callable[[], None]) -> None:
+        """Do something with a path while other work goes on."""
+        self._waiting[path] = self._threads.submit(work)
 
     def wait_for(self, path: Path) -> None:
-        """Until this file is written. What went wrong with it is raised here."""
-        if writing := self._waiting.pop(path, None):
-            writing.result()
+        """Until what was to be done with a path is done. What went wrong is raised here."""
+        if work := self._waiting.pop(path, None):
+            work.result()
 
     def wait(self) -> None:
-        """Until all is written, as `wait_for`."""
+        """Until everything is done, as `wait_for`."""
         for path in list(self._waiting):
             self.wait_for(path)
+
+    def close(self) -> None:
+        """Until everything is done, whatever went wrong; nothing can be written after it."""
+        self._threads.shutdown()
 
 
 def _save(hidden: Tensor, path: Path) -> None:

@@ -133,8 +133,10 @@ def _prune(options: PruneOptions, device: torch.device) -> PruneReport:
     model = skeleton(options.model, options, compute_dtype(options.dtype, device))
     names, skipped = matrices_to_prune(model, options)
     windows, calibration = _calibrate(options, model)
-    with _output(options, _request(options, source, calibration)) as folder:
-        journal = FolderJournal(folder / WORK)
+    with (
+        _output(options, _request(options, source, calibration)) as folder,
+        FolderJournal(folder / WORK) as journal,
+    ):
         files = None  # the first of several processes writes
         if processes.rank() == 0:
             files = PrunedFiles(source, folder, pruned_parameters(model, names), adopt=options.keep_zeros)

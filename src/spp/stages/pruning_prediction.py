@@ -26,8 +26,9 @@ from spp.pruning.observing import observe
 from spp.stages.prediction import MemoryPrediction, available_bytes, libraries
 
 _FP32 = 4
-# What a criterion makes of one matrix at its largest, in fp32 copies of it, and in fp32 matrices (I, I).
-_COPIES, _SQUARES = 3, 2
+# What a criterion makes of one matrix at its largest, in fp32 copies of it, and in fp32 matrices (I, I). A GPU works on
+# all of its rows at once.
+_COPIES, _GPU_COPIES, _SQUARES = 3, 4, 2
 # Adam's two moments, an fp32 copy, its gradient, and the weight that is computed with.
 _TUNED_BYTES = 20
 
@@ -67,7 +68,7 @@ def predict_pruning(options: PruneOptions) -> PruningPrediction:
     matrices = prunable_matrices(f"{prefix}.{heaviest}", blocks[heaviest])
     layouts = source.layouts
     largest = max(layout.nbytes for layout in layouts.values())
-    criterion = _scratch_of_criterion(options, matrices)
+    criterion = _scratch_of_criterion(options, matrices, device)
     phases = {"what is not pruned is copied": {"reading and writing": 2 * largest}}
     states = 0
     if pruner.calibrates:
@@ -98,10 +99,11 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _scratch_of_criterion(options: PruneOptions, matrices: Sequence[Matrix]) -> int:
+def _scratch_of_criterion(options: PruneOptions, matrices: Sequence[Matrix], device: torch.device) -> int:
     """Most bytes that choosing the weights of one matrix takes."""
+    copies = _COPIES if device.type == "cpu" else _GPU_COPIES
     squares = _SQUARES if options.criterion == "sparsegpt" else 0
-    return max(_FP32 * (_COPIES * matrix.weight.numel() + squares * matrix.weight.shape[1] ** 2) for matrix in matrices)
+    return max(_FP32 * (copies * matrix.weight.numel() + squares * matrix.weight.shape[1] ** 2) for matrix in matrices)
 
 
 class _Traced:
