@@ -181,12 +181,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        dx, _, *others = _backward(_input_gradient, _factor_gradients, ctx, dy)
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dx, _, *others = _backward(_input_gradient, _factor_gradients, ctx, *gradients)
         return dx, None, *others
 
 
-def _exactly(x: Tensor) -> AbstractContextManager[None]:
+def _exactly(x: Tensor) -> AbstractContextManager[Any]:
     """Inside, products are computed in the dtypes of their arguments."""
     device = x.device.type
     # Switching off what is not on costs as much as a launch.
