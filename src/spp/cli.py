@@ -56,6 +56,12 @@ COMMANDS: dict[str, Command] = {
         takes_recipe=True,
         dry_run="spp.stages.prediction:predict_training",
     ),
+    "cache-teacher": Command(
+        options=opt.CacheTeacherOptions,
+        positional=("model", "out"),
+        stage="spp.stages.teacher_cache:cache_teacher",
+        example="spp cache-teacher ./llama ./answers --data alpaca.json",
+    ),
     "merge": Command(
         options=opt.MergeOptions,
         positional=("model", "adapter", "out"),
@@ -219,6 +225,7 @@ def _metavar(name: str, kinds: tuple[Any, ...]) -> str:
         "pattern": "P",
         "device": "DEVICE",
         "model": "MODEL",
+        "teacher": "MODEL",
         "target_modules": "NAMES",
         "reconstruct": "PARTS",
     }.get(name, "FILE")

@@ -172,7 +172,43 @@ class AdapterSettings(Options):
     )
 
 
-class TrainingSettings(AdapterSettings):
+class ExampleSettings(Options):
+    """How text becomes examples to train on."""
+
+    packing: bool | None = Field(
+        None,
+        description="join documents and cut them into full windows "
+        "(default: where documents are longer than a window on average)",
+    )
+    completion_only: bool = Field(False, description="loss on answers alone (prompt/completion and Alpaca data)")
+
+
+class TeacherSettings(Options):
+    """Learning from the dense model as well as from the data."""
+
+    teacher: str | None = Field(
+        None, description="dense model to learn from: a folder, a hub id, or what spp cache-teacher wrote"
+    )
+    teacher_weight: float = Field(
+        0.5, ge=0, le=1, description="share of the loss that is the divergence from the teacher; the rest is the data's"
+    )
+    teacher_temperature: float | None = Field(
+        None, gt=0, description="temperature of both distributions (default: 1, or that of the cache)"
+    )
+    teacher_features: float = Field(
+        0.0, ge=0, description="weight of the relative squared error of every block's output; 0 leaves it out"
+    )
+
+    @model_validator(mode="after")
+    def _check_teacher(self) -> Self:
+        given = [name for name, field in TeacherSettings.model_fields.items() if getattr(self, name) != field.default]
+        if self.teacher is None and given:
+            names = ", ".join(name.replace("_", "-") for name in given)
+            raise ValueError(f"{names}: there is no teacher to learn from; pass --teacher")
+        return self
+
+
+class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
     """How the adapter is trained. `recipes/paper.yaml` has the published values."""
 
     learning_rate: float = Field(2e-2, gt=0, description="peak learning rate of AdamW")
@@ -185,12 +221,6 @@ class TrainingSettings(AdapterSettings):
     device_batch_size: int | None = Field(
         None, ge=1, description="sequences computed at once on a device (default: batch-size, at most 8)"
     )
-    packing: bool | None = Field(
-        None,
-        description="join documents and cut them into full windows "
-        "(default: where documents are longer than a window on average)",
-    )
-    completion_only: bool = Field(False, description="loss on answers alone (prompt/completion and Alpaca data)")
     gradient_checkpointing: bool | None = Field(
         None,
         description="recompute activations in backward: less memory, slower (default: where training would not fit "
@@ -241,6 +271,16 @@ class TrainOptions(TrainingSettings, WindowSettings, SeedSettings, LoadingOption
     model: str = Field(description="sparse model, whoever pruned it: a folder or a hub id")
     out: Path = Field(description="folder for the adapter")
     data: str = Field("python-stdlib", description="training data: a file, a datasets id, or python-stdlib")
+
+
+class CacheTeacherOptions(ExampleSettings, WindowSettings, LoadingOptions, OutputOptions):
+    """`spp cache-teacher MODEL OUT --data FILE`: ask a dense model once, so that training holds one model only."""
+
+    model: str = Field(description="dense model: a folder or a hub id")
+    out: Path = Field(description="folder for its answers, to be given to spp train as --teacher")
+    data: str = Field("python-stdlib", description="training data: a file, a datasets id, or python-stdlib")
+    top_k: int = Field(64, ge=1, description="keep so many of the likeliest tokens of each distribution")
+    temperature: float = Field(1.0, gt=0, description="temperature of the distributions")
 
 
 class MergeOptions(OutputOptions):

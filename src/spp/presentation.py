@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
     from spp.stages.prediction import MemoryPrediction, TrainingPrediction
     from spp.stages.prune import PruneReport
     from spp.stages.pruning_prediction import PruningPrediction
+    from spp.stages.teacher_cache import CacheTeacherReport
     from spp.stages.train import TrainReport
     from spp.stages.verify import VerifyReport
 
@@ -58,6 +59,14 @@ def _train(report: TrainReport) -> Iterable[RenderableType]:
         f"peak memory {size(report.peak_memory_bytes)}"
     )
     yield f"written to {report.out}; next: spp merge MODEL {report.out} OUT"
+
+
+def _cache_teacher(report: CacheTeacherReport) -> Iterable[RenderableType]:
+    yield (
+        f"{report.tokens:,} predictions for {report.examples:,} examples, the likeliest {report.top_k} tokens of each, "
+        f"which have {report.kept:.1%} of the probability: {size(report.bytes)} in {report.seconds:.0f} s"
+    )
+    yield f"written to {report.out}; next: spp train SPARSE ADAPTER --teacher {report.out}, with the same --data"
 
 
 def _prune_dry_run(report: PruningPrediction) -> Iterable[RenderableType]:
@@ -157,6 +166,7 @@ _DESCRIPTIONS: dict[str, Callable[[Any], Iterable[RenderableType]]] = {
     "prune": _prune,
     "prune --dry-run": _prune_dry_run,
     "train": _train,
+    "cache-teacher": _cache_teacher,
     "train --dry-run": _train_dry_run,
     "merge": _merge,
     "verify": _verify,

@@ -15,13 +15,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from spp.data.examples import IGNORED, Example
+from spp.data.examples import IGNORED, Example, collate
 from spp.errors import SppError, UsageError
 from spp.folders import read_json
 from spp.options import PruneOptions, TrainOptions
 from spp.stages import resuming, watching
 from spp.stages.prune import prune
-from spp.stages.train import collate, train
+from spp.stages.train import train
 
 
 @pytest.fixture

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spp.data.records import Record
@@ -26,7 +30,12 @@ class Example:
     @property
     def teaches(self) -> bool:
         """Whether any token is predicted; the first never is."""
-        return any(label != IGNORED for label in self.labels[1:])
+        return self.predictions > 0
+
+    @property
+    def predictions(self) -> int:
+        """How many tokens are predicted."""
+        return sum(label != IGNORED for label in self.labels[1:])
 
 
 def whole_examples(
@@ -80,3 +89,25 @@ def pack(examples: Sequence[Example], window: int) -> list[Example]:
 
 def _teaching(examples: Iterable[Example]) -> list[Example]:
     return [one for one in examples if one.teaches]
+
+
+def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """A batch, padded on the right to its longest example: input_ids, attention_mask and labels, (N, T) int64."""
+    length = max(len(one.input_ids) for one in examples)
+
+    def padded(rows: list[list[int]], filler: int) -> Tensor:
+        return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
+
+    return {
+        "input_ids": padded([one.input_ids for one in examples], 0),
+        "attention_mask": padded([[1] * len(one.input_ids) for one in examples], 0),
+        "labels": padded([one.labels for one in examples], IGNORED),
+    }
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """SHA-256 of token ids and labels, in order."""
+    found = hashlib.sha256()
+    for one in examples:
+        found.update(json.dumps([one.input_ids, one.labels]).encode())
+    return found.hexdigest()

@@ -28,10 +28,12 @@ from spp.progress import track
 from spp.rewriting import tensor_name
 from spp.stages.adapting import target_layers, with_new_adapter
 from spp.stages.arguments import batching
+from spp.stages.teaching import cache_manifest, teacher_dtype
 from spp.stages.training_data import training_examples
 
 _SHARE_TO_USE = 0.9  # of what is free; the rest is for what no one counts
 _PLAINLY_FITS = 0.25
+_COMPARED = 4  # fp32 matrices of predictions (tokens, vocabulary) beside those of the loss on the data
 _CUBLAS = 32 * 2**20  # its workspace on Hopper, which torch counts as a tensor; less elsewhere
 # What a C library's heap holds on to beyond the tensors that are alive. With checkpointing it is made not to. Measured
 # with glibc on steps of a 67 M-parameter Llama: 0.30 to 0.50.
@@ -98,7 +100,7 @@ def predict_training(options: TrainOptions) -> TrainingPrediction:
     if checkpointing:
         step = needs_of_a_step(options, config, batch, device, checkpointing=True)
     return TrainingPrediction(
-        parts={**libraries("spp.stages.train", device), **weights, **step},
+        parts={**libraries("spp.stages.train", device), **weights, **step, **_teacher(options, config, batch, device)},
         available=available_bytes(device),
         device=str(device),
         gradient_checkpointing=checkpointing,
@@ -106,6 +108,18 @@ def predict_training(options: TrainOptions) -> TrainingPrediction:
         sequences=batch[0],
         tokens=batch[1],
     )
+
+
+def _teacher(options: TrainOptions, config: Any, batch: torch.Size, device: torch.device) -> dict[str, int]:
+    """Bytes by part of a model that is learned from."""
+    if options.teacher is None:
+        return {}
+    predictions = {"comparing predictions": _COMPARED * 4 * batch.numel() * config.get_text_config().vocab_size}
+    folder = resolve_model(options.teacher)
+    if cache_manifest(folder) is not None:
+        return predictions
+    entries = sum(torch.Size(layout.shape).numel() for layout in Checkpoint.open(folder).layouts.values())
+    return {"teacher": entries * teacher_dtype(options.dtype, device).itemsize, **predictions}
 
 
 def needs_checkpointing(options: TrainOptions, model: PreTrainedModel, batch: torch.Size, device: torch.device) -> bool:

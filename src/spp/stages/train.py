@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PrinterCallback, Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from spp import __version__
 from spp.checkpoint import MANIFEST, Checkpoint, resolve_model
-from spp.data.examples import IGNORED, Example
+from spp.data.examples import Example, collate, digest
 from spp.errors import SppError
 from spp.fingerprint import base_fingerprint
 from spp.folders import check_output, new_folder, write_json
@@ -29,8 +25,10 @@ from spp.options import TrainingSettings, TrainOptions
 from spp.packed_linear import PackedLinear
 from spp.stages.adapting import target_layers, with_new_adapter
 from spp.stages.arguments import batching, training_arguments
+from spp.stages.objective import TaughtTrainer
 from spp.stages.prediction import needs_checkpointing
 from spp.stages.resuming import Checkpoints
+from spp.stages.teaching import open_teacher
 from spp.stages.training_data import training_examples
 from spp.stages.watching import Watch
 from spp.values import all_finite
@@ -96,6 +94,7 @@ def train(options: TrainOptions) -> TrainReport:
     model = load_base(options.model, options, dtype=dtype, pack=options.pack, on=device)
     window = context_window(model.config, options.window)
     examples, packing = training_examples(options, window, model.config.get_text_config().vocab_size)
+    teacher = open_teacher(options, examples, model.config.get_text_config().vocab_size, device)
     targets = target_layers(model, options.target_modules)
     share_of_zeros = sparsity(targets.values())
     if share_of_zeros < _DENSE_BELOW:
@@ -124,13 +123,18 @@ def train(options: TrainOptions) -> TrainReport:
         checkpoints = Checkpoints(beside, _request(options, base, examples))
         latest = checkpoints.latest()
     watch = Watch()
-    trainer = Trainer(
-        model=adapted,
-        args=arguments,
-        train_dataset=examples,  # pyright: ignore[reportArgumentType]
-        data_collator=collate,
-        callbacks=[watch, checkpoints],
-    )
+    common: dict[str, Any] = {"model": adapted, "args": arguments, "callbacks": [watch, checkpoints]}
+    if teacher is None:
+        trainer = Trainer(**common, train_dataset=cast(Any, examples), data_collator=collate)
+    else:
+        trainer = TaughtTrainer(
+            teacher,
+            options.teacher_weight,
+            options.teacher_features,
+            **common,
+            train_dataset=teacher.dataset(examples),
+            data_collator=teacher.collate,
+        )
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     _run(trainer, watch, latest)
@@ -185,31 +189,14 @@ def _require_finite(adapted: PeftModel) -> None:
         raise SppError("the last step made the adapter NaN or infinite; nothing was written. Lower --learning-rate")
 
 
-def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """A batch, padded on the right to its longest example: input_ids, attention_mask and labels, (N, T) int64."""
-    length = max(len(one.input_ids) for one in examples)
-
-    def padded(rows: list[list[int]], filler: int) -> Tensor:
-        return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
-
-    return {
-        "input_ids": padded([one.input_ids for one in examples], 0),
-        "attention_mask": padded([[1] * len(one.input_ids) for one in examples], 0),
-        "labels": padded([one.labels for one in examples], IGNORED),
-    }
-
-
 def _beside(out: Path) -> Path:
     return out.with_name(f"{out.name}.checkpoints")
 
 
 def _request(options: TrainOptions, base: str, examples: list[Example]) -> dict[str, Any]:
     """All that the adapter depends on; a checkpoint made for anything else is not resumed."""
-    digest = hashlib.sha256()
-    for one in examples:
-        digest.update(json.dumps([one.input_ids, one.labels]).encode())
     what = options.model_dump(mode="json", exclude={"out", "overwrite", "device", "model", "data", "save_steps"})
-    return {**what, "base": base, "examples": digest.hexdigest(), "version": __version__}
+    return {**what, "base": base, "examples": digest(examples), "version": __version__}
 
 
 def _manifest(options: TrainOptions, base: str, report: TrainReport) -> dict[str, Any]:

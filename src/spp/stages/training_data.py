@@ -9,12 +9,14 @@ from spp.data.records import load_records
 from spp.data.tokens import require_known_ids
 from spp.errors import UsageError
 from spp.loading import load_tokenizer
-from spp.options import TrainOptions
+from spp.options import CacheTeacherOptions, TrainOptions
 
 logger = logging.getLogger("spp")
 
 
-def training_examples(options: TrainOptions, window: int, vocabulary: int) -> tuple[list[Example], bool]:
+def training_examples(
+    options: TrainOptions | CacheTeacherOptions, window: int, vocabulary: int
+) -> tuple[list[Example], bool]:
     """What to train on, and whether documents were packed into full windows."""
     tokenizer = load_tokenizer(options.model, options)
     records = load_records(options.data, "train")
