@@ -231,6 +231,16 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
         description="keep the base weights packed, without their zeros (default: where 30 % or more are zero)",
     )
     save_steps: int = Field(100, ge=1, description="optimiser steps between checkpoints to resume from")
+    keep: int = Field(2, ge=1, description="checkpoints to keep while training; the best adapter is kept besides")
+    validation: int = Field(
+        0, ge=0, description="hold out so many examples, and take the adapter that has the lowest loss on them"
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="optimiser steps between evaluations on them (default: save-steps)"
+    )
+    report_to: str = Field(
+        "none", description="also log to tensorboard, wandb, trackio, ... (names separated by commas)"
+    )
 
 
 class WindowSettings(Options):

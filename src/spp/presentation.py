@@ -58,6 +58,9 @@ def _train(report: TrainReport) -> Iterable[RenderableType]:
         f"({report.tokens_per_second:,.0f} tokens/s), {report.trainable_parameters:,} trainable parameters, "
         f"peak memory {size(report.peak_memory_bytes)}"
     )
+    if report.best_step is not None:
+        loss = dict(report.validation)[report.best_step]
+        yield f"the adapter is that of step {report.best_step}, whose validation loss is the lowest ({loss:.4f})"
     yield f"written to {report.out}; next: spp merge MODEL {report.out} OUT"
 
 

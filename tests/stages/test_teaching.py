@@ -120,7 +120,7 @@ def test_the_cache_says_what_it_is(cache: Callable[..., Path], tiny_checkpoint: 
     tensors = load_file(out / "teacher.safetensors")
     assert len(tensors) == 2 * -(-200 // 64)
     for part in range(4):
-        tokens, known = tensors[f"teacher_tokens.{part}"], tensors[f"teacher_log_probabilities.{part}"]
+        tokens, known = tensors[f"tokens.{part}"], tensors[f"log_probabilities.{part}"]
         assert tokens.shape == known.shape and tokens.shape[1] == 5
         assert ((known.float().exp().sum(dim=1) < 1) & (known.diff(dim=1) <= 0).all(dim=1)).all()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +15,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from spp.data.examples import IGNORED, Example, collate
 from spp.errors import SppError, UsageError
 from spp.folders import read_json
 from spp.options import PruneOptions, TrainOptions
-from spp.stages import resuming, watching
+from spp.stages import objective, resuming, watching
 from spp.stages.prune import prune
 from spp.stages.train import train
+from spp.stages.training_data import hold_out
 
 
 @pytest.fixture
@@ -257,6 +260,131 @@ def test_a_loss_that_is_not_finite_stops_training(options, tmp_path):
     with pytest.raises(SppError, match=r"the loss is (nan|inf) at step \d.*--learning-rate"):
         train(options(learning_rate=1e30))
     assert not (tmp_path / "adapter").exists()
+
+
+def test_what_is_known_of_a_step_that_went_wrong(options, monkeypatch, tmp_path):
+    """The batch and the last good checkpoint are named."""
+    real = watching.Watch.on_log
+
+    def spoilt(self, args, state, control, logs=None, **kwargs):
+        real(self, args, state, control, {**logs, "loss": math.nan} if state.global_step == 6 else logs, **kwargs)
+
+    monkeypatch.setattr(watching.Watch, "on_log", spoilt)
+    with pytest.raises(SppError) as caught:
+        train(options(batch_size=4, device_batch_size=2, save_steps=5))
+    assert "the loss is nan at step 6" in str(caught.value)
+    assert f"The last good checkpoint is {tmp_path / 'adapter.checkpoints' / 'checkpoint-5'}" in str(caught.value)
+    numbers = [int(number) for number in re.search(r"counted from 0: ([\d, ]+)", str(caught.value))[1].split(", ")]
+    assert len(set(numbers)) == 4 and all(0 <= number < 200 for number in numbers)
+
+
+@pytest.mark.parametrize("save_steps", [100, 2])
+def test_a_batch_that_does_not_fit_is_made_smaller(options, monkeypatch, tmp_path, caplog, save_steps):
+    """As if the smaller one had been asked for; with checkpoints, from the last one on."""
+    small = train(options("small", device_batch_size=2, save_steps=save_steps))
+    forward, failed = LlamaForCausalLM.forward, []
+
+    def out_of_memory(self, input_ids=None, **kwargs):
+        if len(input_ids) > 2:
+            failed.append(len(input_ids))
+            raise torch.OutOfMemoryError
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", out_of_memory)
+    with caplog.at_level(logging.WARNING, "spp"):
+        report = train(options(save_steps=save_steps))
+    assert failed == [8, 4]
+    assert "8 sequences at once do not fit into memory; going on with 4" in caplog.text
+    assert report.losses == small.losses and same(tmp_path / "small", tmp_path / "adapter")
+
+
+def test_no_batch_fits(options, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", out_of_memory)
+    for chosen in ({}, {"device_batch_size": 4}):
+        with pytest.raises(SppError, match="out of memory: lower --device-batch-size"):
+            train(options(**chosen))
+
+
+def test_the_best_adapter_is_taken(options, monkeypatch, tmp_path):
+    """It is the one of a run that stops there."""
+    settings = {"validation": 20, "schedule": "constant", "warmup_ratio": 0.0}
+    train(options("short", max_steps=8, **settings))
+    scripted = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(objective.SppTrainer, "_validation_loss", lambda self: next(scripted))
+    report = train(options(eval_steps=4, **settings))
+    assert report.validation == [(4, 3.0), (8, 1.0), (12, 2.0)] and report.best_step == 8
+    assert (report.steps, report.examples) == (12, 180)
+    assert same(tmp_path / "short", tmp_path / "adapter")
+
+
+def test_the_validation_loss(options, pruned, stories):
+    report = train(options(validation=20))
+    whole = [Example(one, one) for one in tokenized(pruned, stories)]
+    held_out = hold_out(whole, options(validation=20))[1]
+    base = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
+    found = loss_on(PeftModel.from_pretrained(base, report.out), held_out)
+    assert report.validation == [(12, pytest.approx(found, rel=1e-5))]
+
+
+def test_validation_changes_nothing_but_the_choice(options, tmp_path):
+    """Neither the order of examples nor dropout depends on how often it is evaluated."""
+    settings = {"validation": 20, "dropout": 0.1}
+    often = train(options("often", eval_steps=1, **settings))
+    once = train(options("once", eval_steps=50, **settings))
+    assert often.losses == once.losses
+    assert [step for step, _ in once.validation] == [12] and once.best_step == 12
+
+
+def test_a_killed_run_with_validation_resumes_to_the_bit(options, monkeypatch, tmp_path):
+    settings = {"validation": 20, "eval_steps": 2, "save_steps": 3, "learning_rate": 3.0}
+    whole = train(options("whole", **settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(watching.Watch, "on_log", interrupted_at(8))
+        with pytest.raises(KeyboardInterrupt):
+            train(options("again", **settings))
+    again = train(options("again", **settings))
+    assert (again.losses, again.validation, again.best_step) == (whole.losses, whole.validation, whole.best_step)
+    assert same(tmp_path / "whole", tmp_path / "again")
+
+
+def test_nothing_would_be_left_to_train_on(options):
+    with pytest.raises(UsageError, match="validation 200 would leave nothing of 200 examples"):
+        train(options(validation=200))
+
+
+def test_a_report_to_nowhere(options, tmp_path):
+    with pytest.raises(UsageError, match="report-to: nonsense cannot be used here.*available: "):
+        train(options(report_to="nonsense"))
+    assert not (tmp_path / "adapter.checkpoints").exists()
+
+
+def test_only_so_many_checkpoints_are_kept(options, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(watching.Watch, "on_log", interrupted_at(11))
+        with pytest.raises(KeyboardInterrupt):
+            train(options(save_steps=2, keep=3))
+    assert len(list((tmp_path / "adapter.checkpoints").glob("checkpoint-*"))) == 3
+
+
+def tokenized(model: Path, stories: Path) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = [json.loads(line)["text"] for line in stories.read_text().splitlines()]
+    return [[*tokenizer(text).input_ids, tokenizer.eos_token_id][:48] for text in texts]
+
+
+@torch.no_grad()
+def loss_on(model: torch.nn.Module, examples: list[Example]) -> float:
+    """Mean over tokens, one example at a time."""
+    total = count = 0.0
+    for one in examples:
+        ids = torch.tensor([one.input_ids])
+        predictions = model(input_ids=ids).logits[0, :-1].log_softmax(dim=-1)
+        total -= predictions.gather(1, ids[0, 1:, None]).sum().item()
+        count += ids.shape[1] - 1
+    return total / count
 
 
 def test_an_adapter_that_is_not_finite_is_not_written(options, tmp_path):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from spp.errors import UsageError
 from spp.options import TrainingSettings, TrainOptions
 
 _MOST_AT_ONCE = 8
-_KEPT_CHECKPOINTS = 2
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -22,12 +22,12 @@ def batching(options: TrainingSettings) -> tuple[int, int]:
     Raises:
         UsageError: the batch does not divide.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    share, rest = divmod(options.batch_size, processes)
-    if rest:
+    processes = _processes()
+    if options.batch_size % processes:
         raise UsageError(
             f"batch-size {options.batch_size} does not divide over {processes} processes; make it a multiple of them"
         )
+    share = _share(options)
     at_once = options.device_batch_size
     if at_once is None:
         at_once = max(count for count in range(1, min(share, _MOST_AT_ONCE) + 1) if share % count == 0)
@@ -39,13 +39,38 @@ def batching(options: TrainingSettings) -> tuple[int, int]:
     return at_once, share // at_once
 
 
+def reports(options: TrainingSettings) -> list[str]:
+    """Where to log to besides the report.
+
+    Raises:
+        UsageError: a name is not known, or its library is not installed.
+    """
+    wanted = [name.strip() for name in options.report_to.split(",") if name.strip() not in ("", "none")]
+    available = get_available_reporting_integrations()
+    if missing := [name for name in wanted if name not in available]:
+        raise UsageError(
+            f"report-to: {', '.join(missing)} cannot be used here, because it is not installed or not known to "
+            f"transformers; available: {', '.join(available) or 'none'}"
+        )
+    return wanted
+
+
+def smaller_batch(options: TrainingSettings, sequences: int) -> int | None:
+    """The next smaller number of sequences at once that gives the same steps, where the user leaves it to us.
+
+    Several processes could not agree on it, since only one of them may be out of memory.
+    """
+    if options.device_batch_size is not None or _processes() > 1:
+        return None
+    return max((count for count in range(1, sequences) if options.batch_size % count == 0), default=None)
+
+
 def training_arguments(
     options: TrainOptions,
     folder: Path,
     dtype: torch.dtype,
     device: torch.device,
     sequences: int,
-    accumulation: int,
     *,
     gradient_checkpointing: bool,
 ) -> TrainingArguments:
@@ -57,13 +82,12 @@ def training_arguments(
         dtype: that the model computes in.
         device: to train on.
         sequences: at once on a device.
-        accumulation: batches of them in a step.
         gradient_checkpointing: whether to recompute activations in backward.
     """
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=sequences,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=_share(options) // sequences,
         num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1,
         learning_rate=options.learning_rate,
@@ -75,13 +99,15 @@ def training_arguments(
         fp16=dtype == torch.float16 and device.type != "cpu",  # scales the loss, which fp16 gradients need
         save_strategy="steps",
         save_steps=options.save_steps,
-        save_total_limit=_KEPT_CHECKPOINTS,
+        save_total_limit=options.keep,
+        eval_strategy="steps" if options.validation else "no",
+        eval_steps=options.eval_steps or options.save_steps,
         logging_steps=1,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         seed=options.seed,
-        report_to=[],
+        report_to=reports(options),
         disable_tqdm=True,
         use_cpu=device.type == "cpu",
     )
@@ -102,3 +128,12 @@ def _use(arguments: TrainingArguments, device: torch.device) -> None:
     One of several on a CPU would take "cpu:0", which optimiser states cannot be loaded to.
     """
     arguments.__dict__["_setup_devices"] = device  # the cache behind `arguments.device`
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _share(options: TrainingSettings) -> int:
+    """Sequences of a step that one process computes."""
+    return options.batch_size // _processes()

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spp.checkpoint import MANIFEST, resolve_model
-from spp.data.examples import IGNORED, Example, collate, digest
+from spp.data.examples import IGNORED, Example, digest
 from spp.divergence import divergence, divergence_of_top
 from spp.errors import UsageError
 from spp.folders import read_json
@@ -25,7 +25,7 @@ CACHE_KIND = "teacher-cache"
 CACHED_TOGETHER = 64
 """Examples whose distributions are one tensor in the cache."""
 
-_TOKENS, _LOG_PROBABILITIES = "teacher_tokens", "teacher_log_probabilities"
+_KINDS = ("tokens", "log_probabilities")
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,13 @@ class Lesson:
 class Teacher(Protocol):
     """Where lessons come from."""
 
-    def dataset(self, examples: Sequence[Example]) -> list[Any]:
-        """What the batches are drawn from."""
-        ...
+    def lesson(self, batch: dict[str, Any], examples: Sequence[int]) -> Lesson:
+        """What to learn from a batch.
 
-    def collate(self, items: Sequence[Any]) -> dict[str, Tensor]:
-        """A batch of items of the dataset."""
-        ...
-
-    def lesson(self, batch: dict[str, Any]) -> Lesson:
-        """What to learn from a batch; entries that are the teacher's own are taken out of it."""
+        Args:
+            batch: input_ids, attention_mask and labels, (N, T) each.
+            examples: numbers of its examples among all, (N,).
+        """
         ...
 
 
@@ -74,14 +71,8 @@ class LiveTeacher:
     def __init__(self, model: PreTrainedModel, temperature: float, *, features: bool) -> None:
         self._model, self._temperature, self._features = model, temperature, features
 
-    def dataset(self, examples: Sequence[Example]) -> list[Any]:
-        return list(examples)
-
-    def collate(self, items: Sequence[Any]) -> dict[str, Tensor]:
-        return collate(items)
-
     @torch.no_grad()
-    def lesson(self, batch: dict[str, Any]) -> Lesson:
+    def lesson(self, batch: dict[str, Any], examples: Sequence[int]) -> Lesson:
         rows = predicted(batch["labels"])
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         output = self._model(**inputs, use_cache=False, output_hidden_states=self._features)
@@ -95,42 +86,36 @@ class CachedTeacher:
 
     Args:
         folder: of the cache.
-        manifest: that lies in it.
+        temperature: that the teacher was asked at.
+        examples: all that it was asked about.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, temperature: float, examples: Sequence[Example]) -> None:
         self._file = safe_open(folder / CACHE_FILE, framework="pt")
-        self._temperature = float(manifest["temperature"])
+        self._temperature = temperature
+        self._rows: list[slice] = []  # of each example in its part
+        end = 0
+        for index, one in enumerate(examples):
+            start = end if index % CACHED_TOGETHER else 0
+            end = start + one.predictions
+            self._rows.append(slice(start, end))
 
-    def dataset(self, examples: Sequence[Example]) -> list[Any]:
-        starts = [0]
-        for index, one in enumerate(examples, start=1):
-            starts.append(starts[-1] + one.predictions if index % CACHED_TOGETHER else 0)
-        return [(index, start, one) for index, (start, one) in enumerate(zip(starts, examples, strict=False))]
-
-    def collate(self, items: Sequence[Any]) -> dict[str, Tensor]:
-        batch = collate([one for _, _, one in items])
-        for name in (_TOKENS, _LOG_PROBABILITIES):
-            batch[name] = torch.cat([self._rows(name, *item) for item in items])
-        return batch
-
-    def _rows(self, name: str, index: int, start: int, example: Example) -> Tensor:
-        rows: Any = self._file.get_slice(cached_name(name, index // CACHED_TOGETHER))
-        return rows[start : start + example.predictions]
-
-    def lesson(self, batch: dict[str, Any]) -> Lesson:
-        tokens, log_probabilities = batch.pop(_TOKENS), batch.pop(_LOG_PROBABILITIES)
+    def lesson(self, batch: dict[str, Any], examples: Sequence[int]) -> Lesson:
+        device = batch["labels"].device
+        tokens, log_probabilities = (
+            torch.cat([self._read(kind, example) for example in examples]).to(device) for kind in _KINDS
+        )
         return Lesson(lambda student: divergence_of_top(student, tokens, log_probabilities, self._temperature))
 
-
-def cached_name(kind: str, part: int) -> str:
-    """Name of a tensor in the cache."""
-    return f"{kind}.{part}"
+    def _read(self, kind: str, example: int) -> Tensor:
+        rows: Any = self._file.get_slice(f"{kind}.{example // CACHED_TOGETHER}")
+        return rows[self._rows[example]]
 
 
 def cached_names(part: int) -> tuple[str, str]:
-    """Names of the tokens, and of their log-probabilities."""
-    return cached_name(_TOKENS, part), cached_name(_LOG_PROBABILITIES, part)
+    """Names in the cache of the tokens of a part, and of their log-probabilities."""
+    tokens, log_probabilities = (f"{kind}.{part}" for kind in _KINDS)
+    return tokens, log_probabilities
 
 
 def open_teacher(
@@ -140,7 +125,7 @@ def open_teacher(
 
     Args:
         options: of the training run.
-        examples: that it trains on.
+        examples: all that there are, also those that are held out.
         vocabulary: the student's.
         device: where a model is put.
 
@@ -152,7 +137,7 @@ def open_teacher(
     folder = resolve_model(options.teacher)
     if (manifest := cache_manifest(folder)) is not None:
         _require_fit(options, manifest, examples, vocabulary)
-        return CachedTeacher(folder, manifest)
+        return CachedTeacher(folder, manifest["temperature"], examples)
     model = load_model(options.teacher, options, dtype=teacher_dtype(options.dtype, device)).requires_grad_(False)
     found = model.config.get_text_config().vocab_size
     _require_vocabulary(options.teacher, found, vocabulary)

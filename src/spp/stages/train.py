@@ -5,17 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import PrinterCallback, Trainer, set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers import set_seed
 
 from spp import __version__
 from spp.checkpoint import MANIFEST, Checkpoint, resolve_model
-from spp.data.examples import Example, collate, digest
-from spp.errors import SppError
+from spp.data.examples import Example, digest
 from spp.fingerprint import base_fingerprint
 from spp.folders import check_output, new_folder, write_json
 from spp.loading import compute_dtype, context_window, load_base, pick_device
@@ -24,18 +21,17 @@ from spp.models import sparsity, stacked_weights
 from spp.options import TrainingSettings, TrainOptions
 from spp.packed_linear import PackedLinear
 from spp.stages.adapting import target_layers, with_new_adapter
-from spp.stages.arguments import batching, training_arguments
-from spp.stages.objective import TaughtTrainer
+from spp.stages.arguments import batching, reports
+from spp.stages.fitting import Fitting
 from spp.stages.prediction import needs_checkpointing
-from spp.stages.resuming import Checkpoints
 from spp.stages.teaching import open_teacher
-from spp.stages.training_data import training_examples
-from spp.stages.watching import Watch
-from spp.values import all_finite
+from spp.stages.training_data import hold_out, training_examples
 
 logger = logging.getLogger("spp")
 
 _DENSE_BELOW = 0.01
+# What a run may go on with in another way; the model and the data are compared by what is in them.
+_FREE_ON_RESUME = {"out", "overwrite", "device", "model", "data", "save_steps", "keep", "report_to"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +40,7 @@ class TrainReport:
 
     Attributes:
         steps: optimiser steps.
-        examples: sequences in the training data, after packing.
+        examples: sequences to train on, after packing.
         tokens: tokens trained on, without padding.
         seconds: time in training, without loading; like `tokens` it includes what was done before a resume.
         trainable_parameters: entries of A and B.
@@ -52,6 +48,8 @@ class TrainReport:
         packed: how many of them are packed.
         peak_memory_bytes: on the device where it is CUDA, else of the process.
         losses: (step, mean loss of its batch in nats per token), for every step.
+        validation: (step, mean loss on the examples that were held out in nats per token), for every evaluation.
+        best_step: after which the adapter was as it was written; None where nothing was held out.
     """
 
     out: Path
@@ -70,6 +68,8 @@ class TrainReport:
     batch_size: int
     peak_memory_bytes: int
     losses: list[tuple[float, float]]
+    validation: list[tuple[float, float]]
+    best_step: int | None
 
 
 def train(options: TrainOptions) -> TrainReport:
@@ -85,7 +85,8 @@ def train(options: TrainOptions) -> TrainReport:
     source = Checkpoint.open(folder)
     check_output(options.out, options.overwrite, inputs=(folder,))
     source.require_unquantised("give the sparse model as it was before quantisation")
-    sequences, accumulation = batching(options)
+    sequences, _ = batching(options)
+    reports(options)
     base = base_fingerprint(folder)
 
     device = pick_device(options.device)
@@ -106,7 +107,6 @@ def train(options: TrainOptions) -> TrainReport:
         )
     if unreached := stacked_weights(model):
         logger.warning("%d weights are no linear layers and get no adapter, e.g. %s", len(unreached), unreached[0])
-    beside = _beside(options.out)
     batch = torch.Size((sequences, max(len(one.input_ids) for one in examples)))
     checkpointing = needs_checkpointing(options, model, batch, device)
     if checkpointing and options.gradient_checkpointing is None:
@@ -115,78 +115,45 @@ def train(options: TrainOptions) -> TrainReport:
         return_freed_memory()  # where memory counts more than speed, anyway
     set_seed(options.seed)
     adapted = with_new_adapter(model, targets, options)
-
-    arguments = training_arguments(
-        options, beside, model.dtype, device, sequences, accumulation, gradient_checkpointing=checkpointing
+    fitting = Fitting(
+        adapted,
+        *hold_out(examples, options),
+        teacher,
+        options,
+        folder=_beside(options.out),
+        request=_request(options, base, examples),
+        device=device,
+        gradient_checkpointing=checkpointing,
     )
-    with arguments.main_process_first(local=False):  # the first process tidies up, the others find it done
-        checkpoints = Checkpoints(beside, _request(options, base, examples))
-        latest = checkpoints.latest()
-    watch = Watch()
-    common: dict[str, Any] = {"model": adapted, "args": arguments, "callbacks": [watch, checkpoints]}
-    if teacher is None:
-        trainer = Trainer(**common, train_dataset=cast(Any, examples), data_collator=collate)
-    else:
-        trainer = TaughtTrainer(
-            teacher,
-            options.teacher_weight,
-            options.teacher_features,
-            **common,
-            train_dataset=teacher.dataset(examples),
-            data_collator=teacher.collate,
-        )
-    for printer in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printer)
-    _run(trainer, watch, latest)
-    _require_finite(adapted)
-
-    tokens = int(trainer.state.num_input_tokens_seen)
+    fitted = fitting.run()
     report = TrainReport(
         out=options.out,
         data=options.data,
-        steps=trainer.state.global_step,
-        examples=len(examples),
-        tokens=tokens,
+        steps=fitted.steps,
+        examples=len(examples) - options.validation,
+        tokens=fitted.tokens,
         window=window,
         packing=packing,
-        seconds=watch.seconds,
-        tokens_per_second=tokens / max(watch.seconds, 1e-9),
+        seconds=fitted.seconds,
+        tokens_per_second=fitted.tokens / max(fitted.seconds, 1e-9),
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         sparsity=share_of_zeros,
         packed=sum(isinstance(target, PackedLinear) for target in targets.values()),
         learning_rate=options.learning_rate,
         batch_size=options.batch_size,
-        peak_memory_bytes=peak_memory_bytes(arguments.device),
-        losses=[(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+        peak_memory_bytes=peak_memory_bytes(fitted.device),
+        losses=fitted.losses,
+        validation=fitted.validation,
+        best_step=fitted.best_step,
     )
-    if trainer.is_world_process_zero():
+    if fitted.is_first:
         # Only now: PEFT asks the hub about a hub id whenever it saves a checkpoint.
         adapted.peft_config["default"].base_model_name_or_path = options.model
         with new_folder(options.out, overwrite=options.overwrite) as partial:
             adapted.save_pretrained(str(partial), save_embedding_layers=False)
             write_json(partial / MANIFEST, _manifest(options, base, report))
-        checkpoints.remove()
+        fitting.remove_checkpoints()
     return report
-
-
-def _run(trainer: Trainer, watch: Watch, latest: Path | None) -> None:
-    if latest is not None:
-        logger.info("resuming from %s", latest)
-    try:
-        trainer.train(resume_from_checkpoint=str(latest) if latest else None)
-    except torch.OutOfMemoryError as error:
-        raise SppError(
-            "out of memory: lower --device-batch-size (the result stays the same) or --window, or pass "
-            "--gradient-checkpointing"
-        ) from error
-    finally:
-        watch.close()
-
-
-def _require_finite(adapted: PeftModel) -> None:
-    """The last step's update is seen by no loss."""
-    if not all(all_finite(p.detach()) for p in adapted.parameters() if p.requires_grad):
-        raise SppError("the last step made the adapter NaN or infinite; nothing was written. Lower --learning-rate")
 
 
 def _beside(out: Path) -> Path:
@@ -195,7 +162,7 @@ def _beside(out: Path) -> Path:
 
 def _request(options: TrainOptions, base: str, examples: list[Example]) -> dict[str, Any]:
     """All that the adapter depends on; a checkpoint made for anything else is not resumed."""
-    what = options.model_dump(mode="json", exclude={"out", "overwrite", "device", "model", "data", "save_steps"})
+    what = options.model_dump(mode="json", exclude=_FREE_ON_RESUME)
     return {**what, "base": base, "examples": digest(examples), "version": __version__}
 
 

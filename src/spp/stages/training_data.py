@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+
+import torch
 
 from spp.data.examples import Example, pack, truncate, whole_examples
 from spp.data.records import load_records
@@ -31,3 +34,18 @@ def training_examples(
     how = "packed documents" if packing else "one document each"
     logger.info("training on %d sequences of up to %d tokens (%s) from %s", len(examples), window, how, options.data)
     return examples, packing
+
+
+def hold_out(examples: Sequence[Example], options: TrainOptions) -> tuple[list[tuple[int, Example]], list[Example]]:
+    """Examples to train on, with their numbers among all, and those to evaluate on, drawn by the seed.
+
+    Raises:
+        UsageError: nothing would be left to train on.
+    """
+    count = options.validation
+    if count >= len(examples):
+        raise UsageError(f"validation {count} would leave nothing of {len(examples)} examples to train on; lower it")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(options.seed))
+    held = set(order[:count].tolist())
+    training = [(number, one) for number, one in enumerate(examples) if number not in held]
+    return training, [examples[number] for number in sorted(held)]

@@ -13,6 +13,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from spp.errors import SppError
 
 
+class LossNotFinite(SppError):
+    """Training has gone wrong."""
+
+
 class Watch(TrainerCallback):
     """A bar with the loss on a terminal, nothing elsewhere; the clock; an error where the loss is not finite.
 
@@ -58,9 +62,9 @@ class Watch(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         if not math.isfinite(logs["loss"]):
-            raise SppError(
+            raise LossNotFinite(
                 f"the loss is {logs['loss']} at step {state.global_step}; nothing was written. Try a lower "
-                "--learning-rate, --dtype float32, or check the data and the model; checkpoints before it are kept"
+                "--learning-rate, --dtype float32, or check the data and the model."
             )
         rate = int(state.num_input_tokens_seen) / self.seconds
         self._bar.update(self._task, completed=state.global_step, loss=logs["loss"], rate=rate)

@@ -1,0 +1,195 @@
+"""Train the factors of a model with transformers' Trainer: resumed, in batches that fit, ending with the best ones."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from transformers import PrinterCallback, set_seed
+from transformers.trainer_callback import ProgressCallback
+
+from spp.data.examples import Example
+from spp.errors import SppError
+from spp.options import TrainOptions
+from spp.stages.arguments import batching, smaller_batch, training_arguments
+from spp.stages.choosing import Best
+from spp.stages.objective import Item, SppTrainer
+from spp.stages.resuming import Checkpoints
+from spp.stages.teaching import Teacher
+from spp.stages.watching import LossNotFinite, Watch
+from spp.values import all_finite
+
+logger = logging.getLogger("spp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """How training went.
+
+    Attributes:
+        steps: optimiser steps.
+        tokens: trained on, without padding; like `seconds` it includes what was done before a resume.
+        seconds: in training.
+        losses: (step, loss), for every step.
+        validation: (step, loss on what was held out), for every evaluation.
+        best_step: after which the adapter was as it is now; None where nothing was held out.
+        device: that it was on.
+        is_first: whether this is the process that writes.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    losses: list[tuple[float, float]]
+    validation: list[tuple[float, float]]
+    best_step: int | None
+    device: torch.device
+    is_first: bool
+
+
+class Fitting:
+    """A training run, which may have to be tried with fewer sequences at once.
+
+    Args:
+        adapted: the model with a new adapter, which is trained in place.
+        items: what to train on.
+        held_out: what to evaluate on; may be empty.
+        teacher: whom to learn from, or None.
+        options: of the run.
+        folder: of its checkpoints; made if it is not there.
+        request: everything that the result depends on, as JSON values.
+        device: to train on.
+        gradient_checkpointing: whether to recompute activations in backward.
+    """
+
+    def __init__(
+        self,
+        adapted: PeftModel,
+        items: Sequence[Item],
+        held_out: Sequence[Example],
+        teacher: Teacher | None,
+        options: TrainOptions,
+        *,
+        folder: Path,
+        request: dict[str, Any],
+        device: torch.device,
+        gradient_checkpointing: bool,
+    ) -> None:
+        self._adapted, self._items, self._held_out, self._teacher = adapted, items, held_out, teacher
+        self._options, self._folder, self._request, self._device = options, folder, request, device
+        self._gradient_checkpointing = gradient_checkpointing
+        self._first = {name: tensor.clone() for name, tensor in self._tensors().items()}
+        self._checkpoints: Checkpoints | None = None
+
+    def run(self) -> Fitted:
+        """Train to the end.
+
+        Raises:
+            SppError: a loss or factor that is not finite, or no batch fits into memory.
+        """
+        sequences: int | None = batching(self._options)[0]
+        while sequences is not None:
+            trainer, watch = self._trainer(sequences)
+            if self._runs_through(trainer, watch):
+                return self._finished(trainer, watch)
+            del trainer, watch  # what they hold is in the way of the next try
+            torch.cuda.empty_cache()
+            set_peft_model_state_dict(self._adapted, self._first)
+            if fewer := smaller_batch(self._options, sequences):
+                logger.warning("%d sequences at once do not fit into memory; going on with %d", sequences, fewer)
+            sequences = fewer
+        raise SppError(
+            "out of memory: lower --device-batch-size (the result stays the same) or --window, or pass "
+            "--gradient-checkpointing"
+        )
+
+    def remove_checkpoints(self) -> None:
+        """When the adapter is safe."""
+        if self._checkpoints is not None:
+            self._checkpoints.remove()
+
+    def _trainer(self, sequences: int) -> tuple[SppTrainer, Watch]:
+        options = self._options
+        set_seed(options.seed)
+        if options.report_to != "none":
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(options.out.with_name(f"{options.out.name}.logs")))
+        arguments = training_arguments(
+            options,
+            self._folder,
+            self._adapted.dtype,
+            self._device,
+            sequences,
+            gradient_checkpointing=self._gradient_checkpointing,
+        )
+        with arguments.main_process_first(local=False):  # the first process tidies up, the others find it done
+            self._checkpoints = Checkpoints(self._folder, self._request)
+        watch = Watch()
+        best = [Best(self._folder / "best", self._tensors)] if self._held_out else []
+        trainer = SppTrainer(
+            self._items,
+            self._held_out,
+            self._teacher,
+            options,
+            model=self._adapted,
+            args=arguments,
+            callbacks=[watch, self._checkpoints, *best],
+        )
+        for printer in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(printer)
+        return trainer, watch
+
+    def _runs_through(self, trainer: SppTrainer, watch: Watch) -> bool:
+        """Train; False where memory did not suffice."""
+        assert self._checkpoints is not None
+        if (latest := self._checkpoints.latest()) is not None:
+            logger.info("resuming from %s", latest)
+        try:
+            trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+        except torch.OutOfMemoryError:
+            return False
+        except LossNotFinite as error:
+            examples = ", ".join(map(str, trainer.examples_of_the_step))
+            good = self._checkpoints.latest()
+            raise SppError(
+                f"{error} Its examples, counted from 0: {examples}. "
+                + (f"The last good checkpoint is {good}" if good else "There is no checkpoint before it")
+            ) from error
+        finally:
+            watch.close()
+        return True
+
+    def _finished(self, trainer: SppTrainer, watch: Watch) -> Fitted:
+        history, best_step = trainer.state.log_history, None
+        if self._held_out:
+            if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history):
+                trainer.evaluate()
+            best = Best(self._folder / "best", self._tensors)
+            best_step = best.step
+            set_peft_model_state_dict(self._adapted, best.tensors())
+        _require_finite(self._adapted)
+        return Fitted(
+            steps=trainer.state.global_step,
+            tokens=int(trainer.state.num_input_tokens_seen),
+            seconds=watch.seconds,
+            losses=[(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
+            validation=[(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry],
+            best_step=best_step,
+            device=trainer.args.device,
+            is_first=trainer.is_world_process_zero(),
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return get_peft_model_state_dict(self._adapted, save_embedding_layers=False)
+
+
+def _require_finite(adapted: PeftModel) -> None:
+    """The last step's update is seen by no loss."""
+    if not all(all_finite(p.detach()) for p in adapted.parameters() if p.requires_grad):
+        raise SppError("the last step made the adapter NaN or infinite; nothing was written. Lower --learning-rate")
