@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
+import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -450,3 +453,50 @@ def test_a_finished_adapter_is_not_overwritten(options, tmp_path):
     before = factors(tmp_path / "adapter")
     train(options(max_steps=3, overwrite=True))
     assert any(not torch.equal(before[key], value) for key, value in factors(tmp_path / "adapter").items())
+
+
+def test_a_full_disk_during_a_checkpoint_loses_nothing(options, monkeypatch, tmp_path):
+    train(options("whole", save_steps=4))
+    save = torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "checkpoint-8" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return save(value, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(SppError, match="no space is left.*checkpoints are kept.*repeat the command"):
+            train(options("again", save_steps=4))
+    assert not (tmp_path / "again").exists()
+    train(options("again", save_steps=4))
+    assert same(tmp_path / "whole", tmp_path / "again")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_random_moments_it_resumes_to_the_bit(options, tmp_path):
+    """Ten times SIGKILL, anywhere from the start of the process to its end."""
+    asked = options("whole", save_steps=3, max_steps=40, validation=10)
+    chance = random.Random(0)
+
+    def command(out: str) -> list[str]:
+        values = {name: getattr(asked, name) for name in ("data", "window", "learning_rate", "max_steps", "rank")}
+        values |= {"save_steps": 3, "validation": 10}
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+        return [sys.executable, "-m", "spp", "train", asked.model, str(tmp_path / out), *flags]
+
+    began = time.perf_counter()
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    seconds = time.perf_counter() - began
+    killed = 0
+    for number in range(10):
+        try:
+            subprocess.run(command(f"{number}"), timeout=chance.uniform(0.2, 1.0) * seconds, capture_output=True)
+        except subprocess.TimeoutExpired:  # which kills it
+            killed += 1
+        if not (tmp_path / f"{number}").exists():
+            subprocess.run(command(f"{number}"), check=True, capture_output=True)
+        assert same(tmp_path / "whole", tmp_path / f"{number}")
+        assert not (tmp_path / f"{number}.checkpoints").exists()
+    assert killed >= 5

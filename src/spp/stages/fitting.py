@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Sequence
@@ -154,6 +155,13 @@ class Fitting:
             trainer.train(resume_from_checkpoint=str(latest) if latest else None)
         except torch.OutOfMemoryError:
             return False
+        except (OSError, RuntimeError) as error:  # torch.save has its own error for what the disk refuses
+            if not _disk_is_full(error):
+                raise
+            raise SppError(
+                f"no space is left on the disk of {self._folder} ({error}); earlier checkpoints are kept: make room, "
+                "and repeat the command to go on"
+            ) from error
         except LossNotFinite as error:
             examples = ", ".join(map(str, trainer.examples_of_the_step))
             good = self._checkpoints.latest()
@@ -187,6 +195,11 @@ class Fitting:
 
     def _tensors(self) -> dict[str, Tensor]:
         return get_peft_model_state_dict(self._adapted, save_embedding_layers=False)
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    causes = (error, error.__cause__, error.__context__)
+    return any(isinstance(one, OSError) and one.errno == errno.ENOSPC for one in causes)
 
 
 def _require_finite(adapted: PeftModel) -> None:
