@@ -161,6 +161,9 @@ class AdapterSettings(Options):
 
     rank: int = Field(16, ge=1, description="row groups R: A has R rows, shared by groups of output rows")
     scale: float = Field(2.0, gt=0, description="factor s of the update s * W * A[group] * B")
+    init: Literal["ones", "published"] = Field(
+        "ones", description="ones: A = 0 and B = 1; published: A at random within 1/sqrt(I), and B = 0"
+    )
     mode: Literal["fused", "split"] = Field(
         "fused",
         description="fused: three GEMMs a step, on the merged weight rounded once; split: four, and updates too small "

@@ -45,7 +45,8 @@ def sparse_model(tiny_model):
 
 def with_adapter(model, *, seed=0, size=0.3, **settings):
     """The model with an adapter on it whose B is not zero."""
-    adapted = get_peft_model(model, SppConfig(**{"r": 4, "task_type": "CAUSAL_LM", **settings}))
+    drawn = {"r": 4, "task_type": "CAUSAL_LM", "init_weights": "published"}
+    adapted = get_peft_model(model, SppConfig(**{**drawn, **settings}))
     fill(adapted, "default", seed, size)
     return adapted.eval()
 
@@ -83,18 +84,23 @@ def test_import_spp_is_enough_whatever_the_order(order):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(sparse_model):
+@pytest.mark.parametrize("init", [True, "ones", "published"])
+def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(sparse_model, init):
     model = sparse_model()
     before = logits(model)
     linears = sum(isinstance(module, nn.Linear) for module in model.base_model.modules())
-    adapted = get_peft_model(model, SppConfig(r=4, task_type="CAUSAL_LM")).eval()
+    adapted = get_peft_model(model, SppConfig(r=4, task_type="CAUSAL_LM", init_weights=init)).eval()
     assert torch.equal(logits(adapted), before)
     assert len(layers(adapted)) == linears
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert len(trained) == 2 * linears and all(".spp_A." in name or ".spp_B." in name for name in trained)
     bound = 32**-0.5
-    A = layers(adapted)[0].spp_A["default"].weight.detach()
+    A, B = (factor["default"].weight.detach() for factor in (layers(adapted)[0].spp_A, layers(adapted)[0].spp_B))
+    if init != "published":
+        assert not A.any() and B.eq(1).all()
+        return
     assert A.abs().max() <= bound and float(A.std()) == pytest.approx(bound / 3**0.5, rel=0.2)
+    assert not B.any()
 
 
 def test_saved_and_loaded(sparse_model, tmp_path):
@@ -254,7 +260,7 @@ def test_bf16_base_with_fp32_factors(sparse_model):
     loss = adapted(IDS, labels=IDS).loss
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapted.parameters() if p.requires_grad)
-    assert any(layer.spp_B["default"].weight.grad.any() for layer in layers(adapted))
+    assert all(layer.spp_A["default"].weight.grad.any() for layer in layers(adapted))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

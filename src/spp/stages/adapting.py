@@ -37,6 +37,7 @@ def with_new_adapter(model: PreTrainedModel, targets: Iterable[str], options: Ad
     config = SppConfig(
         r=options.rank,
         scale=options.scale,
+        init_weights=options.init,
         mode=options.mode,
         dropout=options.dropout,
         target_modules=list(targets),

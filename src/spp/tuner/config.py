@@ -51,9 +51,12 @@ class SppConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "rows of the embedding to train as well, for tokens that were added"}
     )
-    init_weights: bool = field(
+    init_weights: bool | Literal["ones", "published"] = field(
         default=True,
-        metadata={"help": "A ~ U(-1/sqrt(I), 1/sqrt(I)) and B = 0; False draws B as well, so that W' != W (for tests)"},
+        metadata={
+            "help": "ones, which is what True means: A = 0 and B = 1; published: A ~ U(-1/sqrt(I), 1/sqrt(I)) and B = 0; "
+            "False draws both, so that W' != W (for tests)"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -74,6 +77,8 @@ class SppConfig(PeftConfig):
             yield f"scale must be above 0, but it is {self.scale!r}"
         if self.mode not in ("fused", "split"):
             yield f"mode must be fused or split, but it is {self.mode!r}"
+        if self.init_weights not in (True, False, "ones", "published"):
+            yield f"init_weights must be ones, published, True or False, but it is {self.init_weights!r}"
         if not 0 <= self.dropout < 1:
             yield f"dropout must be at least 0 and below 1, but it is {self.dropout!r}"
         if isinstance(self.target_modules, str):

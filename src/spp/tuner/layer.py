@@ -91,9 +91,18 @@ class SppLinear(nn.Module, SppLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def reset_spp_parameters(self, adapter_name: str, *, init_weights: bool) -> None:
-        """A ~ U(-1/sqrt(I), 1/sqrt(I)), which is kaiming_uniform(a = sqrt(5)), and B = 0, so that W' = W."""
+    def reset_spp_parameters(self, adapter_name: str, *, init_weights: bool | str) -> None:
+        """Start at W' = W, unless `init_weights` is False.
+
+        ones: A = 0 and B = 1, so that A, which is nearly all of the adapter, has its whole gradient at once, and a
+        learning rate changes weights by the same share whatever their number of columns. published: A from
+        U(-1/sqrt(I), 1/sqrt(I)), which is kaiming_uniform(a = sqrt(5)), and B = 0.
+        """
         A, B, _ = self._factors(adapter_name)
+        if init_weights in (True, "ones"):
+            nn.init.zeros_(A)
+            nn.init.ones_(B)
+            return
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if init_weights:
             nn.init.zeros_(B)
