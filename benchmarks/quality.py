@@ -1,13 +1,10 @@
-"""What pruning costs: perplexity by criterion, pattern and model, and what SPP makes of it afterwards.
+"""What fine-tuning wins back: SPP and other methods that keep zeros, from the same pruned model, text, order and steps.
 
-    python benchmarks/quality.py --data FOLDER --threads 2 [--model story] [--then-train 200]
+    python benchmarks/quality.py --data FOLDER --threads 2 [--model story] [--pattern 2:4] [--method SPP HiRA]
 
-The bundled model is always there; the others are small models of other people's, with the text that they were made for,
-in FOLDER: models/story, models/stories260K and models/shakespeare_opt, corpora/tinystories_train.jsonl,
-corpora/tinystories_valid.jsonl and corpora/shakespeare.txt. Without FOLDER they are left out.
-
-Calibration and evaluation share no text. Every criterion runs on the same windows. With `--then-train`, each pruned
-model is fine-tuned and merged too, always from the same data in the same order.
+FOLDER has the models in benchmarks/subjects.py; without it, there is the bundled one only. Every method is tried at the
+same number of learning rates with the first seed. The one with the lowest loss on examples that were held out is taken,
+with all seeds, and evaluated on the text that perplexity is reported on.
 """
 
 from __future__ import annotations
@@ -21,162 +18,218 @@ if __name__ == "__main__":
     sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
 
 import argparse
+import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import HiraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 import spp
+from benchmarks.baselines.finetuning import Lora, MaskedLora, MaskedWeight, replace_linears
 from benchmarks.common import DATA, append_rows, machine_columns
-from spp.errors import UsageError
-from spp.patterns import NM, parse_pattern
-from spp.pipeline import bundled_model
+from benchmarks.subjects import Subject, subjects
+from spp.data.examples import Example, collate
+from spp.divergence import divergence
+from spp.loading import load_model
+from spp.models import prunable_linears
+from spp.options import LoadingOptions
+from spp.pipeline import gap_closed
+from spp.stages.evaluate import perplexity_of, read_windows
+from spp.stages.teaching import predicted
+from spp.stages.training_data import hold_out, training_examples
 
-PATTERNS = ("50%", "75%", "2:4", "4:8")
+PATTERNS = ("2:4", "50%", "75%")
 SAMPLES = 128
-
-_CRITERIA = ("magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt")
-_RECONSTRUCTED = ("magnitude", "wanda", "ria", "sparsegpt")
-METHODS: dict[str, dict[str, Any]] = {
-    **{name: {"criterion": name} for name in _CRITERIA},
-    "wanda + owl": {"criterion": "wanda", "allocation": "owl"},
-    "sparsegpt + owl": {"criterion": "sparsegpt", "allocation": "owl"},
-    "wanda + dsnot": {"criterion": "wanda", "refine": "dsnot"},
-    **{f"{name} + reconstruction": {"criterion": name, "reconstruct": "block"} for name in _RECONSTRUCTED},
-    "wanda + reconstruction of A, B": {"criterion": "wanda", "reconstruct": "block", "reconstruct_params": "spp"},
-}
-"""Name in the table -> options of `spp prune`."""
+_HELD_OUT = 32
+_TOKENS_PER_STEP = 4096
+_WARM_UP = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A model and its protocol.
+class Method:
+    """A way to fine-tune.
 
     Attributes:
-        name: in the table.
-        calibration, evaluation: texts.
-        window: tokens.
-        limit: documents that are evaluated; None for all.
+        adapt: puts what is trained into the model, in place; returns what is called.
+        rates: learning rates to try, the same number for each method.
+        reconstructed: whether it starts from the model after block reconstruction.
+        teacher: share of the loss that is the divergence from the dense model.
+        weight_decay: AdamW's.
     """
 
-    name: str
-    model: str
-    calibration: str
-    evaluation: str
-    window: int
-    limit: int | None = None
-
-    @property
-    def protocol(self) -> str:
-        """In words."""
-        kind = "each document by itself" if self.evaluation.endswith(".jsonl") else "windows that do not overlap"
-        documents = "" if self.limit is None else f"first {self.limit} documents, "
-        return f"{Path(self.evaluation).stem}, {documents}{kind}, {self.window} tokens"
+    adapt: Callable[[PreTrainedModel], nn.Module]
+    rates: Sequence[float]
+    reconstructed: bool = False
+    teacher: float = 0.0
+    weight_decay: float = 0.0
 
 
-def subjects(data: Path | None, scratch: Path) -> list[Subject]:
-    """The models that there are.
+def _spp(model: PreTrainedModel, **settings: Any) -> nn.Module:
+    return get_peft_model(model, spp.SppConfig(task_type="CAUSAL_LM", **settings))
+
+
+def _hira(model: PreTrainedModel) -> nn.Module:
+    return get_peft_model(model, HiraConfig(r=16, target_modules=list(prunable_linears(model)), task_type="CAUSAL_LM"))
+
+
+def _replaced(make: Any, model: PreTrainedModel) -> nn.Module:
+    replace_linears(model, make)
+    return model
+
+
+_PUBLISHED = partial(_spp, r=16, init_weights="published")
+_OURS, _OUR_RATES = partial(_spp, r=32), (0.005, 0.01, 0.02, 0.04)
+METHODS: dict[str, Method] = {
+    "SPP, published": Method(adapt=partial(_PUBLISHED, dropout=0.05), rates=(4e-3,) * 4, weight_decay=1e-3),
+    "SPP, published start": Method(adapt=_PUBLISHED, rates=(0.01, 0.02, 0.04, 0.08)),
+    "SPP, R = 16": Method(adapt=partial(_spp, r=16), rates=_OUR_RATES),
+    "SPP": Method(adapt=_OURS, rates=_OUR_RATES),
+    "HiRA": Method(adapt=_hira, rates=(0.01, 0.02, 0.04, 0.08)),
+    "masked LoRA": Method(adapt=partial(_replaced, MaskedLora), rates=(1e-3, 2e-3, 4e-3, 8e-3)),
+    "LoRA*": Method(adapt=partial(_replaced, Lora), rates=(1e-3, 2e-3, 4e-3, 8e-3)),
+    "masked full": Method(adapt=partial(_replaced, MaskedWeight), rates=(5e-4, 1e-3, 2e-3, 4e-3)),
+    "SPP + distillation": Method(adapt=_OURS, rates=_OUR_RATES, teacher=0.5),
+    "SPP + reconstruction": Method(adapt=_OURS, rates=_OUR_RATES, reconstructed=True),
+    "SPP + both": Method(adapt=_OURS, rates=_OUR_RATES, reconstructed=True, teacher=0.5),
+}
+"""Name in the table -> how. Reconstruction alone is the `pruned` of the methods that start from it."""
+
+
+class Cell:
+    """A model at a pattern: what all methods share.
 
     Args:
-        data: folder of other people's models and text.
-        scratch: for the two parts of a text that is to be divided.
+        subject: the model.
+        pattern: of its zeros.
+        folder: for pruned models.
+        device: cpu or cuda; everything is computed in fp32.
     """
-    found = [
-        Subject(
-            name="bundled",
-            model=str(bundled_model()),
-            calibration="python-stdlib",
-            evaluation="python-stdlib",
-            window=256,
-            limit=40,
+
+    def __init__(self, subject: Subject, pattern: str, folder: Path, device: str = "cpu") -> None:
+        self.subject, self.pattern = subject, pattern
+        self._loading = LoadingOptions(dtype="float32", device=device)
+        self._folder = folder / f"{subject.name}-{pattern.replace(':', 'of').replace('%', '')}"
+        options = spp.EvalOptions(
+            model=subject.model, text=subject.evaluation, window=subject.window, limit=subject.limit
         )
-    ]
-    if data is None:
-        return found
-    corpora = data / "corpora"
-    for name in ("story", "stories260K"):
-        texts = {
-            "calibration": str(corpora / "tinystories_train.jsonl"),
-            "evaluation": str(corpora / "tinystories_valid.jsonl"),
-        }
-        found.append(Subject(name=name, model=str(data / "models" / name), window=512, limit=600, **texts))
-    text = (corpora / "shakespeare.txt").read_text(encoding="utf-8")
-    parts = {
-        "calibration": scratch / "shakespeare_first_nine_tenths.txt",
-        "evaluation": scratch / "shakespeare_last_tenth.txt",
-    }
-    parts["calibration"].write_text(text[: len(text) // 10 * 9], encoding="utf-8")
-    parts["evaluation"].write_text(text[len(text) // 10 * 9 :], encoding="utf-8")
-    model = str(data / "models" / "shakespeare_opt")
-    return [
-        *found,
-        Subject(name="shakespeare_opt", model=model, window=64, **{key: str(path) for key, path in parts.items()}),
-    ]
-
-
-def measure(subject: Subject, pattern: str, method: str, folder: Path, steps: int) -> dict[str, Any] | None:
-    """Prune, evaluate, and train if `steps` says so; None where the method or the model has no such pattern."""
-    options = METHODS[method]
-    if options.get("allocation") == "owl" and isinstance(parse_pattern(pattern), NM):
-        return None
-    began = time.perf_counter()
-    pruned = folder / "pruned"
-    try:
-        report = spp.prune(
-            spp.PruneOptions.build(
-                {
-                    "model": subject.model,
-                    "out": pruned,
-                    "pattern": pattern,
-                    "calibration": subject.calibration,
-                    "samples": SAMPLES,
-                    "window": subject.window,
-                    "overwrite": True,
-                    **options,
-                }
-            )
-        )
-    except UsageError as error:
-        if "does not divide" not in str(error):
-            raise
-        return None
-    seconds = time.perf_counter() - began
-    return {
-        "sparsity": round(report.sparsity, 4),
-        "prune_seconds": round(seconds, 1),
-        "perplexity": round(perplexity(subject, str(pruned)), 4),
-        "trained_steps": steps,
-        "trained_perplexity": round(_trained(subject, pruned, folder, steps), 4) if steps else "",
-    }
-
-
-def perplexity(subject: Subject, model: str) -> float:
-    """Per token, in fp32."""
-    options = {"model": model, "text": subject.evaluation, "window": subject.window, "limit": subject.limit}
-    return spp.evaluate(spp.EvalOptions.build(options | {"dtype": "float32"})).perplexity
-
-
-def _trained(subject: Subject, pruned: Path, folder: Path, steps: int) -> float:
-    """Perplexity of the merged model after SPP fine-tuning on the text that calibration is taken from."""
-    adapter, merged = folder / "adapter", folder / "merged"
-    spp.train(
-        spp.TrainOptions.build(
+        self._text = read_windows(options).windows
+        self.dense = load_model(subject.model, self._loading)
+        training = spp.TrainOptions.build(
             {
-                "model": str(pruned),
-                "out": adapter,
+                "model": subject.model,
+                "out": folder / "none",
                 "data": subject.calibration,
                 "window": subject.window,
-                "max_steps": steps,
-                "overwrite": True,
+                "validation": _HELD_OUT,
             }
         )
-    )
-    spp.merge(spp.MergeOptions(model=str(pruned), adapter=adapter, out=merged, overwrite=True))
-    return perplexity(subject, str(merged))
+        examples, _ = training_examples(training, subject.window, self.dense.config.vocab_size)
+        items, self._held_out = hold_out(examples, training)
+        self._training = [one for _, one in items]
+        mean = sum(len(one.input_ids) for one in self._training) / len(self._training)
+        self._at_once = max(round(_TOKENS_PER_STEP / mean), 1)
+
+    def start(self, *, reconstructed: bool) -> PreTrainedModel:
+        """The pruned model, made once."""
+        out = self._folder / ("reconstructed" if reconstructed else "pruned")
+        if not out.is_dir():
+            values = {"model": self.subject.model, "out": out, "pattern": self.pattern, "samples": SAMPLES}
+            values |= {
+                "calibration": self.subject.calibration,
+                "window": self.subject.window,
+                "device": self._loading.device,
+            }
+            spp.prune(spp.PruneOptions.build(values | ({"reconstruct": "block"} if reconstructed else {})))
+        return load_model(str(out), self._loading)
+
+    def perplexity(self, model: nn.Module) -> float:
+        """On the text that is reported."""
+        return perplexity_of(model.eval(), self._text).perplexity  # pyright: ignore[reportArgumentType]
+
+    @torch.no_grad()
+    def validation(self, model: nn.Module) -> float:
+        """Mean loss in nats per token on what was held out."""
+        batches = [self._held_out[first : first + 16] for first in range(0, len(self._held_out), 16)]
+        sums = [_losses(model.eval(), batch) for batch in batches]
+        return sum(float(one) for one, _ in sums) / sum(count for _, count in sums)
+
+    def batches(self, seed: int, steps: int) -> list[list[Example]]:
+        """The same for every method."""
+        chance = torch.Generator().manual_seed(seed)
+        order: list[int] = []
+        while len(order) < steps * self._at_once:
+            order += torch.randperm(len(self._training), generator=chance).tolist()
+        return [
+            [self._training[number] for number in order[step * self._at_once : (step + 1) * self._at_once]]
+            for step in range(steps)
+        ]
+
+
+def _losses(
+    model: nn.Module, examples: Sequence[Example], teacher: nn.Module | None = None, share: float = 0.0
+) -> tuple[torch.Tensor, int]:
+    """Sum over predicted tokens of (1 - share) * cross-entropy + share * divergence, and how many there are."""
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in collate(examples).items()}
+    labels = batch.pop("labels")
+    rows = predicted(labels)
+    logits = model(**batch).logits[:, :-1][rows]
+    total = (1 - share) * F.cross_entropy(logits, labels[:, 1:][rows], reduction="sum")
+    if teacher is not None and share:
+        with torch.no_grad():
+            expected = teacher(**batch).logits[:, :-1][rows]
+        total = total + share * divergence(logits, expected, 1.0)
+    return total, len(logits)
+
+
+def fit(cell: Cell, method: Method, rate: float, seed: int, steps: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Train; the model in eval mode, and what it took. AdamW, a linear warm-up and fall, gradients clipped at 1."""
+    torch.manual_seed(seed)
+    model = method.adapt(cell.start(reconstructed=method.reconstructed))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = AdamW(trained, lr=rate, weight_decay=method.weight_decay)
+    warm = math.ceil(_WARM_UP * steps)
+    schedule = LambdaLR(optimiser, lambda step: min((step + 1) / warm, 1.0) * (1 - step / steps))
+    model.train()
+    began = time.perf_counter()
+    for examples in cell.batches(seed, steps):
+        total, count = _losses(model, examples, cell.dense, method.teacher)
+        (total / count).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+    found = {
+        "trainable": sum(parameter.numel() for parameter in trained),
+        "train_seconds": round(time.perf_counter() - began, 1),
+    }
+    return model.eval(), found
+
+
+def measure(cell: Cell, method: Method, seeds: Sequence[int], steps: int) -> list[dict[str, Any]]:
+    """A row for each seed, at the rate that does best on what was held out."""
+    tried: dict[float, tuple[float, nn.Module, dict[str, Any]]] = {}
+    for rate in dict.fromkeys(method.rates):
+        model, found = fit(cell, method, rate, seeds[0], steps)
+        loss = cell.validation(model)
+        tried[rate] = (loss if math.isfinite(loss) else math.inf, model, found)
+    rate = min(tried, key=lambda one: tried[one][0])
+    rows = []
+    for seed in seeds:
+        model, found = tried[rate][1:] if seed == seeds[0] else fit(cell, method, rate, seed, steps)
+        rows.append({"learning_rate": rate, "seed": seed, **found, "perplexity": round(cell.perplexity(model), 4)})
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -185,26 +238,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        for subject in subjects(args.data, folder):
+        for subject in subjects(args.data, Path(scratch)):
             if args.model and subject.name not in args.model:
                 continue
-            machine = machine_columns("cpu")
-            case = {"model": subject.name, "protocol": subject.protocol, "samples": SAMPLES}
-            dense = round(perplexity(subject, subject.model), 4)
-            print(f"{subject.name}, dense: {dense} ({subject.protocol})")
+            machine = machine_columns(args.device)
             for pattern in args.pattern or PATTERNS:
-                for method in args.method or METHODS:
-                    found = measure(subject, pattern, method, folder, args.then_train)
-                    if found is None:
-                        continue
-                    append_rows(
-                        args.csv, [machine | case | {"pattern": pattern, "method": method, "dense": dense} | found]
-                    )
-                    print(
-                        f"{subject.name}, {pattern}, {method}: {found['perplexity']} {found['trained_perplexity']}",
-                        flush=True,
-                    )
+                _measure_cell(Cell(subject, pattern, Path(scratch), args.device), machine, args)
+
+
+def _measure_cell(cell: Cell, machine: dict[str, Any], args: argparse.Namespace) -> None:
+    dense = cell.perplexity(cell.dense)
+    pruned = {which: cell.perplexity(cell.start(reconstructed=which)) for which in (False, True)}
+    common = {"model": cell.subject.name, "pattern": cell.pattern, "protocol": cell.subject.protocol}
+    print(f"{cell.subject.name}, {cell.pattern}: dense {dense:.3f}, pruned {pruned[False]:.3f}, "
+          f"reconstructed {pruned[True]:.3f}", flush=True)  # fmt: skip
+    for name in args.method or METHODS:
+        for found in measure(cell, METHODS[name], args.seeds, args.steps):
+            gap = gap_closed(dense, pruned[False], found["perplexity"])
+            row = {
+                **machine,
+                **common,
+                "steps": args.steps,
+                "dense": round(dense, 4),
+                "pruned": round(pruned[False], 4),
+                "reconstructed": round(pruned[True], 4),
+                "method": name,
+                **found,
+                "gap_closed": "" if gap is None else round(gap, 4),
+            }
+            append_rows(args.csv, [row])
+            print(f"{name}, rate {found['learning_rate']}, seed {found['seed']}: {found['perplexity']}, "
+                  f"gap closed {row['gap_closed']}, {found['trainable']:,} parameters", flush=True)  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -214,7 +278,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="names from the table (default: all)", **several)
     parser.add_argument("--pattern", help=f"default: {' '.join(PATTERNS).replace('%', '%%')}", **several)
     parser.add_argument("--method", choices=METHODS, help="default: all", **several)
-    parser.add_argument("--then-train", type=int, default=0, metavar="STEPS", help="also fine-tune (default: not)")
+    parser.add_argument("--steps", type=int, default=150, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="default: what torch takes")
     parser.add_argument(
         "--csv", type=Path, default=DATA / "quality.csv", help="file to append to (default: %(default)s)"

@@ -1,7 +1,7 @@
 """The rows in benchmarks/data as tables of a Markdown page, each between two markers.
 
 The markers are `<!-- operator -->` and `<!-- /operator -->`, and the same with step, decode, criteria, streaming,
-quality and start. A page has those that it wants.
+pruned and start. A page has those that it wants.
 
 python benchmarks/tables.py --write docs/performance.md
 python benchmarks/tables.py --check docs/pruning.md      # exit code 1 where the page is not up to date
@@ -67,15 +67,15 @@ _RUN = ("device", "hardware", "instructions", "threads")
 
 def tables(folder: Path = DATA) -> dict[str, str]:
     """Name of the marker -> Markdown."""
-    quality = read_rows(folder / "quality.csv")
+    pruned = read_rows(folder / "pruned_quality.csv")
     return {
         "operator": operator_table(read_rows(folder / "operator.csv")),
         "step": step_table(read_rows(folder / "step.csv")),
         "decode": decode_table(read_rows(folder / "decode.csv")),
         "criteria": criteria_table(read_rows(folder / "pruning.csv")),
         "streaming": streaming_table(read_rows(folder / "streaming.csv")),
-        "quality": quality_table(quality),
-        "start": start_table(quality),
+        "pruned": pruned_table(pruned),
+        "start": start_table(pruned),
     }
 
 
@@ -189,7 +189,7 @@ def streaming_table(rows: Sequence[Row]) -> str:
     return _markdown(heads, lines) if rows else _NOTHING
 
 
-def quality_table(rows: Sequence[Row]) -> str:
+def pruned_table(rows: Sequence[Row]) -> str:
     """One table per model: perplexity by method and pattern."""
     cells = {(row["model"], row["method"], row["pattern"]): row for row in rows}
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import common, quality, streaming
+from benchmarks import common, pruned_quality, streaming
+from benchmarks.subjects import Subject
 from scripts import make_synthetic_model
 
 CASE = ["--samples", "4", "--window", "16", "--threads", "1"]
@@ -49,19 +50,19 @@ def test_streaming_notices_other_bits(
 
 
 @pytest.fixture
-def small(dense: Path, stories: Path, monkeypatch: pytest.MonkeyPatch) -> quality.Subject:
+def small(dense: Path, stories: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
     """The only model that there is."""
     texts = {"calibration": str(stories), "evaluation": str(stories)}
-    subject = quality.Subject(name="small", model=str(dense), window=16, limit=8, **texts)
-    monkeypatch.setattr(quality, "subjects", lambda *_: [subject])
-    monkeypatch.setattr(quality, "SAMPLES", 4)
+    subject = Subject(name="small", model=str(dense), window=16, limit=8, **texts)
+    monkeypatch.setattr(pruned_quality, "subjects", lambda *_: [subject])
+    monkeypatch.setattr(pruned_quality, "SAMPLES", 4)
     return subject
 
 
-def test_quality_appends_a_row_for_each_cell(small: quality.Subject, tmp_path: Path) -> None:
-    path = tmp_path / "quality.csv"
+def test_quality_appends_a_row_for_each_cell(small: Subject, tmp_path: Path) -> None:
+    path = tmp_path / "pruned_quality.csv"
     methods = ["magnitude", "wanda + owl", "wanda + reconstruction"]
-    quality.main(["--pattern", "50%", "2:4", "--method", *methods, "--csv", str(path)])
+    pruned_quality.main(["--pattern", "50%", "2:4", "--method", *methods, "--csv", str(path)])
     rows = common.read_rows(path)
     assert [(row["pattern"], row["method"]) for row in rows] == [
         *(("50%", method) for method in methods),
@@ -73,10 +74,10 @@ def test_quality_appends_a_row_for_each_cell(small: quality.Subject, tmp_path: P
     assert {row["protocol"] for row in rows} == {"stories, first 8 documents, each document by itself, 16 tokens"}
 
 
-def test_quality_trains_and_leaves_out_what_does_not_divide(small: quality.Subject, tmp_path: Path) -> None:
-    path = tmp_path / "quality.csv"
+def test_quality_trains_and_leaves_out_what_does_not_divide(small: Subject, tmp_path: Path) -> None:
+    path = tmp_path / "pruned_quality.csv"
     options = ["--pattern", "2:4", "5:7", "--method", "wanda", "--then-train", "2", "--csv", str(path)]
-    quality.main(options)
+    pruned_quality.main(options)
     (row,) = common.read_rows(path)
     assert row["trained_steps"] == "2" and float(row["trained_perplexity"]) > 1
     assert row["trained_perplexity"] != row["perplexity"]

@@ -122,7 +122,7 @@ def test_streaming_table_has_the_last_run_of_a_case(data):
     ]
 
 
-def test_quality_tables(data):
+def test_tables_of_pruned_models(data):
     case = {"date": "1", **MACHINE, "model": "small", "protocol": "a text", "dense": 10.0}
     for method, pattern, before, steps, after in (
         ("wanda", "50%", 20.0, 0, ""),
@@ -131,8 +131,8 @@ def test_quality_tables(data):
         ("ria", "2:4", 29.0, 0, ""),
     ):
         row = {"pattern": pattern, "method": method, "perplexity": before, "trained_steps": steps}
-        common.append_rows(data / "quality.csv", [case | row | {"trained_perplexity": after}])
+        common.append_rows(data / "pruned_quality.csv", [case | row | {"trained_perplexity": after}])
     made = tables.tables(data)
-    assert made["quality"].startswith("small, dense 10.0 (a text):")
-    assert cells(made["quality"])[2:] == [["wanda", "20.0", "30.0"], ["ria", "–", "29.0"]]
+    assert made["pruned"].startswith("small, dense 10.0 (a text):")
+    assert cells(made["pruned"])[2:] == [["wanda", "20.0", "30.0"], ["ria", "–", "29.0"]]
     assert cells(made["start"])[2:] == [["small", "2:4", "10.0", "wanda", "30.0", "7", "15.0"]]

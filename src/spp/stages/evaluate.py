@@ -101,30 +101,57 @@ def evaluate(options: EvalOptions) -> EvalReport:
     start = time.perf_counter()
     if options.adapter is not None:
         check_adapter(options.adapter, options.model)
-    window = context_window(load_config(options.model, options), options.window)
-    tokenizer = load_tokenizer(options.model, options)
-    records = load_records(options.text, "evaluation")[: options.limit]
-    per_document = _is_by_document(options.text) if options.per_document is None else options.per_document
-    windows = document_windows(records, tokenizer, window) if per_document else text_windows(records, tokenizer, window)
+    text = read_windows(options)
     model: PreTrainedModel | PeftModel = load_model(options.model, options)
     dtype = str(model.dtype).removeprefix("torch.")
     if options.adapter is not None:
         model = with_adapter(model, options.adapter)
-    score = perplexity_of(model, windows)
+    score = perplexity_of(model, text.windows)
     return EvalReport(
         perplexity=score.perplexity,
         nll=score.nll,
         unit="token",
         tokens=score.tokens,
-        documents=len(records),
-        windows=len(windows),
-        window=window,
-        stride=window,
-        per_document=per_document,
+        documents=text.documents,
+        windows=len(text.windows),
+        window=text.window,
+        stride=text.window,
+        per_document=text.per_document,
         dtype=dtype,
         source=options.text,
         seconds=time.perf_counter() - start,
     )
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Text as it is scored.
+
+    Attributes:
+        windows: token ids, each to be scored by itself.
+        window: most tokens in one of them.
+        documents: records read.
+        per_document: the protocol.
+    """
+
+    windows: list[Sequence[int]]
+    window: int
+    documents: int
+    per_document: bool
+
+
+def read_windows(options: EvalOptions) -> Windows:
+    """The evaluation text of these options, tokenised and cut.
+
+    Raises:
+        UsageError: a missing model or text, or too little text for one window.
+    """
+    window = context_window(load_config(options.model, options), options.window)
+    tokenizer = load_tokenizer(options.model, options)
+    records = load_records(options.text, "evaluation")[: options.limit]
+    per_document = _is_by_document(options.text) if options.per_document is None else options.per_document
+    windows = document_windows(records, tokenizer, window) if per_document else text_windows(records, tokenizer, window)
+    return Windows(windows, window, len(records), per_document)
 
 
 def _is_by_document(text: str) -> bool:

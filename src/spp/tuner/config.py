@@ -54,8 +54,8 @@ class SppConfig(PeftConfig):
     init_weights: bool | Literal["ones", "published"] = field(
         default=True,
         metadata={
-            "help": "ones, which is what True means: A = 0 and B = 1; published: A ~ U(-1/sqrt(I), 1/sqrt(I)) and B = 0; "
-            "False draws both, so that W' != W (for tests)"
+            "help": "ones, which is what True means: A = 0 and B = 1; published: A ~ U(-1/sqrt(I), 1/sqrt(I)) and "
+            "B = 0; False draws both, so that W' != W (for tests)"
         },
     )
 

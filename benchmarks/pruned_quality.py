@@ -1,0 +1,157 @@
+"""What pruning costs: perplexity by criterion, pattern and model, and what SPP makes of it afterwards.
+
+    python benchmarks/pruned_quality.py --data FOLDER --threads 2 [--model story] [--then-train 200]
+
+FOLDER has the models in benchmarks/subjects.py; without it, there is the bundled one only.
+
+Calibration and evaluation share no text. Every criterion runs on the same windows. With `--then-train`, each pruned
+model is fine-tuned and merged too, always from the same data in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # Python puts a script's folder first on the path, and there operator.py stands in for the library's `operator`.
+    _here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
+
+import argparse
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import spp
+from benchmarks.common import DATA, append_rows, machine_columns
+from benchmarks.subjects import Subject, subjects
+from spp.errors import UsageError
+from spp.patterns import NM, parse_pattern
+
+PATTERNS = ("50%", "75%", "2:4", "4:8")
+SAMPLES = 128
+
+_CRITERIA = ("magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt")
+_RECONSTRUCTED = ("magnitude", "wanda", "ria", "sparsegpt")
+METHODS: dict[str, dict[str, Any]] = {
+    **{name: {"criterion": name} for name in _CRITERIA},
+    "wanda + owl": {"criterion": "wanda", "allocation": "owl"},
+    "sparsegpt + owl": {"criterion": "sparsegpt", "allocation": "owl"},
+    "wanda + dsnot": {"criterion": "wanda", "refine": "dsnot"},
+    **{f"{name} + reconstruction": {"criterion": name, "reconstruct": "block"} for name in _RECONSTRUCTED},
+    "wanda + reconstruction of A, B": {"criterion": "wanda", "reconstruct": "block", "reconstruct_params": "spp"},
+}
+"""Name in the table -> options of `spp prune`."""
+
+
+def measure(subject: Subject, pattern: str, method: str, folder: Path, steps: int) -> dict[str, Any] | None:
+    """Prune, evaluate, and train if `steps` says so; None where the method or the model has no such pattern."""
+    options = METHODS[method]
+    if options.get("allocation") == "owl" and isinstance(parse_pattern(pattern), NM):
+        return None
+    began = time.perf_counter()
+    pruned = folder / "pruned"
+    try:
+        report = spp.prune(
+            spp.PruneOptions.build(
+                {
+                    "model": subject.model,
+                    "out": pruned,
+                    "pattern": pattern,
+                    "calibration": subject.calibration,
+                    "samples": SAMPLES,
+                    "window": subject.window,
+                    "overwrite": True,
+                    **options,
+                }
+            )
+        )
+    except UsageError as error:
+        if "does not divide" not in str(error):
+            raise
+        return None
+    seconds = time.perf_counter() - began
+    return {
+        "sparsity": round(report.sparsity, 4),
+        "prune_seconds": round(seconds, 1),
+        "perplexity": round(perplexity(subject, str(pruned)), 4),
+        "trained_steps": steps,
+        "trained_perplexity": round(_trained(subject, pruned, folder, steps), 4) if steps else "",
+    }
+
+
+def perplexity(subject: Subject, model: str) -> float:
+    """Per token, in fp32."""
+    options = {"model": model, "text": subject.evaluation, "window": subject.window, "limit": subject.limit}
+    return spp.evaluate(spp.EvalOptions.build(options | {"dtype": "float32"})).perplexity
+
+
+def _trained(subject: Subject, pruned: Path, folder: Path, steps: int) -> float:
+    """Perplexity of the merged model after SPP fine-tuning on the text that calibration is taken from."""
+    adapter, merged = folder / "adapter", folder / "merged"
+    spp.train(
+        spp.TrainOptions.build(
+            {
+                "model": str(pruned),
+                "out": adapter,
+                "data": subject.calibration,
+                "window": subject.window,
+                "max_steps": steps,
+                "overwrite": True,
+            }
+        )
+    )
+    spp.merge(spp.MergeOptions(model=str(pruned), adapter=adapter, out=merged, overwrite=True))
+    return perplexity(subject, str(merged))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for, and append each row to the CSV file as it is there."""
+    args = _parser().parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for subject in subjects(args.data, folder):
+            if args.model and subject.name not in args.model:
+                continue
+            machine = machine_columns("cpu")
+            case = {"model": subject.name, "protocol": subject.protocol, "samples": SAMPLES}
+            dense = round(perplexity(subject, subject.model), 4)
+            print(f"{subject.name}, dense: {dense} ({subject.protocol})")
+            for pattern in args.pattern or PATTERNS:
+                for method in args.method or METHODS:
+                    found = measure(subject, pattern, method, folder, args.then_train)
+                    if found is None:
+                        continue
+                    append_rows(
+                        args.csv, [machine | case | {"pattern": pattern, "method": method, "dense": dense} | found]
+                    )
+                    print(
+                        f"{subject.name}, {pattern}, {method}: {found['perplexity']} {found['trained_perplexity']}",
+                        flush=True,
+                    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmarks/pruned_quality.py", description=__doc__.split("\n")[0])
+    several = {"action": "extend", "nargs": "+"}
+    parser.add_argument("--data", type=Path, help="folder with models/ and corpora/ of other people's")
+    parser.add_argument("--model", help="names from the table (default: all)", **several)
+    parser.add_argument("--pattern", help=f"default: {' '.join(PATTERNS).replace('%', '%%')}", **several)
+    parser.add_argument("--method", choices=METHODS, help="default: all", **several)
+    parser.add_argument("--then-train", type=int, default=0, metavar="STEPS", help="also fine-tune (default: not)")
+    parser.add_argument("--threads", type=int, help="default: what torch takes")
+    parser.add_argument(
+        "--csv", type=Path, default=DATA / "pruned_quality.csv", help="file to append to (default: %(default)s)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main()

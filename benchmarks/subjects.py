@@ -1,0 +1,79 @@
+"""The models that quality is measured on, each with its text and protocol.
+
+The bundled model is always there; the others are small models of other people's, with the text that they were made for,
+in a folder: models/story, models/stories260K and models/shakespeare_opt, corpora/tinystories_train.jsonl,
+corpora/tinystories_valid.jsonl and corpora/shakespeare.txt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from spp.pipeline import bundled_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model and its protocol.
+
+    Attributes:
+        name: in the table.
+        calibration, evaluation: texts.
+        window: tokens.
+        limit: documents that are evaluated; None for all.
+    """
+
+    name: str
+    model: str
+    calibration: str
+    evaluation: str
+    window: int
+    limit: int | None = None
+
+    @property
+    def protocol(self) -> str:
+        """In words."""
+        kind = "each document by itself" if self.evaluation.endswith(".jsonl") else "windows that do not overlap"
+        documents = "" if self.limit is None else f"first {self.limit} documents, "
+        return f"{Path(self.evaluation).stem}, {documents}{kind}, {self.window} tokens"
+
+
+def subjects(data: Path | None, scratch: Path) -> list[Subject]:
+    """The models that there are.
+
+    Args:
+        data: folder of other people's models and text.
+        scratch: for the two parts of a text that is to be divided.
+    """
+    found = [
+        Subject(
+            name="bundled",
+            model=str(bundled_model()),
+            calibration="python-stdlib",
+            evaluation="python-stdlib",
+            window=256,
+            limit=40,
+        )
+    ]
+    if data is None:
+        return found
+    corpora = data / "corpora"
+    for name in ("story", "stories260K"):
+        texts = {
+            "calibration": str(corpora / "tinystories_train.jsonl"),
+            "evaluation": str(corpora / "tinystories_valid.jsonl"),
+        }
+        found.append(Subject(name=name, model=str(data / "models" / name), window=512, limit=600, **texts))
+    text = (corpora / "shakespeare.txt").read_text(encoding="utf-8")
+    parts = {
+        "calibration": scratch / "shakespeare_first_nine_tenths.txt",
+        "evaluation": scratch / "shakespeare_last_tenth.txt",
+    }
+    parts["calibration"].write_text(text[: len(text) // 10 * 9], encoding="utf-8")
+    parts["evaluation"].write_text(text[len(text) // 10 * 9 :], encoding="utf-8")
+    model = str(data / "models" / "shakespeare_opt")
+    return [
+        *found,
+        Subject(name="shakespeare_opt", model=model, window=64, **{key: str(path) for key, path in parts.items()}),
+    ]

@@ -1,0 +1,104 @@
+"""The comparison of fine-tuning methods: zeros are kept, baselines are what they claim, rows have what they need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import HiraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from benchmarks import common, quality
+from benchmarks.baselines.finetuning import Lora, MaskedLora, MaskedWeight, Replaced, replace_linears
+from benchmarks.subjects import Subject
+from scripts import make_synthetic_model
+from spp.models import prunable_linears
+
+
+def sparse_layer() -> nn.Linear:
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 8)
+    layer.weight.data[torch.rand(8, 12) < 0.5] = 0.0
+    return layer
+
+
+@pytest.mark.parametrize("kind", [Lora, MaskedLora, MaskedWeight])
+def test_what_is_deployed_has_the_zeros(kind: type[Replaced]) -> None:
+    base = sparse_layer()
+    layer, x = kind(base), torch.randn(3, 12)
+    torch.testing.assert_close(layer(x), base(x))  # before training, nothing has changed
+    for parameter in layer.parameters():
+        parameter.data.normal_()
+    assert not layer.deployed()[base.weight == 0].any()
+    dense = bool(layer.weight()[base.weight == 0].any())
+    assert dense == (kind is Lora)  # which is masked only afterwards
+    layer.eval()
+    torch.testing.assert_close(layer(x), x @ layer.deployed().T + base.bias)
+
+
+def test_by_hand() -> None:
+    base = nn.Linear(2, 2, bias=False)
+    base.weight.data = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
+    layer = MaskedLora(base, rank=1)
+    layer.A.data, layer.B.data = torch.tensor([[1.0, 10.0]]), torch.tensor([[1.0], [-1.0]])
+    assert layer.weight().tolist() == [[1 + 2, 0.0], [2 - 2, 3 - 20]]
+
+
+@pytest.fixture
+def small(tmp_path: Path, stories: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
+    """The only model that there is."""
+    folder = tmp_path / "dense"
+    assert make_synthetic_model.main(["--gigabytes", "0.001", str(folder)]) == 0
+    texts = {"calibration": str(stories), "evaluation": str(stories)}
+    subject = Subject(name="small", model=str(folder), window=16, limit=8, **texts)
+    monkeypatch.setattr(quality, "subjects", lambda *_: [subject])
+    monkeypatch.setattr(quality, "SAMPLES", 4)
+    monkeypatch.setattr(quality, "_TOKENS_PER_STEP", 64)
+    return subject
+
+
+def test_a_row_for_each_method_and_seed(small: Subject, tmp_path: Path) -> None:
+    path = tmp_path / "quality.csv"
+    options = ["--pattern", "2:4", "--steps", "2", "--seeds", "0", "1", "--threads", "1", "--csv", str(path)]
+    methods = ["SPP", "SPP + both", "HiRA", "masked full"]
+    quality.main([*options, "--method", *methods])
+    rows = common.read_rows(path)
+    assert [(row["method"], row["seed"]) for row in rows] == [(name, seed) for name in methods for seed in "01"]
+    for row in rows:
+        assert float(row["learning_rate"]) in quality.METHODS[row["method"]].rates
+        assert float(row["perplexity"]) > 1 and int(row["trainable"]) > 0
+    trainable = {row["method"]: int(row["trainable"]) for row in rows}
+    assert trainable["SPP"] < trainable["HiRA"] < trainable["masked full"]
+
+
+def deployed(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a trained model after merging."""
+    if isinstance(model, PeftModel):
+        return {name: layer.weight for name, layer in prunable_linears(model.merge_and_unload()).items()}
+    return {name: layer.deployed() for name, layer in model.named_modules() if isinstance(layer, Replaced)}
+
+
+@pytest.mark.parametrize("name", [name for name, method in quality.METHODS.items() if not method.reconstructed])
+def test_every_method_keeps_zeros(small: Subject, tmp_path: Path, name: str) -> None:
+    cell = quality.Cell(small, "2:4", tmp_path)
+    base = prunable_linears(cell.start(reconstructed=False))
+    weights = deployed(quality.fit(cell, quality.METHODS[name], 0.01, 0, 2)[0])
+    assert weights.keys() == base.keys()
+    for layer, weight in weights.items():
+        assert not weight[base[layer].weight == 0].any(), layer
+        assert not weight.equal(base[layer].weight), layer
+
+
+def test_hira_is_pefts_own(small: Subject, tmp_path: Path) -> None:
+    cell = quality.Cell(small, "2:4", tmp_path)
+    model = quality.METHODS["HiRA"].adapt(cell.start(reconstructed=False))
+    assert type(model) is type(get_peft_model(cell.start(reconstructed=False), HiraConfig(task_type="CAUSAL_LM")))
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == 2 * len(prunable_linears(cell.dense))
+
+
+def test_replacing_freezes_the_rest(small: Subject, tmp_path: Path) -> None:
+    model = quality.Cell(small, "2:4", tmp_path).start(reconstructed=False)
+    linears = len(prunable_linears(model))
+    replace_linears(model, MaskedWeight)
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == linears
