@@ -159,7 +159,7 @@ def _conflicts(settings: PruningSettings) -> list[str]:
 class AdapterSettings(Options):
     """The SPP adapter: W' = W + scale * W * A[group] * B."""
 
-    rank: int = Field(16, ge=1, description="row groups R: A has R rows, shared by groups of output rows")
+    rank: int = Field(32, ge=1, description="row groups R: A has R rows, shared by groups of output rows")
     scale: float = Field(2.0, gt=0, description="factor s of the update s * W * A[group] * B")
     init: Literal["ones", "published"] = Field(
         "ones", description="ones: A = 0 and B = 1; published: A at random within 1/sqrt(I), and B = 0"

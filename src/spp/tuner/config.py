@@ -20,7 +20,7 @@ class SppConfig(PeftConfig):
         ValueError: a field holds what it cannot; all such fields are named at once.
     """
 
-    r: int = field(default=16, metadata={"help": "row groups R: A has R rows; at most the layer's output features"})
+    r: int = field(default=32, metadata={"help": "row groups R: A has R rows; at most the layer's output features"})
     scale: float = field(default=2.0, metadata={"help": "factor s of the update; the published runs use 2"})
     mode: Literal["fused", "split"] = field(
         default="fused",
