@@ -120,7 +120,7 @@ def test_checkpointing_comes_on_where_the_batch_would_not_fit(request_for, monke
     assert predict_training(options).gradient_checkpointing
     asked = []
     monkeypatch.setattr(
-        "spp.stages.train.training_arguments",
+        "spp.stages.fitting.training_arguments",
         lambda *args, **kwargs: asked.append(kwargs["gradient_checkpointing"]) or training_arguments(*args, **kwargs),
     )
     train(options)
