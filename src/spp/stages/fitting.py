@@ -97,8 +97,8 @@ class Fitting:
         """
         sequences: int | None = batching(self._options)[0]
         while sequences is not None:
-            trainer, watch = self._trainer(sequences)
-            if self._runs_through(trainer, watch):
+            trainer, watch, latest = self._trainer(sequences)
+            if self._runs_through(trainer, watch, latest):
                 return self._finished(trainer, watch)
             del trainer, watch  # what they hold is in the way of the next try
             torch.cuda.empty_cache()
@@ -116,7 +116,8 @@ class Fitting:
         if self._checkpoints is not None:
             self._checkpoints.remove()
 
-    def _trainer(self, sequences: int) -> tuple[SppTrainer, Watch]:
+    def _trainer(self, sequences: int) -> tuple[SppTrainer, Watch, Path | None]:
+        """The Trainer, and the checkpoint to go on from."""
         options = self._options
         set_seed(options.seed)
         if options.report_to != "none":
@@ -131,6 +132,7 @@ class Fitting:
         )
         with arguments.main_process_first(local=False):  # the first process tidies up, the others find it done
             self._checkpoints = Checkpoints(self._folder, self._request)
+            latest = self._checkpoints.latest()
         watch = Watch()
         best = [Best(self._folder / "best", self._tensors)] if self._held_out else []
         trainer = SppTrainer(
@@ -144,12 +146,11 @@ class Fitting:
         )
         for printer in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printer)
-        return trainer, watch
+        return trainer, watch, latest
 
-    def _runs_through(self, trainer: SppTrainer, watch: Watch) -> bool:
+    def _runs_through(self, trainer: SppTrainer, watch: Watch, latest: Path | None) -> bool:
         """Train; False where memory did not suffice."""
-        assert self._checkpoints is not None
-        if (latest := self._checkpoints.latest()) is not None:
+        if latest is not None:
             logger.info("resuming from %s", latest)
         try:
             trainer.train(resume_from_checkpoint=str(latest) if latest else None)
@@ -164,7 +165,7 @@ class Fitting:
             ) from error
         except LossNotFinite as error:
             examples = ", ".join(map(str, trainer.examples_of_the_step))
-            good = self._checkpoints.latest()
+            good = self._checkpoints.latest() if self._checkpoints else None
             raise SppError(
                 f"{error} Its examples, counted from 0: {examples}. "
                 + (f"The last good checkpoint is {good}" if good else "There is no checkpoint before it")
@@ -178,6 +179,7 @@ class Fitting:
         if self._held_out:
             if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history):
                 trainer.evaluate()
+            trainer.accelerator.wait_for_everyone()  # for the one that writes it
             best = Best(self._folder / "best", self._tensors)
             best_step = best.step
             set_peft_model_state_dict(self._adapted, best.tensors())
