@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -181,6 +182,8 @@ class Fitting:
                 trainer.evaluate()
             trainer.accelerator.wait_for_everyone()  # for the one that writes it
             best = Best(self._folder / "best", self._tensors)
+            if not math.isfinite(best.loss):
+                raise SppError("the loss on the held-out examples never was finite; nothing was written. Check the data")
             best_step = best.step
             set_peft_model_state_dict(self._adapted, best.tensors())
         _require_finite(self._adapted)
