@@ -325,7 +325,7 @@ def test_the_best_adapter_is_taken(options, monkeypatch, tmp_path):
 
 def test_a_validation_loss_that_never_is_finite(options, monkeypatch, tmp_path):
     monkeypatch.setattr(objective.SppTrainer, "_validation_loss", lambda self: math.nan)
-    with pytest.raises(SppError, match="held-out examples never was finite"):
+    with pytest.raises(SppError, match="on held-out examples never was finite"):
         train(options(validation=20, max_steps=2))
     assert not (tmp_path / "adapter").exists()
 

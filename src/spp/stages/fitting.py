@@ -183,7 +183,7 @@ class Fitting:
             trainer.accelerator.wait_for_everyone()  # for the one that writes it
             best = Best(self._folder / "best", self._tensors)
             if not math.isfinite(best.loss):
-                raise SppError("the loss on the held-out examples never was finite; nothing was written. Check the data")
+                raise SppError("the loss on held-out examples never was finite; nothing was written; check the data")
             best_step = best.step
             set_peft_model_state_dict(self._adapted, best.tensors())
         _require_finite(self._adapted)
