@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 import spp
-from benchmarks.common import DATA, append_rows, machine_columns
-from benchmarks.subjects import Subject, subjects
+from benchmarks.common import append_rows, machine_columns
+from benchmarks.subjects import Subject, add_subject_arguments, subjects
 from spp.errors import UsageError
 from spp.patterns import NM, parse_pattern
 
@@ -117,9 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for subject in subjects(args.data, folder):
-            if args.model and subject.name not in args.model:
-                continue
+        for subject in subjects(args.data, folder, args.model):
             machine = machine_columns("cpu")
             case = {"model": subject.name, "protocol": subject.protocol, "samples": SAMPLES}
             dense = round(perplexity(subject, subject.model), 4)
@@ -140,16 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks/pruned_quality.py", description=__doc__.split("\n")[0])
-    several = {"action": "extend", "nargs": "+"}
-    parser.add_argument("--data", type=Path, help="folder with models/ and corpora/ of other people's")
-    parser.add_argument("--model", help="names from the table (default: all)", **several)
-    parser.add_argument("--pattern", help=f"default: {' '.join(PATTERNS).replace('%', '%%')}", **several)
-    parser.add_argument("--method", choices=METHODS, help="default: all", **several)
+    add_subject_arguments(parser, PATTERNS, METHODS, "pruned_quality.csv")
     parser.add_argument("--then-train", type=int, default=0, metavar="STEPS", help="also fine-tune (default: not)")
-    parser.add_argument("--threads", type=int, help="default: what torch takes")
-    parser.add_argument(
-        "--csv", type=Path, default=DATA / "pruned_quality.csv", help="file to append to (default: %(default)s)"
-    )
     return parser
 
 

@@ -37,8 +37,8 @@ from transformers import PreTrainedModel
 
 import spp
 from benchmarks.baselines.finetuning import Lora, MaskedLora, MaskedWeight, replace_linears
-from benchmarks.common import DATA, append_rows, machine_columns
-from benchmarks.subjects import Subject, subjects
+from benchmarks.common import append_rows, machine_columns
+from benchmarks.subjects import Subject, add_subject_arguments, subjects
 from spp.data.examples import Example, collate
 from spp.divergence import divergence
 from spp.loading import load_model
@@ -238,9 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        for subject in subjects(args.data, Path(scratch)):
-            if args.model and subject.name not in args.model:
-                continue
+        for subject in subjects(args.data, Path(scratch), args.model):
             machine = machine_columns(args.device)
             for pattern in args.pattern or PATTERNS:
                 _measure_cell(Cell(subject, pattern, Path(scratch), args.device), machine, args)
@@ -273,18 +271,10 @@ def _measure_cell(cell: Cell, machine: dict[str, Any], args: argparse.Namespace)
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks/quality.py", description=__doc__.split("\n")[0])
-    several = {"action": "extend", "nargs": "+"}
-    parser.add_argument("--data", type=Path, help="folder with models/ and corpora/ of other people's")
-    parser.add_argument("--model", help="names from the table (default: all)", **several)
-    parser.add_argument("--pattern", help=f"default: {' '.join(PATTERNS).replace('%', '%%')}", **several)
-    parser.add_argument("--method", choices=METHODS, help="default: all", **several)
+    add_subject_arguments(parser, PATTERNS, METHODS, "quality.csv")
     parser.add_argument("--steps", type=int, default=150, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="default: what torch takes")
-    parser.add_argument(
-        "--csv", type=Path, default=DATA / "quality.csv", help="file to append to (default: %(default)s)"
-    )
     return parser
 
 

@@ -7,9 +7,12 @@ corpora/tinystories_valid.jsonl and corpora/shakespeare.txt.
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.common import DATA
 from spp.pipeline import bundled_model
 
 
@@ -39,13 +42,31 @@ class Subject:
         return f"{Path(self.evaluation).stem}, {documents}{kind}, {self.window} tokens"
 
 
-def subjects(data: Path | None, scratch: Path) -> list[Subject]:
+def subjects(data: Path | None, scratch: Path, names: Sequence[str] | None) -> list[Subject]:
     """The models that there are.
 
     Args:
         data: folder of other people's models and text.
         scratch: for the two parts of a text that is to be divided.
+        names: of those that are wanted; None for all.
     """
+    return [subject for subject in _all(data, scratch) if names is None or subject.name in names]
+
+
+def add_subject_arguments(
+    parser: argparse.ArgumentParser, patterns: Iterable[str], methods: Iterable[str], csv_name: str
+) -> None:
+    """The options of scripts that measure methods on these models."""
+    several = {"action": "extend", "nargs": "+"}
+    parser.add_argument("--data", type=Path, help="folder with models/ and corpora/ of other people's")
+    parser.add_argument("--model", help="names from the table (default: all)", **several)
+    parser.add_argument("--pattern", help=f"default: {' '.join(patterns).replace('%', '%%')}", **several)
+    parser.add_argument("--method", choices=methods, help="default: all", **several)
+    parser.add_argument("--threads", type=int, help="default: what torch takes")
+    parser.add_argument("--csv", type=Path, default=DATA / csv_name, help="file to append to (default: %(default)s)")
+
+
+def _all(data: Path | None, scratch: Path) -> list[Subject]:
     found = [
         Subject(
             name="bundled",

@@ -19,7 +19,7 @@ def joined(device: torch.device) -> Iterator[None]:
     Args:
         device: where the tensors will be that they send.
     """
-    if _started() == 1 or dist.is_initialized():
+    if started() == 1 or dist.is_initialized():
         yield
         return
     if device.index is not None:
@@ -34,9 +34,14 @@ def joined(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def started() -> int:
+    """How many processes torchrun has started, on all machines; they need not be joined yet."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def local_rank() -> int | None:
     """The number of this process among those that torchrun started on this machine; None where it is the only one."""
-    return int(os.environ["LOCAL_RANK"]) if _started() > 1 and "LOCAL_RANK" in os.environ else None
+    return int(os.environ["LOCAL_RANK"]) if started() > 1 and "LOCAL_RANK" in os.environ else None
 
 
 def count() -> int:
@@ -82,8 +87,3 @@ def gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * count()
     dist.all_gather_object(values, value)
     return values
-
-
-def _started() -> int:
-    """How many processes torchrun has started, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from spp import processes
 from spp.errors import UsageError
 from spp.options import TrainingSettings, TrainOptions
 
@@ -22,10 +23,10 @@ def batching(options: TrainingSettings) -> tuple[int, int]:
     Raises:
         UsageError: the batch does not divide.
     """
-    processes = _processes()
-    if options.batch_size % processes:
+    count = processes.started()
+    if options.batch_size % count:
         raise UsageError(
-            f"batch-size {options.batch_size} does not divide over {processes} processes; make it a multiple of them"
+            f"batch-size {options.batch_size} does not divide over {count} processes; make it a multiple of them"
         )
     share = _share(options)
     at_once = options.device_batch_size
@@ -33,7 +34,7 @@ def batching(options: TrainingSettings) -> tuple[int, int]:
         at_once = max(count for count in range(1, min(share, _MOST_AT_ONCE) + 1) if share % count == 0)
     if share % at_once:
         raise UsageError(
-            f"device-batch-size {at_once} does not divide the {share} sequences of a step that each of {processes} "
+            f"device-batch-size {at_once} does not divide the {share} sequences of a step that each of {count} "
             f"process(es) computes (batch-size {options.batch_size}); choose a divisor"
         )
     return at_once, share // at_once
@@ -60,7 +61,7 @@ def smaller_batch(options: TrainingSettings, sequences: int) -> int | None:
 
     Several processes could not agree on it, since only one of them may be out of memory.
     """
-    if options.device_batch_size is not None or _processes() > 1:
+    if options.device_batch_size is not None or processes.started() > 1:
         return None
     return max((count for count in range(1, sequences) if options.batch_size % count == 0), default=None)
 
@@ -130,10 +131,6 @@ def _use(arguments: TrainingArguments, device: torch.device) -> None:
     arguments.__dict__["_setup_devices"] = device  # the cache behind `arguments.device`
 
 
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _share(options: TrainingSettings) -> int:
     """Sequences of a step that one process computes."""
-    return options.batch_size // _processes()
+    return options.batch_size // processes.started()
