@@ -241,6 +241,11 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
     eval_steps: int | None = Field(
         None, ge=1, description="optimiser steps between evaluations on them (default: save-steps)"
     )
+    sharding: Literal["none", "fsdp", "zero3"] = Field(
+        "none",
+        description="what several processes do with the model: none gives each all of it (DDP), fsdp and zero3 "
+        "(DeepSpeed) a share",
+    )
     report_to: str = Field(
         "none", description="also log to tensorboard, wandb, trackio, ... (names separated by commas)"
     )

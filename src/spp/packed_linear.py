@@ -80,5 +80,5 @@ class PackedLinear(nn.Module):
             self.values = nn.Parameter(self.values.new_empty(given.shape), requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, *args)
         error_messages: list[str] = args[-1]
-        if not error_messages and not self.values.is_meta:
+        if given is not None and not error_messages and not self.values.is_meta:
             error_messages += [f"{prefix}: {problem}" for problem in problems(self.packed)]

@@ -12,6 +12,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from spp import processes
 from spp.errors import UsageError
 from spp.options import TrainingSettings, TrainOptions
+from spp.stages.sharding import sharding_arguments
 
 _MOST_AT_ONCE = 8
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -111,6 +112,7 @@ def training_arguments(
         report_to=reports(options),
         disable_tqdm=True,
         use_cpu=device.type == "cpu",
+        **sharding_arguments(options, dtype),
     )
     if device.type == "cpu":
         _use(arguments, device)

@@ -46,9 +46,10 @@ class Best(TrainerCallback):
         if not loss < self.loss:
             return
         self.loss, self.step = loss, state.global_step
+        tensors = self._tensors()  # of which every process may have a part
         if state.is_world_process_zero:
             with new_folder(self._folder, overwrite=True) as partial:
-                save_file({name: one.contiguous() for name, one in self._tensors().items()}, partial / _WEIGHTS)
+                save_file({name: one.contiguous() for name, one in tensors.items()}, partial / _WEIGHTS)
                 write_json(partial / _RECORD, {"loss": loss, "step": state.global_step})
 
     def tensors(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
 from torch import Tensor
 from transformers import PrinterCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
@@ -24,6 +24,7 @@ from spp.stages.arguments import batching, smaller_batch, training_arguments
 from spp.stages.choosing import Best
 from spp.stages.objective import Item, SppTrainer
 from spp.stages.resuming import Checkpoints
+from spp.stages.sharding import set_factors, whole_factors
 from spp.stages.teaching import Teacher
 from spp.stages.watching import LossNotFinite, Watch
 from spp.values import all_finite
@@ -36,6 +37,7 @@ class Fitted:
     """How training went.
 
     Attributes:
+        factors: name of every trained parameter -> its value in the end, the best or the last one.
         steps: optimiser steps.
         tokens: trained on, without padding; like `seconds` it includes what was done before a resume.
         seconds: in training.
@@ -46,6 +48,7 @@ class Fitted:
         is_first: whether this is the process that writes.
     """
 
+    factors: dict[str, Tensor]
     steps: int
     tokens: int
     seconds: float
@@ -87,7 +90,7 @@ class Fitting:
         self._adapted, self._items, self._held_out, self._teacher = adapted, items, held_out, teacher
         self._options, self._folder, self._request, self._device = options, folder, request, device
         self._gradient_checkpointing = gradient_checkpointing
-        self._first = {name: tensor.clone() for name, tensor in self._tensors().items()}
+        self._first = whole_factors(adapted)
         self._checkpoints: Checkpoints | None = None
 
     def run(self) -> Fitted:
@@ -103,7 +106,7 @@ class Fitting:
                 return self._finished(trainer, watch)
             del trainer, watch  # what they hold is in the way of the next try
             torch.cuda.empty_cache()
-            set_peft_model_state_dict(self._adapted, self._first)
+            set_factors(self._adapted, self._first)
             if fewer := smaller_batch(self._options, sequences):
                 logger.warning("%d sequences at once do not fit into memory; going on with %d", sequences, fewer)
             sequences = fewer
@@ -135,7 +138,7 @@ class Fitting:
             self._checkpoints = Checkpoints(self._folder, self._request)
             latest = self._checkpoints.latest()
         watch = Watch()
-        best = [Best(self._folder / "best", self._tensors)] if self._held_out else []
+        best = [self._best()] if self._held_out else []
         trainer = SppTrainer(
             self._items,
             self._held_out,
@@ -176,18 +179,18 @@ class Fitting:
         return True
 
     def _finished(self, trainer: SppTrainer, watch: Watch) -> Fitted:
-        history, best_step = trainer.state.log_history, None
+        history, best_step, factors = trainer.state.log_history, None, whole_factors(self._adapted)
         if self._held_out:
             if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history):
                 trainer.evaluate()
             trainer.accelerator.wait_for_everyone()  # for the one that writes it
-            best = Best(self._folder / "best", self._tensors)
+            best = self._best()
             if not math.isfinite(best.loss):
                 raise SppError("the loss on held-out examples never was finite; nothing was written; check the data")
-            best_step = best.step
-            set_peft_model_state_dict(self._adapted, best.tensors())
-        _require_finite(self._adapted)
+            best_step, factors = best.step, best.tensors()
+        _require_finite(factors)
         return Fitted(
+            factors=factors,
             steps=trainer.state.global_step,
             tokens=int(trainer.state.num_input_tokens_seen),
             seconds=watch.seconds,
@@ -198,8 +201,8 @@ class Fitting:
             is_first=trainer.is_world_process_zero(),
         )
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return get_peft_model_state_dict(self._adapted, save_embedding_layers=False)
+    def _best(self) -> Best:
+        return Best(self._folder / "best", lambda: whole_factors(self._adapted))
 
 
 def _disk_is_full(error: BaseException) -> bool:
@@ -207,7 +210,7 @@ def _disk_is_full(error: BaseException) -> bool:
     return any(isinstance(one, OSError) and one.errno == errno.ENOSPC for one in causes)
 
 
-def _require_finite(adapted: PeftModel) -> None:
+def _require_finite(factors: dict[str, Tensor]) -> None:
     """The last step's update is seen by no loss."""
-    if not all(all_finite(p.detach()) for p in adapted.parameters() if p.requires_grad):
+    if not all(map(all_finite, factors.values())):
         raise SppError("the last step made the adapter NaN or infinite; nothing was written. Lower --learning-rate")

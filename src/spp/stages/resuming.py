@@ -77,7 +77,8 @@ class Checkpoints(TrainerCallback):
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
     """Size in bytes of every file but the mark itself."""
-    return {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != _COMPLETE}
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != _COMPLETE]
+    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
 
 
 def _is_complete(checkpoint: Path) -> bool:

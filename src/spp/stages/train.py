@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from spp import __version__
+from spp import __version__, processes
 from spp.checkpoint import MANIFEST, Checkpoint, resolve_model
 from spp.data.examples import Example, digest
 from spp.fingerprint import base_fingerprint
@@ -24,6 +24,7 @@ from spp.stages.adapting import target_layers, with_new_adapter
 from spp.stages.arguments import batching, reports
 from spp.stages.fitting import Fitting
 from spp.stages.prediction import needs_checkpointing
+from spp.stages.sharding import require_sharding
 from spp.stages.teaching import open_teacher
 from spp.stages.training_data import hold_out, training_examples
 
@@ -86,6 +87,7 @@ def train(options: TrainOptions) -> TrainReport:
     check_output(options.out, options.overwrite, inputs=(folder,))
     source.require_unquantised("give the sparse model as it was before quantisation")
     sequences, _ = batching(options)
+    require_sharding(options)
     reports(options)
     base = base_fingerprint(folder)
 
@@ -136,7 +138,7 @@ def train(options: TrainOptions) -> TrainReport:
         packing=packing,
         seconds=fitted.seconds,
         tokens_per_second=fitted.tokens / max(fitted.seconds, 1e-9),
-        trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        trainable_parameters=sum(factor.numel() for factor in fitted.factors.values()),
         sparsity=share_of_zeros,
         packed=sum(isinstance(target, PackedLinear) for target in targets.values()),
         learning_rate=options.learning_rate,
@@ -150,7 +152,7 @@ def train(options: TrainOptions) -> TrainReport:
         # Only now: PEFT asks the hub about a hub id whenever it saves a checkpoint.
         adapted.peft_config["default"].base_model_name_or_path = options.model
         with new_folder(options.out, overwrite=options.overwrite) as partial:
-            adapted.save_pretrained(str(partial), save_embedding_layers=False)
+            adapted.save_pretrained(str(partial), state_dict=fitted.factors, save_embedding_layers=False)
             write_json(partial / MANIFEST, _manifest(options, base, report))
         fitting.remove_checkpoints()
     return report
@@ -163,6 +165,8 @@ def _beside(out: Path) -> Path:
 def _request(options: TrainOptions, base: str, examples: list[Example]) -> dict[str, Any]:
     """All that the adapter depends on; a checkpoint made for anything else is not resumed."""
     what = options.model_dump(mode="json", exclude=_FREE_ON_RESUME)
+    if options.sharding == "zero3":
+        what["processes"] = processes.started()  # DeepSpeed's checkpoints are of that number
     return {**what, "base": base, "examples": digest(examples), "version": __version__}
 
 
