@@ -183,7 +183,9 @@ class ExampleSettings(Options):
         description="join documents and cut them into full windows "
         "(default: where documents are longer than a window on average)",
     )
-    completion_only: bool = Field(False, description="loss on answers alone (prompt/completion and Alpaca data)")
+    completion_only: bool = Field(
+        False, description="loss on answers alone: completions, Alpaca's output, the assistant's messages"
+    )
 
 
 class TeacherSettings(Options):

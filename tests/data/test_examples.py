@@ -90,12 +90,9 @@ def test_a_conversation_ends_as_its_template_says(tiny_tokenizer):
     assert example.input_ids == characters(tokenizer, "a;b;")
 
 
-@pytest.mark.parametrize("record", [{"text": "a"}, {"messages": [{"role": "user", "content": "a"}]}])
-def test_completion_only_needs_completions(record, tiny_tokenizer):
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    with pytest.raises(UsageError, match="--completion-only needs data with prompt and completion"):
-        whole_examples([record], tokenizer, completion_only=True)
+def test_completion_only_needs_completions(tiny_tokenizer):
+    with pytest.raises(UsageError, match="--completion-only needs data with prompt and completion.*or messages"):
+        whole_examples([{"text": "a"}], tiny_tokenizer, completion_only=True)
 
 
 @pytest.mark.parametrize(("window", "ends"), [(6, True), (5, True), (4, False), (3, False)])
@@ -140,3 +137,42 @@ def test_packing_keeps_every_token_and_the_order(lists, window):
 def test_packed_windows_of_prompts_alone_are_left_out():
     prompt, answer = Example([3] * 4, [IGNORED] * 4), Example([4] * 4, [4] * 4)
     assert pack([prompt, answer, prompt], 4) == [answer]
+
+
+@pytest.fixture
+def chat_tokenizer(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    return tokenizer
+
+
+def conversation(*contents: str) -> dict:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
+
+
+def test_the_loss_on_what_the_assistant_says(chat_tokenizer):
+    records = [conversation("Hi", "Yo", "Go", "No"), conversation("Hi")]
+    learning, nothing = whole_examples(records, chat_tokenizer, completion_only=True)
+    y, o, n = characters(chat_tokenizer, "YoN")
+    assert [label for label in learning.labels if label != IGNORED] == [y, o, EOS, n, o, EOS]
+    shown = [token for token, label in zip(learning.input_ids, learning.labels, strict=True) if label == IGNORED]
+    assert "".join(chat_tokenizer.convert_ids_to_tokens(shown)) == "<u>Hi<eos><a><u>Go<eos><a>"
+    assert not nothing.teaches
+    assert whole_examples(records, chat_tokenizer, completion_only=False)[0].labels == learning.input_ids
+
+
+def test_an_assistant_that_begins(chat_tokenizer):
+    messages = [{"role": "assistant", "content": "Yo"}, {"role": "user", "content": "Hi"}]
+    [example] = whole_examples([{"messages": messages}], chat_tokenizer, completion_only=True)
+    learned = [label for label in example.labels if label != IGNORED]
+    assert "".join(chat_tokenizer.convert_ids_to_tokens(learned)) == "<a>Yo<eos>"
+
+
+def test_a_template_that_rewrites_earlier_messages(chat_tokenizer):
+    chat_tokenizer.chat_template = "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}"
+    with pytest.raises(UsageError, match="writes message 2 in another way when more messages follow"):
+        whole_examples([conversation("Hi", "Yo", "Go", "No")], chat_tokenizer, completion_only=True)

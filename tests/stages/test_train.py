@@ -174,21 +174,38 @@ def test_a_half_written_checkpoint_is_passed_over(options, monkeypatch, tmp_path
     assert same(tmp_path / "whole", tmp_path / "again")
 
 
-@pytest.mark.parametrize("change", [{"learning_rate": 0.01}, {"seed": 1}, {"data": "other"}])
-def test_another_request_starts_over(options, monkeypatch, stories, tmp_path, change, caplog):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"learning_rate": 0.01}, "learning-rate 0.3 (not 0.01)"),
+        ({"rank": 8}, "rank 4 (not 8)"),
+        ({"seed": 1, "init": "published"}, "seed 0 (not 1), init ones (not published)"),
+        ({"data": "other"}, "other examples"),
+        ({"model": "other"}, "another model"),
+    ],
+)
+def test_checkpoints_of_another_run(options, tiny_checkpoint, monkeypatch, stories, tmp_path, change, named, caplog):
+    """They are kept, unless the user says otherwise."""
     if "data" in change:
         other = tmp_path / "other.jsonl"
         other.write_text("\n".join(stories.read_text().splitlines()[:120]) + "\n")
         change = {"data": str(other)}
+    if "model" in change:
+        prune(PruneOptions.build({"model": str(tiny_checkpoint), "out": tmp_path / "m", "pattern": "50%"}))
+        change = {"model": str(tmp_path / "m")}
     train(options("whole", **change))
 
     with monkeypatch.context() as patch:
         patch.setattr(watching.Watch, "on_log", interrupted_at(6))
         with pytest.raises(KeyboardInterrupt):
             train(options("again", save_steps=4))
+    with pytest.raises(UsageError, match=re.escape(named)) as caught:
+        train(options("again", save_steps=4, **change))
+    assert "--overwrite" in str(caught.value)
+    assert (tmp_path / "again.checkpoints" / "checkpoint-4" / "complete.json").is_file()
     with caplog.at_level(logging.INFO, "spp"):
         monkeypatch.setattr(logging.getLogger("spp"), "propagate", True)
-        train(options("again", save_steps=4, **change))
+        train(options("again", save_steps=4, overwrite=True, **change))
     assert "starting over" in caplog.text
     assert same(tmp_path / "whole", tmp_path / "again")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spp.data.records import Record
-from spp.data.tokens import cut, documents, encode, with_end
+from spp.data.tokens import cut, documents, encode, render, with_end
 from spp.errors import UsageError
 
 IGNORED = -100
@@ -46,27 +46,58 @@ def whole_examples(
     Args:
         records: of one kind.
         tokenizer: the model's. A chat template ends a conversation itself, so that nothing is added to messages.
-        completion_only: take the loss on completions alone.
+        completion_only: take the loss on completions alone, or on what the assistant says.
 
     Raises:
-        UsageError: `completion_only` for records without prompts.
+        UsageError: `completion_only` for plain text, or with a chat template that does not tell messages apart.
     """
     ids = documents(records, tokenizer)
     if not any("messages" in record for record in records):
         ids = [with_end(one, tokenizer) for one in ids]
     if not completion_only:
         return [Example(one, one) for one in ids]
-    if not all("prompt" in record for record in records):
-        raise UsageError("--completion-only needs data with prompt and completion, or instruction and output (Alpaca)")
+    if any("text" in record for record in records):
+        raise UsageError(
+            "--completion-only needs data with prompt and completion, instruction and output (Alpaca), or messages"
+        )
+    if any("messages" in record for record in records):
+        return [_answers(record, one, tokenizer) for record, one in zip(records, ids, strict=True)]
     prompts = encode((record["prompt"] for record in records), tokenizer)
-    return [_masked(one, prompt) for one, prompt in zip(ids, prompts, strict=True)]
+    return [_only(one, [(_shared(one, prompt), len(one))]) for one, prompt in zip(ids, prompts, strict=True)]
 
 
-def _masked(ids: list[int], prompt: list[int]) -> Example:
-    """Ignore the prompt: the tokens that it has in common with the whole, as a token can span the boundary."""
-    pairs = zip(ids, prompt, strict=False)
-    common = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(prompt)))
-    return Example(ids, [IGNORED] * common + ids[common:])
+def _answers(record: Record, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Learn what each of the assistant's messages adds to the conversation before it, as the template writes it."""
+    messages, text = record["messages"], render(record, tokenizer)
+    prefixes: list[str] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render({"messages": messages[:index]}, tokenizer, answering=True) if index else ""
+        after = render({"messages": messages[: index + 1]}, tokenizer)
+        if not (text.startswith(after) and after.startswith(before)):
+            raise UsageError(
+                f"--completion-only: the tokenizer's chat template writes message {index + 1} in another way when more "
+                "messages follow, so that answers cannot be told from the rest; leave it out, or give data with prompt "
+                "and completion"
+            )
+        prefixes += [before, after]
+    ends = [_shared(ids, one) for one in encode(prefixes, tokenizer, special=False)]
+    return _only(ids, list(zip(ends[::2], ends[1::2], strict=True)))
+
+
+def _only(ids: list[int], learned: Iterable[tuple[int, int]]) -> Example:
+    """The loss on some ranges of tokens."""
+    labels = [IGNORED] * len(ids)
+    for start, end in learned:
+        labels[start:end] = ids[start:end]
+    return Example(ids, labels)
+
+
+def _shared(ids: list[int], beginning: list[int]) -> int:
+    """How many tokens are those of its beginning; a token can span the end of that."""
+    pairs = zip(ids, beginning, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(beginning)))
 
 
 def truncate(examples: Sequence[Example], window: int) -> list[Example]:

@@ -15,8 +15,13 @@ from spp.errors import UsageError
 _AT_ONCE = 1000  # texts per call: the tokenizer's own threads are busy, and memory stays small
 
 
-def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
+def render(record: Record, tokenizer: PreTrainedTokenizerBase, *, answering: bool = False) -> str:
     """A record as one text: prompt and completion joined, messages through the tokenizer's chat template.
+
+    Args:
+        record: of any kind.
+        tokenizer: the model's.
+        answering: go on with what stands in front of the assistant's next message.
 
     Raises:
         UsageError: there are messages, and the tokenizer has no chat template, or one that refuses them.
@@ -29,7 +34,7 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
             "give data with text, or prompt and completion"
         )
     try:
-        text = tokenizer.apply_chat_template(record["messages"], tokenize=False)
+        text = tokenizer.apply_chat_template(record["messages"], tokenize=False, add_generation_prompt=answering)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in record["messages"])
         raise UsageError(f"the tokenizer's chat template refuses messages with the roles {roles}: {error}") from error

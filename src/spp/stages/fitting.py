@@ -135,7 +135,7 @@ class Fitting:
             gradient_checkpointing=self._gradient_checkpointing,
         )
         with arguments.main_process_first(local=False):  # the first process tidies up, the others find it done
-            self._checkpoints = Checkpoints(self._folder, self._request)
+            self._checkpoints = Checkpoints(self._folder, self._request, overwrite=options.overwrite)
             latest = self._checkpoints.latest()
         watch = Watch()
         best = [self._best()] if self._held_out else []

@@ -22,18 +22,25 @@ class Checkpoints(TrainerCallback):
     """The folder of a run's checkpoints; as a callback, it marks each one once all of it is on disk.
 
     Args:
-        folder: made if it is not there. What a run with another `request` left in it is deleted.
+        folder: made if it is not there.
         request: everything that the result depends on, as JSON values.
+        overwrite: whether checkpoints of a run with another `request` may be deleted.
 
     Raises:
-        UsageError: the folder holds something that is no run's.
+        UsageError: the folder holds something that is no run's, or checkpoints of another one.
     """
 
-    def __init__(self, folder: Path, request: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, request: dict[str, Any], *, overwrite: bool) -> None:
         self.folder = folder
-        if self._request() == request:
+        found = self._request()
+        if found == request:
             return
-        if self._request() is not None:
+        if found is not None:
+            if not overwrite and self.latest():
+                raise UsageError(
+                    f"{folder} holds checkpoints of a run with {_differences(found, request)}; repeat its command to "
+                    "go on with it, name another output, or pass --overwrite to start over"
+                )
             logger.info("%s is of a run with other options or data; starting over", folder)
         elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise UsageError(f"{folder} is where checkpoints go, and it holds something else; name another output")
@@ -73,6 +80,17 @@ class Checkpoints(TrainerCallback):
             return read_json(self.folder / _REQUEST)
         except SppError:  # missing or damaged
             return None
+
+
+def _differences(found: dict[str, Any], asked: dict[str, Any]) -> str:
+    """What a run with checkpoints was asked for that is not asked for now, in words."""
+    named = {"base": "another model", "examples": "other examples"}
+    options = [
+        f"{name.replace('_', '-')} {found.get(name)} (not {asked.get(name)})"
+        for name in dict.fromkeys([*found, *asked])
+        if name not in named and found.get(name) != asked.get(name)
+    ]
+    return ", ".join([*(words for name, words in named.items() if found.get(name) != asked.get(name)), *options])
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
