@@ -183,6 +183,9 @@ class ExampleSettings(Options):
         description="join documents and cut them into full windows "
         "(default: where documents are longer than a window on average)",
     )
+    max_tokens: int | None = Field(
+        None, ge=2, description="read only the first so many tokens of the data, as a stream (default: all of it)"
+    )
     completion_only: bool = Field(
         False, description="loss on answers alone: completions, Alpaca's output, the assistant's messages"
     )

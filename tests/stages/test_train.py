@@ -239,6 +239,25 @@ def test_packing_by_default_where_documents_are_long(options, tmp_path):
     assert not train(options("short", data=str(data), max_steps=1, packing=False)).packing
 
 
+def test_only_the_first_tokens_are_read(options, stories, tmp_path, monkeypatch):
+    """As from a file that ends there; what comes after is not even looked at."""
+    lines = stories.read_text().splitlines()
+    tokens = [1 + len(json.loads(line)["text"]) + 1 for line in lines]
+    short, endless = tmp_path / "short.jsonl", tmp_path / "endless.jsonl"
+    short.write_text("\n".join(lines[:150]) + "\n")
+    endless.write_text("\n".join([*lines, "not JSON"]) + "\n")
+    monkeypatch.setattr("spp.stages.training_data._READ_AT_ONCE", 50)
+    settings = {"window": 64, "max_steps": 3}
+    report = train(options("a", data=str(endless), max_tokens=sum(tokens[:150]), **settings))
+    assert report.examples == 150
+    train(options("b", data=str(short), **settings))
+    assert same(tmp_path / "a", tmp_path / "b")
+    cut = train(options("c", data=str(endless), max_tokens=sum(tokens[:2]) + 10, **settings, overwrite=True))
+    assert (cut.examples, cut.tokens) == (3, 3 * (sum(tokens[:2]) + 10))
+    with pytest.raises(UsageError, match="line 201: expected one JSON object per line"):
+        train(options("d", data=str(endless), max_tokens=10**9))
+
+
 def test_the_loss_of_completions_alone(options, pruned, tiny_tokenizer, tmp_path):
     data = tmp_path / "pairs.jsonl"
     pair = {"prompt": "the prompt: ", "completion": "answer"}

@@ -25,6 +25,9 @@ from spp.data.alpaca import alpaca_prompt
 from spp.data.python_source import Part, standard_library
 from spp.errors import UsageError, raise_problems
 
+_Rows = Callable[[str, str | None, str], Iterable[Any]]
+"""Reads a dataset by its id, configuration and split."""
+
 Record = dict[str, Any]
 """One of `{"text": str}`, `{"prompt": str, "completion": str}`, `{"messages": [{"role": str, "content": str}]}`."""
 
@@ -33,6 +36,7 @@ STANDARD_LIBRARY = "python-stdlib"
 _FIELDS = frozenset({"text", "prompt", "completion", "instruction", "input", "output", "messages"})
 _EXPECTED = "text, or prompt and completion, or instruction and output (Alpaca), or messages"
 _SHOWN_PROBLEMS = 10
+_CHECKED_AFTER_A_PROBLEM = 100_000
 # Name, configuration and split; what is in brackets, a slice, may hold a colon.
 _DATASET_ID = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)" + 2 * r"(?::((?:[^:\[\]]|\[[^\[\]]*\])*))?")
 # What calibration reads of a dataset, which may have hundreds of gigabytes. Of C4's documents one in forty is longer
@@ -57,20 +61,36 @@ def load_records(source: str, part: Part = "train") -> list[Record]:
         UsageError: there is no such source, it holds nothing, or some of it is malformed: the message lists where
             (file and line), what was expected, and what was found.
     """
-    if source == STANDARD_LIBRARY:
-        return [{"text": text} for text in standard_library(part)]
+    records = list(_records(source, part, _first_rows if part == "calibration" else _all_rows))
+    if not any(map(holds_text, records)):
+        raise UsageError(f"data {source!r} is empty: there is no text in it")
+    return records
+
+
+def stream_records(source: str) -> Iterator[Record]:
+    """The records of a source to train on, each read when it is asked for, so that it may be larger than memory.
+
+    JSON Lines and Parquet files and datasets ids are read so; other files are read whole.
+
+    Raises:
+        UsageError: as `load_records`, where reading comes upon it.
+    """
+    return _records(source, "train", _stream)
+
+
+def _records(source: str, part: Part, rows: _Rows) -> Iterator[Record]:
+    """The records of a source, by the reader `rows` where it is a datasets id."""
     path = Path(source).expanduser()
-    if path.is_file():
-        records = _read_file(path)
+    if source == STANDARD_LIBRARY:
+        yield from ({"text": text} for text in standard_library(part))
+    elif path.is_file():
+        yield from _read_file(path)
     elif path.is_dir():
         raise UsageError(f"data {source!r} is a folder; give a file ({', '.join(_READERS)}) or a datasets id")
     elif data_suffix(path) in _READERS or not _DATASET_ID.fullmatch(source):
         raise UsageError(f"data {source!r}: no such file")
     else:
-        records = _normalise(_numbered(_read_dataset(source, part), "row"), source)
-    if not any(map(holds_text, records)):
-        raise UsageError(f"data {source!r} is empty: there is no text in it")
-    return records
+        yield from _normalise(_numbered(_read_dataset(source, rows), "row"), source)
 
 
 def holds_text(record: Record) -> bool:
@@ -84,7 +104,7 @@ def data_suffix(path: Path) -> str:
     return "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
 
 
-def _read_file(path: Path) -> list[Record]:
+def _read_file(path: Path) -> Iterator[Record]:
     reader = _READERS.get(data_suffix(path))
     if reader is None:
         raise UsageError(f"data {str(path)!r}: the suffix must be one of {', '.join(_READERS)}")
@@ -121,24 +141,25 @@ def _first_undecodable(path: Path) -> str:
     raise AssertionError("a file that is not UTF-8 as a whole is so line by line")
 
 
-def _read_txt(path: Path) -> list[Record]:
+def _read_txt(path: Path) -> Iterator[Record]:
     with _opened(path) as file:
-        return [{"text": file.read()}]
+        yield {"text": file.read()}
 
 
-def _read_json(path: Path) -> list[Record]:
+def _read_json(path: Path) -> Iterator[Record]:
     """A JSON array of records, or JSON Lines; the content tells which, whatever the suffix says."""
     with _opened(path) as file:
         first = next((line for line in file if line.strip()), "")
         file.seek(0)
         if not first.lstrip().startswith("["):
-            return _normalise(_json_lines(file), str(path))
+            yield from _normalise(_json_lines(file), str(path))
+            return
         text = file.read()
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}, line {_line(error)}: expected a JSON array of records ({error})") from error
-    return _normalise(_numbered(items, "item"), str(path))
+    yield from _normalise(_numbered(items, "item"), str(path))
 
 
 def _json_lines(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -154,28 +175,29 @@ def _line(error: Exception) -> int:
     return getattr(error, "lineno", 1)
 
 
-def _read_parquet(path: Path) -> list[Record]:
+def _read_parquet(path: Path) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        rows = file.read(columns=_known(file.schema_arrow.names)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UsageError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
-    return _normalise(_numbered(rows, "row"), str(path))
+    def rows() -> Iterator[Any]:
+        try:
+            file = pyarrow.parquet.ParquetFile(path)
+            for batch in file.iter_batches(columns=_known(file.schema_arrow.names)):
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UsageError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+    yield from _normalise(_numbered(rows(), "row"), str(path))
 
 
-def _read_dataset(source: str, part: Part) -> Iterable[Any]:
+def _read_dataset(source: str, rows: _Rows) -> Iterator[Any]:
     found = _DATASET_ID.fullmatch(source)
     assert found, source
     name, config, split = found[1], found[2] or None, found[3] or "train"
     if config and "[" in config:
         raise UsageError(f"data {source!r}: a slice is of a split; write {name}::{config}, or {name}:CONFIG:{config}")
     try:
-        if part == "calibration" and "[" not in split:  # a stream has no slices
-            return _first_rows(name, config, split)
-        return _all_rows(name, config, split)
+        yield from (_all_rows if "[" in split else rows)(name, config, split)  # a stream has no slices
     except Exception as error:  # network, hub, builder and file errors alike; the remedy is the same
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(
@@ -192,21 +214,22 @@ def _all_rows(name: str, config: str | None, split: str) -> Iterable[Any]:
     return dataset.select_columns(_known(dataset.column_names))
 
 
-def _first_rows(name: str, config: str | None, split: str) -> list[Any]:
-    """The first rows of a dataset, without downloading the rest of it."""
+def _stream(name: str, config: str | None, split: str) -> Iterable[Any]:
     from datasets import load_dataset
 
     dataset = load_dataset(name, config, split=split, streaming=True)
-    if dataset.column_names:  # a stream does not always know them
-        dataset = dataset.select_columns(_known(dataset.column_names))
-    rows: list[Any] = []
+    # A stream does not always know its columns.
+    return dataset.select_columns(_known(dataset.column_names)) if dataset.column_names else dataset
+
+
+def _first_rows(name: str, config: str | None, split: str) -> Iterator[Any]:
+    """The first rows of a dataset, without downloading the rest of it."""
     characters = 0
-    for row in islice(dataset, _STREAMED_ROWS):
-        rows.append(row)
+    for row in islice(_stream(name, config, split), _STREAMED_ROWS):
+        yield row
         characters += sum(len(value) for value in row.values() if isinstance(value, str))
         if characters >= _STREAMED_CHARACTERS:
             break
-    return rows
 
 
 def _known(columns: list[str]) -> list[str]:
@@ -214,7 +237,7 @@ def _known(columns: list[str]) -> list[str]:
     return [name for name in columns if name in _FIELDS] or columns
 
 
-_READERS: dict[str, Callable[[Path], list[Record]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_json,
     ".json": _read_json,
@@ -229,12 +252,20 @@ def _numbered(items: Iterable[Any], word: str) -> Iterator[tuple[str, Any]]:
     return ((f"{word} {number}", item) for number, item in enumerate(items, 1))
 
 
-def _normalise(items: Iterable[tuple[str, Any]], source: str) -> list[Record]:
-    """Check every item and bring it into one of the kinds of `Record`; all of one source must be of the same kind."""
-    records: list[Record] = []
+def _normalise(items: Iterable[tuple[str, Any]], source: str) -> Iterator[Record]:
+    """Bring every item into one of the kinds of `Record`; all of one source must be of the same kind.
+
+    After the first problem there are no more records: what follows is only checked, so that problems are reported
+    together, and no endless stream is read.
+    """
     problems: list[str] = []
     first = ""  # where the first good record is, and of which kind
+    checked, at_least = 0, ""
     for where, item in items:
+        checked += bool(problems)
+        if checked > _CHECKED_AFTER_A_PROBLEM:
+            at_least = "at least "
+            break
         try:
             record = _record(item)
         except _Malformed as error:
@@ -244,14 +275,14 @@ def _normalise(items: Iterable[tuple[str, Any]], source: str) -> list[Record]:
         first = first or f"{kind} in {where}"
         if not first.startswith(f"{kind} in "):
             problems.append(f"{source}, {where}: kinds are mixed: {kind} here, but {first}")
-        records.append(record)
+        if not problems:
+            yield record
     if len(problems) > _SHOWN_PROBLEMS:
         shown = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS])
-        raise UsageError(f"{len(problems)} problems, the first {_SHOWN_PROBLEMS} of them:\n{shown}")
+        raise UsageError(f"{at_least}{len(problems)} problems, the first {_SHOWN_PROBLEMS} of them:\n{shown}")
     raise_problems(problems)
-    if not records:
+    if not first:
         raise UsageError(f"data {source!r} is empty: there is no record in it")
-    return records
 
 
 def _record(item: Any) -> Record:

@@ -173,7 +173,7 @@ def _require_fit(
     if manifest["examples"] != digest(examples):
         raise UsageError(
             f"teacher {teacher} was asked about other examples; give spp cache-teacher the same --data, --window, "
-            "--packing and --completion-only, and a teacher with the same tokenizer"
+            "--max-tokens, --packing and --completion-only, and a teacher with the same tokenizer"
         )
     if options.teacher_temperature not in (None, manifest["temperature"]):
         raise UsageError(

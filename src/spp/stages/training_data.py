@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from spp.data.examples import Example, pack, truncate, whole_examples
-from spp.data.records import load_records
+from spp.data.records import load_records, stream_records
 from spp.data.tokens import require_known_ids
 from spp.errors import UsageError
 from spp.loading import load_tokenizer
@@ -16,14 +18,14 @@ from spp.options import CacheTeacherOptions, TrainOptions
 
 logger = logging.getLogger("spp")
 
+ExampleSource = TrainOptions | CacheTeacherOptions
+_READ_AT_ONCE = 1000
 
-def training_examples(
-    options: TrainOptions | CacheTeacherOptions, window: int, vocabulary: int
-) -> tuple[list[Example], bool]:
+
+def training_examples(options: ExampleSource, window: int, vocabulary: int) -> tuple[list[Example], bool]:
     """What to train on, and whether documents were packed into full windows."""
     tokenizer = load_tokenizer(options.model, options)
-    records = load_records(options.data, "train")
-    whole = whole_examples(records, tokenizer, completion_only=options.completion_only)
+    whole = _whole_documents(options, tokenizer)
     packing = options.packing
     if packing is None:
         packing = sum(len(one.input_ids) for one in whole) > window * len(whole)
@@ -34,6 +36,19 @@ def training_examples(
     how = "packed documents" if packing else "one document each"
     logger.info("training on %d sequences of up to %d tokens (%s) from %s", len(examples), window, how, options.data)
     return examples, packing
+
+
+def _whole_documents(options: ExampleSource, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Each document in full length; with `max_tokens`, as many as have that many tokens, the last one cut off there."""
+    if options.max_tokens is None:
+        return whole_examples(load_records(options.data), tokenizer, completion_only=options.completion_only)
+    examples: list[Example] = []
+    left, records = options.max_tokens, stream_records(options.data)
+    while left > 0 and (some := list(islice(records, _READ_AT_ONCE))):
+        for one in whole_examples(some, tokenizer, completion_only=options.completion_only):
+            examples += truncate([one], left)
+            left -= min(len(one.input_ids), left)
+    return examples
 
 
 def hold_out(examples: Sequence[Example], options: TrainOptions) -> tuple[list[tuple[int, Example]], list[Example]]:
