@@ -4,7 +4,8 @@
 
 FOLDER has the models in benchmarks/subjects.py; without it, there is the bundled one only. Every method is tried at the
 same number of learning rates with the first seed. The one with the lowest loss on examples that were held out is taken,
-with all seeds, and evaluated on the text that perplexity is reported on.
+with all seeds, and evaluated on the text that perplexity is reported on. What the CSV file already has is not measured
+again.
 """
 
 from __future__ import annotations
@@ -37,14 +38,15 @@ from transformers import PreTrainedModel
 
 import spp
 from benchmarks.baselines.finetuning import Lora, MaskedLora, MaskedWeight, replace_linears
-from benchmarks.common import append_rows, machine_columns
+from benchmarks.common import append_rows, machine_columns, read_rows
 from benchmarks.subjects import Subject, add_subject_arguments, subjects
 from spp.data.examples import Example, collate
 from spp.divergence import divergence
 from spp.loading import load_model
 from spp.models import prunable_linears
-from spp.options import LoadingOptions
+from spp.options import AdapterSettings, LoadingOptions
 from spp.pipeline import gap_closed
+from spp.stages.adapting import target_layers, with_new_adapter
 from spp.stages.evaluate import perplexity_of, read_windows
 from spp.stages.teaching import predicted
 from spp.stages.training_data import hold_out, training_examples
@@ -52,7 +54,7 @@ from spp.stages.training_data import hold_out, training_examples
 PATTERNS = ("2:4", "50%", "75%")
 SAMPLES = 128
 _HELD_OUT = 32
-_TOKENS_PER_STEP = 4096
+_TOKENS_PER_STEP = 2048
 _WARM_UP = 0.03
 
 
@@ -76,7 +78,8 @@ class Method:
 
 
 def _spp(model: PreTrainedModel, **settings: Any) -> nn.Module:
-    return get_peft_model(model, spp.SppConfig(task_type="CAUSAL_LM", **settings))
+    """As `spp train` has it: by default with no more parameters in any layer than LoRA of rank 16."""
+    return with_new_adapter(model, target_layers(model, "all-linear"), AdapterSettings.build(settings))
 
 
 def _hira(model: PreTrainedModel) -> nn.Module:
@@ -88,20 +91,21 @@ def _replaced(make: Any, model: PreTrainedModel) -> nn.Module:
     return model
 
 
-_PUBLISHED = partial(_spp, r=16, init_weights="published")
-_OURS, _OUR_RATES = partial(_spp, r=32), (0.005, 0.01, 0.02, 0.04)
+_RATES = (0.01, 0.02, 0.04, 0.08)
+_LORA_RATES = (4e-3, 8e-3, 0.016, 0.032)
+_PUBLISHED = {"rank": 16, "directions": 1, "init": "published"}
 METHODS: dict[str, Method] = {
-    "SPP, published": Method(adapt=partial(_PUBLISHED, dropout=0.05), rates=(4e-3,) * 4, weight_decay=1e-3),
-    "SPP, published start": Method(adapt=_PUBLISHED, rates=(0.01, 0.02, 0.04, 0.08)),
-    "SPP, R = 16": Method(adapt=partial(_spp, r=16), rates=_OUR_RATES),
-    "SPP": Method(adapt=_OURS, rates=_OUR_RATES),
-    "HiRA": Method(adapt=_hira, rates=(0.01, 0.02, 0.04, 0.08)),
-    "masked LoRA": Method(adapt=partial(_replaced, MaskedLora), rates=(1e-3, 2e-3, 4e-3, 8e-3)),
-    "LoRA*": Method(adapt=partial(_replaced, Lora), rates=(1e-3, 2e-3, 4e-3, 8e-3)),
-    "masked full": Method(adapt=partial(_replaced, MaskedWeight), rates=(5e-4, 1e-3, 2e-3, 4e-3)),
-    "SPP + distillation": Method(adapt=_OURS, rates=_OUR_RATES, teacher=0.5),
-    "SPP + reconstruction": Method(adapt=_OURS, rates=_OUR_RATES, reconstructed=True),
-    "SPP + both": Method(adapt=_OURS, rates=_OUR_RATES, reconstructed=True, teacher=0.5),
+    "SPP": Method(adapt=_spp, rates=_RATES),
+    "HiRA": Method(adapt=_hira, rates=_RATES),
+    "masked LoRA": Method(adapt=partial(_replaced, MaskedLora), rates=_LORA_RATES),
+    "SPP, published": Method(adapt=partial(_spp, **_PUBLISHED, dropout=0.05), rates=(4e-3,) * 4, weight_decay=1e-3),
+    "masked full": Method(adapt=partial(_replaced, MaskedWeight), rates=(1e-3, 2e-3, 4e-3, 8e-3)),
+    "SPP + both": Method(adapt=_spp, rates=_RATES, reconstructed=True, teacher=0.5),
+    "LoRA*": Method(adapt=partial(_replaced, Lora), rates=_LORA_RATES),
+    "SPP + reconstruction": Method(adapt=_spp, rates=_RATES, reconstructed=True),
+    "SPP + distillation": Method(adapt=_spp, rates=_RATES, teacher=0.5),
+    "HiRA + reconstruction": Method(adapt=_hira, rates=_RATES, reconstructed=True),
+    "SPP, K = 1": Method(adapt=partial(_spp, directions=1), rates=_RATES),
 }
 """Name in the table -> how. Reconstruction alone is the `pruned` of the methods that start from it."""
 
@@ -117,7 +121,7 @@ class Cell:
     """
 
     def __init__(self, subject: Subject, pattern: str, folder: Path, device: str = "cpu") -> None:
-        self.subject, self.pattern = subject, pattern
+        self.subject, self.pattern, self.device = subject, pattern, device
         self._loading = LoadingOptions(dtype="float32", device=device)
         self._folder = folder / f"{subject.name}-{pattern.replace(':', 'of').replace('%', '')}"
         options = spp.EvalOptions(
@@ -148,7 +152,7 @@ class Cell:
             values |= {
                 "calibration": self.subject.calibration,
                 "window": self.subject.window,
-                "device": self._loading.device,
+                "device": self.device,
             }
             spp.prune(spp.PruneOptions.build(values | ({"reconstruct": "block"} if reconstructed else {})))
         return load_model(str(out), self._loading)
@@ -202,7 +206,7 @@ def fit(cell: Cell, method: Method, rate: float, seed: int, steps: int) -> tuple
     warm = math.ceil(_WARM_UP * steps)
     schedule = LambdaLR(optimiser, lambda step: min((step + 1) / warm, 1.0) * (1 - step / steps))
     model.train()
-    began = time.perf_counter()
+    began = _seconds(cell.device)
     for examples in cell.batches(seed, steps):
         total, count = _losses(model, examples, cell.dense, method.teacher)
         (total / count).backward()
@@ -212,9 +216,17 @@ def fit(cell: Cell, method: Method, rate: float, seed: int, steps: int) -> tuple
         optimiser.zero_grad()
     found = {
         "trainable": sum(parameter.numel() for parameter in trained),
-        "train_seconds": round(time.perf_counter() - began, 1),
+        "train_seconds": round(_seconds(cell.device) - began, 1),
     }
     return model.eval(), found
+
+
+def _seconds(device: str) -> float:
+    """A clock; on a CPU the process's own, which runs for each thread, and which other processes hardly change."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def measure(cell: Cell, method: Method, seeds: Sequence[int], steps: int) -> list[dict[str, Any]]:
@@ -251,12 +263,15 @@ def _measure_cell(cell: Cell, machine: dict[str, Any], args: argparse.Namespace)
     print(f"{cell.subject.name}, {cell.pattern}: dense {dense:.3f}, pruned {pruned[False]:.3f}, "
           f"reconstructed {pruned[True]:.3f}", flush=True)  # fmt: skip
     for name in args.method or METHODS:
+        if _is_measured(cell, name, args):
+            continue
         for found in measure(cell, METHODS[name], args.seeds, args.steps):
             gap = gap_closed(dense, pruned[False], found["perplexity"])
             row = {
                 **machine,
                 **common,
                 "steps": args.steps,
+                "tokens_per_step": _TOKENS_PER_STEP,
                 "dense": round(dense, 4),
                 "pruned": round(pruned[False], 4),
                 "reconstructed": round(pruned[True], 4),
@@ -269,10 +284,20 @@ def _measure_cell(cell: Cell, machine: dict[str, Any], args: argparse.Namespace)
                   f"gap closed {row['gap_closed']}, {found['trainable']:,} parameters", flush=True)  # fmt: skip
 
 
+def _is_measured(cell: Cell, method: str, args: argparse.Namespace) -> bool:
+    """Whether the file has the rows of an earlier run, which may have been killed after them."""
+    asked = {
+        (cell.subject.name, cell.pattern, method, str(args.steps), str(_TOKENS_PER_STEP), str(seed))
+        for seed in args.seeds
+    }
+    names = ("model", "pattern", "method", "steps", "tokens_per_step", "seed")
+    return asked <= {tuple(row[name] for name in names) for row in read_rows(args.csv)}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks/quality.py", description=__doc__.split("\n")[0])
     add_subject_arguments(parser, PATTERNS, METHODS, "quality.csv")
-    parser.add_argument("--steps", type=int, default=150, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser

@@ -48,9 +48,10 @@ SIZES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 4,
     },
 }
+# In a square layer, 7 groups of 4 directions have as many parameters as LoRA of rank 16.
 METHODS: dict[str, Callable[[], PeftConfig]] = {
-    "spp": lambda: SppConfig(r=RANK, target_modules="all-linear"),
-    "spp_dense": lambda: SppConfig(r=RANK, target_modules="all-linear"),
+    "spp": lambda: SppConfig(r=RANK // 2 - 1, directions=4, target_modules="all-linear"),
+    "spp_dense": lambda: SppConfig(r=RANK // 2 - 1, directions=4, target_modules="all-linear"),
     "peft_lora": lambda: LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
     "peft_hira": lambda: HiraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
 }

@@ -265,6 +265,7 @@ def make_adapter(out: Path, base: Path, sizes: Geometry, *, seed: int) -> None:
             tensors[key] = torch.randn(shape, generator=generator) * _FACTOR_STD
     config = SppConfig(
         r=RANK,
+        directions=1,
         target_modules=sorted({name.rpartition(".")[2] for name in sizes.linears}),
         base_model_name_or_path=str(base),
         task_type="CAUSAL_LM",

@@ -227,6 +227,12 @@ def weight_oi(module: nn.Module) -> Tensor:
     return weight.T if is_transposed(module) else weight
 
 
+def shape_oi(module: nn.Module) -> tuple[int, int]:
+    """The shape (O, I) of a linear layer's weight, dense or packed."""
+    out_features, in_features = (module.packed if isinstance(module, PackedLinear) else weight_oi(module)).shape
+    return out_features, in_features
+
+
 def sparsity(modules: Iterable[nn.Module]) -> float:
     """Share of zeros over the weights of linear layers; an entry that a packed layer keeps is no zero."""
     counts = [_count_zeros(module) for module in modules]

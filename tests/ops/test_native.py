@@ -44,6 +44,13 @@ def draw(shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1))
 
 
+def draw_factors(shape, seed):
+    """A and B of some groups with some directions."""
+    directions = 1 + seed % min(shape[0], 5)
+    groups = 1 + seed % (shape[0] // directions)
+    return draw((groups * directions, shape[1]), seed), draw((shape[0], directions), seed + 1)
+
+
 def bits(tensor):
     return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
@@ -74,8 +81,8 @@ def test_the_effective_weight_has_the_bits_of_the_readable_one(
     level, shape, density, dtype, out_dtype, seed, with_base, packed
 ):
     weight = draw_weight(shape, density, dtype, seed)
-    rank = 1 + seed % shape[0]
-    A, B = draw((rank, shape[1]), seed), 3 * draw((shape[0], 1), seed + 1)
+    A, B = draw_factors(shape, seed)
+    B *= 3
     held = native.pack(weight, level=level) if packed else weight
     ours, theirs = (torch.full(shape, 7.0, dtype=out_dtype) for _ in range(2))
     native.effective_weight(held, A, B, ours, with_base=with_base, level=level)
@@ -91,7 +98,7 @@ def test_the_effective_weight_of_nasty_values(level, shape, dtype, out_dtype, se
     weight = draw_weight(shape, 0.7, dtype, seed, nasty=True)
     generator = torch.Generator().manual_seed(seed)
     A, B = (
-        torch.tensor(NASTY)[torch.randint(len(NASTY), s, generator=generator)] for s in ((1, shape[1]), (shape[0], 1))
+        torch.tensor(NASTY)[torch.randint(len(NASTY), s.shape, generator=generator)] for s in draw_factors(shape, seed)
     )
     held = native.pack(weight, level=level) if packed else weight
     ours, theirs = (torch.full(shape, 7.0, dtype=out_dtype) for _ in range(2))
@@ -106,12 +113,11 @@ def test_the_effective_weight_of_nasty_values(level, shape, dtype, out_dtype, se
 @given(shapes, densities, st.sampled_from(DTYPES), st.sampled_from(DTYPES), seeds, st.booleans())
 def test_factor_gradients(level, shape, density, dtype, gradient_dtype, seed, packed):
     weight = draw_weight(shape, density, dtype, seed)
-    rank = 1 + seed % shape[0]
     first = seed % shape[0]
     G = draw((shape[0] - first, shape[1]), seed).to(gradient_dtype)
     G[:, 0] = math.inf
     weight[:, 0] = 0.0  # so that no infinity comes through
-    A, B = draw((rank, shape[1]), seed + 2), draw((shape[0], 1), seed + 3)
+    A, B = draw_factors(shape, seed + 2)
     held = native.pack(weight, level=level) if packed else weight
     start_A, start_B = draw(A.shape, seed + 4), draw(B.shape, seed + 5)
     dA, dB = start_A.clone(), start_B.clone()

@@ -18,11 +18,14 @@ from spp.patterns import NM
 NATIVE = native.instructions() is not None
 RUNS = [name for name in BACKENDS if why_not(name, torch.empty(1, 1)) is None]
 FAST = [name for name in RUNS if name != "reference"]
-# (O, I, R): R divides O; it does not; one group; a group per row; more rows than one block of the fast path.
+# (O, I, R): R divides O; it does not; one group; a group per row; more rows than one block of the fast path. Then with
+# K directions: R K divides O; it does not; one group; more rows than a block; the most directions.
 SIZES = [(8, 12, 4), (7, 5, 3), (5, 9, 1), (6, 4, 6), (2100, 8, 16), (131, 3, 130)]
+MIXED = [(8, 12, 2, 2), (11, 37, 2, 3), (5, 9, 1, 4), (2100, 70, 5, 4), (131, 3, 8, 16)]
+SIZES += MIXED
 
 
-def example(out_features, in_features, rank, *, dtype=torch.float32, tokens=(2, 5), seed=0):
+def example(out_features, in_features, groups, directions=1, *, dtype=torch.float32, tokens=(2, 5), seed=0):
     """x, sparse W with zeros of both signs, A, B, bias; factors in fp32 (fp64 for fp64)."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -34,8 +37,8 @@ def example(out_features, in_features, rank, *, dtype=torch.float32, tokens=(2, 
     return (
         normal(*tokens, in_features).to(dtype),
         weight.to(dtype),
-        normal(rank, in_features).to(wide),
-        normal(out_features, 1).to(wide),
+        normal(groups * directions, in_features).to(wide),
+        normal(out_features, directions).to(wide),
         normal(out_features).to(dtype),
     )
 
@@ -73,6 +76,23 @@ def test_the_formula_by_hand():
             assert adapter_linear(x, w, A, B, 2.0, backend).equal(x @ delta.T)
 
 
+def test_the_formula_with_directions_by_hand():
+    weight = torch.tensor([[1.0, 0.0], [2.0, 3.0], [0.0, 4.0], [5.0, 6.0]])
+    A = torch.tensor([[0.5, 1.0], [-1.0, 2.0], [1.0, 0.0], [0.25, 3.0]])  # two groups of two rows, two directions each
+    B = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, 1.0], [-1.0, 2.0]])
+    mixed = torch.tensor([[0.5, 1.0], [2 * 0.5 - 1, 2 * 1.0 + 2], [0.25, 3.0], [-1 + 2 * 0.25, 2 * 3.0]])
+    x = torch.tensor([[1.0, -1.0]])
+    for backend in RUNS:
+        for w in (weight, pack(weight)):
+            assert spp_linear(x, w, A, B, 2.0, None, backend).equal(x @ (weight + 2 * weight * mixed).T)
+
+
+@given(st.integers(1, 5), st.integers(0, 20), st.integers(1, 12), st.integers(0, 10**6))
+def test_one_group_is_hira(directions, more, in_features, seed):
+    _, weight, A, B, _ = example(directions + more, in_features, 1, directions, dtype=torch.float64, seed=seed)
+    torch.testing.assert_close(reference.delta_weight(weight, A, B, 0.5), weight * (0.5 * B @ A), rtol=0, atol=1e-12)
+
+
 @given(st.integers(1, 300), st.integers(1, 300))
 def test_groups_are_those_of_the_paper_where_r_divides_o_and_nearly_equal_elsewhere(rank, more):
     out_features = rank + more
@@ -88,7 +108,7 @@ def test_groups_are_those_of_the_paper_where_r_divides_o_and_nearly_equal_elsewh
     assert walked.equal(groups[first:last])
 
 
-@pytest.mark.parametrize("size", SIZES[:4])
+@pytest.mark.parametrize("size", SIZES[:4] + MIXED[:3])
 @pytest.mark.parametrize("part", ["fused", "split", "adapter"])
 def test_gradcheck(size, part, held):
     """In fp64, which the native kernels do not have."""
@@ -339,7 +359,7 @@ def test_misuse_is_named():
         spp_linear(x, weight, torch.ones(2, 5), B, 1.0)
     with pytest.raises(ValueError, match=r"B \(1, 6\)"):
         spp_linear(x, weight, A, B.T, 1.0)
-    with pytest.raises(ValueError, match="R <= O"):
+    with pytest.raises(ValueError, match="R K <= O"):
         spp_linear(x, weight, torch.ones(7, 4), B, 1.0)
     with pytest.raises(ValueError, match="'gpu' is unknown"):
         spp_linear(x, weight, A, B, 1.0, backend="gpu")

@@ -24,18 +24,20 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 # (O, I, R): R divides O; it does not; one group; a group per row; all ones; whole words, two pieces; blocks of columns.
+# (O, I, R), and K where it is not 1.
 SIZES = [(8, 12, 4), (7, 5, 3), (5, 33, 1), (6, 4, 6), (1, 1, 1), (20, 64, 2), (7, 1100, 2)]
+SIZES += [(8, 12, 4, 2), (7, 70, 2, 3), (5, 33, 1, 5), (20, 64, 2, 4), (9, 1100, 2, 4)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
-def example(out_features, in_features, rank, dtype=torch.float32, density=0.5, seed=0):
+def example(out_features, in_features, groups, directions=1, dtype=torch.float32, density=0.5, seed=0):
     """Sparse W with zeros of both signs, A, B."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator)
     weight = weight * (torch.rand(out_features, in_features, generator=generator) < density)
-    A = torch.randn(rank, in_features, generator=generator)
-    B = torch.randn(out_features, 1, generator=generator)
+    A = torch.randn(groups * directions, in_features, generator=generator)
+    B = torch.randn(out_features, directions, generator=generator)
     return weight.to(DEVICE, dtype), A.to(DEVICE), B.to(DEVICE)
 
 
@@ -246,7 +248,7 @@ class TestKernels:
 @pytest.mark.gpu
 class TestLarge:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("size", [(11008, 4096, 16), (4096, 14336, 16), (1003, 4099, 16)])
+    @pytest.mark.parametrize("size", [(11008, 4096, 16), (4096, 14336, 16), (1003, 4099, 16), (11008, 4096, 14, 4)])
     def test_layers_of_real_size(self, size, dtype):
         weight, A, B = example(*size, dtype=dtype)
         G = example(*size, dtype=dtype, density=1.0, seed=1)[0]
@@ -284,13 +286,15 @@ class TestLarge:
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("directions", [1, 4])
 @pytest.mark.parametrize("ones", [False, True], ids=["usual", "ones"])
-def test_they_compile_without_a_gpu(tmp_path, monkeypatch, capability, packed, ones):
+def test_they_compile_without_a_gpu(tmp_path, monkeypatch, capability, packed, ones, directions):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for kernel in (ours._form, ours._reduce):
         # Triton makes a constant of an argument that is 1.
         constants = dict.fromkeys(kernel.arg_names, 1) if ones else {}
-        made = compiled(kernel, capability, {}, constants if packed else constants | NOT_PACKED)
+        constants |= {"DIRECTIONS": directions, "PADDED": directions} | ({} if packed else NOT_PACKED)
+        made = compiled(kernel, capability, {}, constants)
         assert made.asm["cubin"]
         assert ones or ("popc.b32" in made.asm["ptx"]) == packed
         # A fused product and sum, or denormals flushed to zero, would not be the reference's bits.

@@ -97,7 +97,8 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(sparse_model, in
     bound = 32**-0.5
     A, B = (factor["default"].weight.detach() for factor in (layers(adapted)[0].spp_A, layers(adapted)[0].spp_B))
     if init != "published":
-        assert not A.any() and B.eq(1).all()
+        # 4 groups of 8 rows, in each of which two rows have one of the 4 directions.
+        assert not A.any() and A.shape == (16, 32) and B.equal(torch.eye(4).repeat_interleave(2, 0).repeat(4, 1))
         return
     assert A.abs().max() <= bound and float(A.std()) == pytest.approx(bound / 3**0.5, rel=0.2)
     assert not B.any()
@@ -115,8 +116,8 @@ def test_saved_and_loaded(sparse_model, tmp_path):
         "adapter_model.safetensors",
     }
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert saved["base_model.model.model.layers.0.mlp.up_proj.spp_A.weight"].shape == (4, 32)
-    assert saved["base_model.model.model.layers.0.mlp.up_proj.spp_B.weight"].shape == (48, 1)
+    assert saved["base_model.model.model.layers.0.mlp.up_proj.spp_A.weight"].shape == (4 * 4, 32)
+    assert saved["base_model.model.model.layers.0.mlp.up_proj.spp_B.weight"].shape == (48, 4)
 
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     for load in (

@@ -21,6 +21,9 @@ logger = logging.getLogger("spp")
 
 Backend = Literal["auto", "reference", "torch", "native", "triton"]
 Mode = Literal["fused", "split"]
+MOST_DIRECTIONS = 16
+"""K is at most that."""
+
 BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Backend) if name != "auto")
 
 
@@ -35,15 +38,16 @@ def spp_linear(
     *,
     mode: Mode = "fused",
 ) -> Tensor:
-    """y = x (W + s * W * A[g] * B)^T + bias (paper eq. 5), computed in autocast's dtype where it is on, else in W's.
+    """y = x (W + s * W * (A[g] B))^T + bias, the paper's eq. 5 where K = 1.
 
-    x is cast to that dtype. A packed weight computes in x's own dtype instead, which need not be that of its values.
+    It is computed in autocast's dtype where it is on, else in W's, and x is cast to that dtype. A packed weight
+    computes in x's own dtype instead, which need not be that of its values.
 
     Args:
         x: (..., I).
         weight: (O, I), dense or packed, any float dtype; zeros stay zeros.
-        A: (R, I), R <= O.
-        B: (O, 1).
+        A: (R K, I), R K <= O: the K directions of one row group after those of the other.
+        B: (O, K), K <= 16: how each row mixes its group's.
         scale: s.
         bias: (O,) or None.
         backend: one of `BACKENDS`, or auto.
@@ -67,7 +71,7 @@ def spp_linear(
 
 
 def adapter_linear(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float, backend: Backend = "auto") -> Tensor:
-    """The adapter branch alone, x (s * W * A[g] * B)^T: for dropout on it, and for several adapters at once.
+    """The adapter branch alone, x (s * W * (A[g] B))^T: for dropout on it, and for several adapters at once.
 
     Arguments, result and errors as for `spp_linear`.
     """
@@ -160,11 +164,14 @@ def _say_once(backend: str) -> None:
 
 def _require_shapes(x: Tensor, weight: Weight, A: Tensor, B: Tensor) -> None:
     out_features, in_features = weight.shape
-    fits = x.shape[-1] == A.shape[-1] == in_features and B.shape == (out_features, 1) and 1 <= len(A) <= out_features
-    if not fits:
+    fits = x.shape[-1] == A.shape[-1] == in_features and A.ndim == B.ndim == 2 and len(B) == out_features
+    directions = B.shape[1] if fits else 0
+    if not 1 <= directions <= min(len(A), MOST_DIRECTIONS) or len(A) > out_features or len(A) % directions:
         named: list[tuple[str, Any]] = [("x", x), ("weight", weight), ("A", A), ("B", B)]
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named)
-        raise ValueError(f"expected x (..., I), weight (O, I), A (R, I), B (O, 1) with R <= O; found {shapes}")
+        raise ValueError(
+            f"expected x (..., I), weight (O, I), A (R K, I), B (O, K) with R K <= O, K <= 16; found {shapes}"
+        )
 
 
 def _cast(x: Tensor, weight: Weight) -> Tensor:

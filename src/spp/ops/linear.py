@@ -2,15 +2,16 @@
 
     forward     fused: y = x W'^T (1)                  split: y = x W^T + x Delta^T (2)
     backward    dX = dY W' (1)
-                G = dY^T x (1), then element-wise reductions of P = G * W:
-                    dB[i]    = s * sum_j P[i, j] * A[g(i), j]
-                    dA[k, j] = s * sum_{i in group k} P[i, j] * B[i]
+                G = dY^T x (1), then reductions of P = G * W, with d = K g(i) + k:
+                    dB[i, k] = s * sum_j P[i, j] * A[d, j]
+                    dA[d, j] = s * sum_{i in group} P[i, j] * B[i, k]
 
 W' is formed again in backward, and G in blocks of rows that are reduced at once; both lie in scratch memory that layers
 share. For torch.compile and fake tensors these are custom ops, opaque: it cannot merge the two formations of W' into
 one that it keeps. Such an op's own time, 0.1 ms and more, is what eager code, and a GPU that waits for it, is spared.
 
-Shapes: T tokens, O output features, I input features, R row groups. x (T, I), W (O, I), A (R, I), B (O, 1).
+Shapes: T tokens, O output features, I input features, R row groups, K directions. x (T, I), W (O, I), A (R K, I),
+B (O, K).
 """
 
 from __future__ import annotations

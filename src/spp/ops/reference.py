@@ -1,16 +1,21 @@
 """The SPP formula, written to be read: what every faster implementation and the merge are measured against.
 
-    Delta[i, j] = s * W[i, j] * A[g(i), j] * B[i]        g(i) = floor(i * R / O)
-    W'          = W + Delta                              (paper eq. 5)
+    Delta[i, j] = s * W[i, j] * sum_k A[K g(i) + k, j] * B[i, k]        g(i) = floor(i * R / O)
+    W'          = W + Delta
 
-Zeros of W are +0.0 in Delta and in W', whatever A and B hold. All of it is computed in fp32 (fp64 where an argument
-is fp64) and rounded once.
+Rows are divided into R groups, and the rows of a group share K directions, which each row mixes. With K = 1 this is
+the paper's eq. 5, Delta[i, j] = s * W[i, j] * A[g(i), j] * B[i]; with R = 1 it is HiRA of rank K.
 
-Shapes: T tokens, O output features, I input features, R row groups. x (..., I), W (O, I), A (R, I), B (O, 1).
+Zeros of W are +0.0 in Delta and in W', whatever A and B hold. All of it is computed in fp32 (fp64 where an argument is
+fp64) and rounded once.
+
+Shapes: T tokens, O output features, I input features, R row groups, K directions. x (..., I), W (O, I), A (R K, I),
+B (O, K).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,12 +25,12 @@ from torch.nn import functional as F
 from spp.packed import PackedWeight, Weight, unpack
 
 
-def row_groups(out_features: int, rank: int, device: torch.device | None = None) -> Tensor:
+def row_groups(out_features: int, groups: int, device: torch.device | None = None) -> Tensor:
     """g(i) = floor(i * R / O) of every output row, (O,) int64.
 
     Where R divides O these are the published groups of O / R consecutive rows; else their sizes differ by at most one.
     """
-    return torch.arange(out_features, device=device) * rank // out_features
+    return torch.arange(out_features, device=device) * groups // out_features
 
 
 def wide_dtype(*tensors: Weight) -> torch.dtype:
@@ -34,19 +39,34 @@ def wide_dtype(*tensors: Weight) -> torch.dtype:
 
 
 def delta_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Delta = s * W * A[g] * B, (O, I) in `wide_dtype`; +0.0 where W is zero.
+    """Delta = s * W * (A[g] B), (O, I) in `wide_dtype`; +0.0 where W is zero.
 
     Args:
         weight: (O, I), any float dtype.
-        A: (R, I).
-        B: (O, 1).
+        A: (R K, I).
+        B: (O, K).
         scale: s.
     """
     wide = wide_dtype(weight, A, B)
     weight = weight.to(wide)
-    multiplier = A.to(wide)[row_groups(len(weight), len(A), weight.device)] * (scale * B.to(wide))
+    directions = B.shape[1]
+    first = directions * row_groups(len(weight), len(A) // directions, weight.device)
+    multiplier = mixture([A.to(wide)[first + k] for k in range(directions)], scale * B.to(wide))
     # Not the bare product: it is -0.0 where the multiplier is negative, and NaN where it overflows.
     return torch.where(weight == 0, 0.0, weight * multiplier)
+
+
+def mixture(directions: Sequence[Tensor], B: Tensor) -> Tensor:
+    """sum_k directions[k] * B[:, k], (n, I), one product and one sum after the other, so that its bits are fixed.
+
+    Args:
+        directions: K of them, (n, I) or (I,) each.
+        B: (n, K).
+    """
+    total = directions[0] * B[:, :1]
+    for k in range(1, len(directions)):
+        total = total + directions[k] * B[:, k : k + 1]
+    return total
 
 
 def add_delta(weight: Tensor, delta: Tensor) -> Tensor:
@@ -55,7 +75,7 @@ def add_delta(weight: Tensor, delta: Tensor) -> Tensor:
 
 
 def merged_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W' = W + s * W * A[g] * B (paper eq. 5), (O, I) in W's dtype. Arguments as for `delta_weight`."""
+    """W' = W + s * W * (A[g] B), (O, I) in W's dtype. Arguments as for `delta_weight`."""
     return add_delta(weight, delta_weight(weight, A, B, scale))
 
 

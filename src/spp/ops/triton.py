@@ -4,13 +4,13 @@
 Every function here has the signature and the result of the one in `spp.ops.kernels`, and none waits for the GPU. So a
 damaged packed weight raises nothing: it gives wrong numbers, and nothing is ever read outside its values.
 
-A program takes a piece of some rows of one group, whose row of A it reads once, and one block of columns as
-(words, 32). Where W is packed, the index of a value is its row's offset + the bits of the row's words before its own +
-the lower bits of its own. No sum is made with atomics: the same arguments give the same bits.
+A program takes a piece of some rows of one group, and one block of columns as (words, 32). Where W is packed, the index
+of a value is its row's offset + the bits of the row's words before its own + the lower bits of its own. No sum is made
+with atomics: the same arguments give the same bits.
 
 TRITON_INTERPRET=1, set before the import, runs all of it on the CPU, slowly.
 
-Shapes: O output features, I input features, R row groups. W (O, I), A (R, I), B (O, 1).
+Shapes: O output features, I input features, R row groups, K directions. W (O, I), A (R K, I), B (O, K).
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ _popcount = _popcount_arithmetic if _INTERPRETED else _popcount_asm  # the inter
 
 
 @_jit
-def _piece(pieces, first_group, first, last, out_features, rank, ROWS: tl.constexpr):
+def _piece(pieces, first_group, first, last, out_features, all_groups, ROWS: tl.constexpr):
     """This program's group, and its rows [start, stop) among [first, last); there may be none. All of it is int64."""
     index = tl.program_id(0).to(tl.int64)
     group = first_group + index // pieces
     # The first i with floor(i * R / O) >= group is ceil(group * O / R).
-    start = tl.maximum((group * out_features + rank - 1) // rank, first) + index % pieces * ROWS
-    group_end = ((group + 1) * out_features + rank - 1) // rank
+    start = tl.maximum((group * out_features + all_groups - 1) // all_groups, first) + index % pieces * ROWS
+    group_end = ((group + 1) * out_features + all_groups - 1) // all_groups
     return group, start, tl.minimum(tl.minimum(start + ROWS, group_end), last)
 
 
@@ -120,21 +120,28 @@ def _entries(
 @_jit
 def _form(
     out, values, bitmask, row_offsets, nonzeros, row_stride, column_stride, A, B,
-    pieces, first_group, first, last, out_features, in_features, rank,
-    WITH_BASE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, ROW_WORDS: tl.constexpr,
+    pieces, first_group, first, last, out_features, in_features, all_groups,
+    WITH_BASE: tl.constexpr, DIRECTIONS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
 ):
-    """c W + W * A[g] * B; W itself where there is no A, and its very bits where the dtypes are the same."""
-    group, start, stop = _piece(pieces, first_group, first, last, out_features, rank, ROWS)
+    """c W + W * (A[g] B); W itself where there is no A, and its very bits where the dtypes are the same."""
+    group, start, stop = _piece(pieces, first_group, first, last, out_features, all_groups, ROWS)
     columns = _columns(WORDS)
     inside = columns < in_features
-    a = 0.0 if A is None else tl.load(A + group * in_features + columns, mask=inside, other=0)
+    directions = A if A is None else A + group * DIRECTIONS * in_features + columns
+    a = 0.0 if A is None else tl.load(directions, mask=inside, other=0)
     for row in range(start, stop):
         w = _entries(
             values, bitmask, row_offsets, nonzeros, row_stride, column_stride, in_features, row, WORDS, ROW_WORDS
         )
         if A is not None:
             w = w.to(tl.float32)
-            delta = w * (a * tl.load(B + row))
+            multiplier = a * tl.load(B + row * DIRECTIONS)
+            # From the cache: there are not registers for all of them.
+            for k in tl.static_range(1, DIRECTIONS):  # pyright: ignore[reportGeneralTypeIssues]
+                other = tl.load(directions + k * in_features, mask=inside, other=0)
+                multiplier += other * tl.load(B + row * DIRECTIONS + k)
+            delta = w * multiplier
             w = tl.where(w == 0, 0.0, delta + w if WITH_BASE else delta)
         tl.store(out + row * in_features + columns, w.to(out.dtype.element_ty), mask=inside)
 
@@ -142,25 +149,33 @@ def _form(
 @_jit
 def _reduce(
     G, values, bitmask, row_offsets, nonzeros, row_stride, column_stride, A, B, dA, dB,
-    pieces, first_group, first, last, out_features, in_features, rank,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, ROW_WORDS: tl.constexpr,
+    pieces, first_group, first, last, out_features, in_features, all_groups,
+    DIRECTIONS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, ROW_WORDS: tl.constexpr,
 ):
-    """For P = G * W: sum_i P[i] * B[i] of a piece into its row of dA, sum_j P[i, j] * A[g, j] of a block into dB."""
-    group, start, stop = _piece(pieces, first_group, first, last, out_features, rank, ROWS)
+    """For P = G * W: sum_i P[i] * B[i, k] of a piece into dA, (K, I), sum_j P[i, j] * A[K g + k, j] of a block into dB.
+
+    Tensors of directions have `PADDED` of them, a power of two.
+    """
+    group, start, stop = _piece(pieces, first_group, first, last, out_features, all_groups, ROWS)
     columns = _columns(WORDS)
     inside = columns < in_features
-    a = tl.load(A + group * in_features + columns, mask=inside, other=0)
-    total = tl.zeros((WORDS, 32), tl.float32)
+    k = tl.arange(0, PADDED)
+    places = k[:, None, None] * in_features + columns[None, :, :]
+    present = (k < DIRECTIONS)[:, None, None] & inside[None, :, :]
+    a = tl.load(A + group * DIRECTIONS * in_features + places, mask=present, other=0)
+    total = tl.zeros((PADDED, WORDS, 32), tl.float32)
     for row in range(start, stop):
         w = _entries(
             values, bitmask, row_offsets, nonzeros, row_stride, column_stride, in_features, row, WORDS, ROW_WORDS
         ).to(tl.float32)
         g = tl.load(G + (row - first) * in_features + columns, mask=inside, other=0).to(tl.float32)
         # A zero of W takes no part, even where G is not finite.
-        p = tl.where(w == 0, 0.0, g * w)
-        total += p * tl.load(B + row)
-        tl.store(dB + (row - first) * tl.num_programs(1) + tl.program_id(1), tl.sum(p * a))
-    tl.store(dA + tl.program_id(0).to(tl.int64) * in_features + columns, total, mask=inside)
+        p = tl.where(w == 0, 0.0, g * w)[None, :, :]
+        total += p * tl.load(B + row * DIRECTIONS + k, mask=k < DIRECTIONS, other=0)[:, None, None]
+        sums = tl.sum(tl.sum(p * a, axis=2), axis=1)
+        line = dB + (row - first) * DIRECTIONS * tl.num_programs(1)
+        tl.store(line + k * tl.num_programs(1) + tl.program_id(1), sums, mask=k < DIRECTIONS)
+    tl.store(dA + tl.program_id(0).to(tl.int64) * DIRECTIONS * in_features + places, total, mask=present)
 # fmt: on
 
 
@@ -209,15 +224,20 @@ def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Te
     _require(G.shape[1:] == (in_features,) and first >= 0 and last <= out_features and G.is_contiguous(), "G", G)
     if not G.numel():
         return
-    plan = _plan(tuple(weight.shape), len(A), first, last, _REDUCE)
-    dA_of_pieces = torch.empty(plan.groups, plan.pieces, in_features, device=G.device)
-    dB_of_blocks = torch.empty(len(G), plan.blocks, device=G.device)
+    directions = B.shape[1]
+    padded = triton.next_power_of_2(directions)
+    tile = _REDUCE._replace(words=max(_REDUCE.words // padded, 1))
+    plan = _plan(tuple(weight.shape), len(A) // directions, first, last, tile)
+    dA_of_pieces = torch.empty(plan.groups, plan.pieces, directions, in_features, device=G.device)
+    dB_of_blocks = torch.empty(len(G), directions, plan.blocks, device=G.device)
+    arguments = {"DIRECTIONS": directions, "PADDED": padded, **described, **plan.arguments}
     with torch.cuda.device_of(G):
         _reduce[plan.groups * plan.pieces, plan.blocks](
-            G=G, A=_factor(A), B=_factor(B), dA=dA_of_pieces, dB=dB_of_blocks, **described, **plan.arguments
+            G=G, A=_factor(A), B=_factor(B), dA=dA_of_pieces, dB=dB_of_blocks, **arguments
         )
-    dA[plan.first_group : plan.first_group + plan.groups] += dA_of_pieces.sum(dim=1)
-    dB[first:last, 0] = dB_of_blocks.sum(dim=1)
+    sums = dA.view(-1, directions, in_features)
+    sums[plan.first_group : plan.first_group + plan.groups] += dA_of_pieces.sum(dim=1)
+    dB[first:last] = dB_of_blocks.sum(dim=2)
 
 
 def _form_rows(weight: Weight, A: Tensor | None, B: Tensor | None, out: Tensor, with_base: bool) -> None:
@@ -225,8 +245,10 @@ def _form_rows(weight: Weight, A: Tensor | None, B: Tensor | None, out: Tensor, 
     _require(out.shape == tuple(weight.shape) and out.is_contiguous(), "out", out)
     if not out.numel():
         return
-    plan = _plan(tuple(weight.shape), 1 if A is None else len(A), 0, len(weight), _FORM)
-    arguments = {"out": out, "A": _factor(A), "B": _factor(B), "WITH_BASE": with_base, **described, **plan.arguments}
+    directions = 1 if B is None else B.shape[1]
+    plan = _plan(tuple(weight.shape), 1 if A is None else len(A) // directions, 0, len(weight), _FORM)
+    factors = {"A": _factor(A), "B": _factor(B), "DIRECTIONS": directions}
+    arguments = {"out": out, "WITH_BASE": with_base, **factors, **described, **plan.arguments}
     with torch.cuda.device_of(out):
         _form[plan.groups * plan.pieces, plan.blocks](**arguments)
 
@@ -242,12 +264,12 @@ class _Plan(NamedTuple):
 
 
 @lru_cache
-def _plan(shape: tuple[int, int], rank: int, first: int, last: int, tile: _Tile) -> _Plan:
+def _plan(shape: tuple[int, int], groups: int, first: int, last: int, tile: _Tile) -> _Plan:
     """For the rows [first, last) of a weight."""
     out_features, in_features = shape
     words = word_count(in_features)
-    first_group, last_group = (row * rank // out_features for row in (first, last - 1))
-    largest_group = -(-out_features // rank)
+    first_group, last_group = (row * groups // out_features for row in (first, last - 1))
+    largest_group = -(-out_features // groups)
     pieces = -(-min(largest_group, last - first) // tile.rows)
     words_at_once = min(tile.words, triton.next_power_of_2(words))
     arguments = {
@@ -257,7 +279,7 @@ def _plan(shape: tuple[int, int], rank: int, first: int, last: int, tile: _Tile)
         "last": last,
         "out_features": out_features,
         "in_features": in_features,
-        "rank": rank,
+        "all_groups": groups,
         "ROWS": tile.rows,
         "WORDS": words_at_once,
         "ROW_WORDS": triton.next_power_of_2(words),

@@ -9,10 +9,12 @@ from typing import Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from spp.ops import MOST_DIRECTIONS
+
 
 @dataclass
 class SppConfig(PeftConfig):
-    """W' = W + scale * W * A[g] * B: zeros of W stay zeros, in training and in merging (SPP, ICML 2024).
+    """W' = W + scale * W * (A[g] B): zeros of W stay zeros, in training and in merging (SPP, ICML 2024).
 
     `task_type`, `base_model_name_or_path`, `inference_mode` and `revision` are PEFT's own.
 
@@ -20,7 +22,13 @@ class SppConfig(PeftConfig):
         ValueError: a field holds what it cannot; all such fields are named at once.
     """
 
-    r: int = field(default=32, metadata={"help": "row groups R: A has R rows; at most the layer's output features"})
+    r: int = field(default=8, metadata={"help": "row groups R; at most the layer's output features"})
+    directions: int = field(
+        default=4,
+        metadata={
+            "help": "directions K, up to 16: rows of A for each group, which its rows mix; published: 1, with r=16"
+        },
+    )
     scale: float = field(default=2.0, metadata={"help": "factor s of the update; the published runs use 2"})
     mode: Literal["fused", "split"] = field(
         default="fused",
@@ -54,8 +62,8 @@ class SppConfig(PeftConfig):
     init_weights: bool | Literal["ones", "published"] = field(
         default=True,
         metadata={
-            "help": "ones, which is what True means: A = 0 and B = 1; published: A ~ U(-1/sqrt(I), 1/sqrt(I)) and "
-            "B = 0; False draws both, so that W' != W (for tests)"
+            "help": "ones, which is what True means: A = 0 and a 1 in each row of B; published: "
+            "A ~ U(-1/sqrt(I), 1/sqrt(I)) and B = 0; False draws both, so that W' != W (for tests)"
         },
     )
 
@@ -73,6 +81,8 @@ class SppConfig(PeftConfig):
         for name, rank in ranks.items():
             if not isinstance(rank, int) or rank < 1:
                 yield f"{name} must be a positive integer, but it is {rank!r}"
+        if not isinstance(self.directions, int) or not 1 <= self.directions <= MOST_DIRECTIONS:
+            yield f"directions must be an integer from 1 to {MOST_DIRECTIONS}, but it is {self.directions!r}"
         if not self.scale > 0:
             yield f"scale must be above 0, but it is {self.scale!r}"
         if self.mode not in ("fused", "split"):

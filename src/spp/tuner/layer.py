@@ -1,6 +1,6 @@
 """A linear layer with SPP adapters on it.
 
-Shapes: T tokens, O output features, I input features, R row groups.
+Shapes: T tokens, O output features, I input features, R row groups, K directions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spp.errors import SppError
 from spp.models import is_transposed
 from spp.ops import Mode, adapter_linear, spp_linear, unpack
-from spp.ops.reference import add_delta, delta_weight
+from spp.ops.reference import add_delta, delta_weight, row_groups
 from spp.packed import PackedWeight, Weight
 from spp.packed_linear import PackedLinear
 from spp.proof import lost_zeros
@@ -52,7 +52,7 @@ class SppLayer(BaseTunerLayer):
 
 
 class SppLinear(nn.Module, SppLayer):
-    """An `nn.Linear`, `Conv1D` or `PackedLinear` with W' = W + s * W * A[g] * B in place of W.
+    """An `nn.Linear`, `Conv1D` or `PackedLinear` with W' = W + s * W * (A[g] B) in place of W.
 
     One active adapter costs three GEMMs, in split mode four; several, or dropout, one more for each of them.
 
@@ -81,11 +81,13 @@ class SppLinear(nn.Module, SppLayer):
 
     def update_layer(self, adapter_name: str, r: int, config: SppConfig) -> None:
         """Add an adapter, or replace the one of this name."""
-        self.r[adapter_name] = min(r, self.out_features)  # a router may have fewer rows than there are groups
+        # A router may have fewer rows than there are groups, or a group fewer than directions.
+        groups = self.r[adapter_name] = min(r, self.out_features)
+        directions = min(config.directions, self.out_features // groups)
         self.scale[adapter_name] = config.scale
         self.mode[adapter_name] = config.mode
-        self.spp_A[adapter_name] = Factor(self.r[adapter_name], self.in_features)
-        self.spp_B[adapter_name] = Factor(self.out_features, 1)
+        self.spp_A[adapter_name] = Factor(groups * directions, self.in_features)
+        self.spp_B[adapter_name] = Factor(self.out_features, directions)
         self.spp_dropout[adapter_name] = nn.Dropout(config.dropout)
         self.reset_spp_parameters(adapter_name, init_weights=config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -94,14 +96,17 @@ class SppLinear(nn.Module, SppLayer):
     def reset_spp_parameters(self, adapter_name: str, *, init_weights: bool | str) -> None:
         """Start at W' = W, unless `init_weights` is False.
 
-        ones: A = 0 and B = 1, so that A, which is nearly all of the adapter, has its whole gradient at once, and a
-        learning rate changes weights by the same share whatever their number of columns. published: A from
-        U(-1/sqrt(I), 1/sqrt(I)), which is kaiming_uniform(a = sqrt(5)), and B = 0.
+        ones: A = 0 and one 1 in each row of B, so that A, which is nearly all of the adapter, has its whole gradient at
+        once, and a learning rate changes weights by the same share whatever their number of columns. The 1 is for the
+        k-th direction in the k-th K-th of a group: as with K times as many groups, which then learn from each other.
+        published: A from U(-1/sqrt(I), 1/sqrt(I)), which is kaiming_uniform(a = sqrt(5)), and B = 0.
         """
         A, B, _ = self._factors(adapter_name)
         if init_weights in (True, "ones"):
             nn.init.zeros_(A)
-            nn.init.ones_(B)
+            own = row_groups(len(B), len(A), B.device) - B.shape[1] * row_groups(len(B), self.r[adapter_name], B.device)
+            with torch.no_grad():
+                B.copy_(nn.functional.one_hot(own, B.shape[1]))
             return
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if init_weights:
@@ -128,7 +133,7 @@ class SppLinear(nn.Module, SppLayer):
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Delta = s * W * A[g] * B of the unmerged W, in W's own layout; fp32, or fp64 if W is."""
+        """Delta = s * W * (A[g] B) of the unmerged W, in W's own layout; fp32, or fp64 if W is."""
         weight = self._turned(self._unmerged_weight())
         A, B, scale = self._factors(adapter)
         delta = delta_weight(weight, A.to(weight.device), B.to(weight.device), scale)

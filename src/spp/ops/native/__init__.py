@@ -38,7 +38,12 @@ class _Weight(ctypes.Structure):
 
 
 class _Factors(ctypes.Structure):
-    _fields_ = [("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int64)]
+    _fields_ = [
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("groups", ctypes.c_int64),
+        ("directions", ctypes.c_int64),
+    ]
 
 
 class _Block(ctypes.Structure):
@@ -154,11 +159,11 @@ def add_factor_gradients(
     for name, tensor, like in (("dA", dA, A), ("dB", dB, B)):
         ready = tensor.shape == like.shape and tensor.dtype == torch.float32 and tensor.is_contiguous()
         _require(ready, name, tensor)
-    shape = [ctypes.c_int64(number) for number in (first, len(G), len(A), out_features, _BLOCK_ROWS)]
+    shape = [ctypes.c_int64(number) for number in (first, len(G), factors.groups, out_features, _BLOCK_ROWS)]
     count = library.spp_blocks(*shape, None)
     blocks = (_Block * count)()
     library.spp_blocks(*shape, blocks)
-    partial = torch.empty(count, in_features)
+    partial = torch.empty(count, factors.directions, in_features)
     failed = library.spp_reduce(
         level,
         torch.get_num_threads(),
@@ -265,9 +270,12 @@ def _factors(weight: Weight, A: Tensor | None, B: Tensor | None) -> tuple[_Facto
         return _Factors(), []
     out_features, in_features = weight.shape
     _require(A.ndim == 2 and A.shape[1] == in_features and 1 <= len(A) <= out_features, "A", A)
-    _require(B.shape == (out_features, 1), "B", B)
+    _require(B.ndim == 2 and len(B) == out_features and 1 <= B.shape[1] <= 16, "B", B)  # kMostDirections
+    directions = B.shape[1]
+    _require(len(A) % directions == 0, "A", A)
     keep = [factor.detach().to(torch.float32).contiguous() for factor in (A, B)]
-    return _Factors(a=keep[0].data_ptr(), b=keep[1].data_ptr(), rank=len(A)), keep
+    factors = _Factors(a=keep[0].data_ptr(), b=keep[1].data_ptr(), groups=len(A) // directions, directions=directions)
+    return factors, keep
 
 
 def _require(holds: bool, name: str, tensor: Tensor | None) -> None:

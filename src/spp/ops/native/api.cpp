@@ -105,13 +105,13 @@ SPP_API int spp_effective(int level, int threads, const Weight* weight, const Fa
   });
 }
 
-// Adds to da (R, I), and writes db, over rows [first, first + rows). `partial` has room for spp_blocks(...) rows of I.
+// Adds to da (R K, I), and writes db, over rows [first, first + rows). `partial` has room for spp_blocks(...) times (K, I).
 // Blocks are fixed by the shapes alone and added in order, so that the sums do not depend on the number of threads.
-SPP_API int64_t spp_blocks(int64_t first, int64_t rows, int64_t rank, int64_t out_features, int64_t most, Block* blocks) {
+SPP_API int64_t spp_blocks(int64_t first, int64_t rows, int64_t groups, int64_t out_features, int64_t most, Block* blocks) {
   int64_t found = 0;
   for (int64_t row = first; row < first + rows; ++found) {
-    const int64_t group = spp::row_group(row, rank, out_features);
-    const int64_t group_end = ((group + 1) * out_features + rank - 1) / rank;  // the first i with g(i) > group
+    const int64_t group = spp::row_group(row, groups, out_features);
+    const int64_t group_end = ((group + 1) * out_features + groups - 1) / groups;  // the first i with g(i) > group
     int64_t last = row + most;
     if (last > group_end) last = group_end;
     if (last > first + rows) last = first + rows;
@@ -125,12 +125,12 @@ SPP_API int spp_reduce(int level, int threads, const Weight* weight, const Facto
                        Dtype gradient_dtype, int64_t first, const Block* blocks, int64_t count, float* partial,
                        float* da, float* db) {
   const Kernels* k = kernels(level);
-  const int64_t columns = weight->in_features;
+  const int64_t columns = weight->in_features, sums = factors->directions * columns;
   const int64_t entry = gradient_dtype == Dtype::fp32 ? 4 : 2;
   const bool sound = in_parallel(count, threads, [=](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const char* rows = static_cast<const char*>(gradient) + (blocks[i].first - first) * columns * entry;
-      if (!k->reduce(*weight, *factors, rows, gradient_dtype, partial + i * columns, db, blocks[i].first,
+      if (!k->reduce(*weight, *factors, rows, gradient_dtype, partial + i * sums, db, blocks[i].first,
                      blocks[i].last)) {
         return false;
       }
@@ -138,11 +138,11 @@ SPP_API int spp_reduce(int level, int threads, const Weight* weight, const Facto
     return true;
   });
   if (!sound) return 1;
-  in_parallel(columns, threads, [=](int64_t from, int64_t to) {
+  in_parallel(sums, threads, [=](int64_t from, int64_t to) {
     for (int64_t i = 0; i < count; ++i) {
-      float* to_row = da + blocks[i].group * columns;
-      const float* part = partial + i * columns;
-      for (int64_t j = from; j < to; ++j) to_row[j] += part[j];
+      float* to_rows = da + blocks[i].group * sums;
+      const float* part = partial + i * sums;
+      for (int64_t j = from; j < to; ++j) to_rows[j] += part[j];
     }
     return true;
   });

@@ -4,7 +4,7 @@
 // 32 w + b), and for every row the index of its first non-zero. Plain C types only: no library headers, whose inline
 // functions the linker might take from a file compiled for a newer CPU.
 //
-// Shapes: T tokens, O output features, I input features, R row groups.
+// Shapes: T tokens, O output features, I input features, R row groups, K directions.
 
 #pragma once
 
@@ -35,24 +35,25 @@ struct Weight {
 
 // s * B and A of the operator, both in fp32; `a` is null for no adapter.
 struct Factors {
-  const float* a;  // (R, I)
-  const float* b;  // (O,)
-  int64_t rank;
+  const float* a;  // (R K, I)
+  const float* b;  // (O, K)
+  int64_t groups;
+  int64_t directions;  // at most kMostDirections
 };
 
-// The row of A that output row i uses: g(i) = floor(i * R / O).
-inline int64_t row_group(int64_t row, int64_t rank, int64_t out_features) { return row * rank / out_features; }
+// The group of output row i, whose rows of A are K g(i) to K g(i) + K: g(i) = floor(i * R / O).
+inline int64_t row_group(int64_t row, int64_t groups, int64_t out_features) { return row * groups / out_features; }
 
 // Rows [first, last) of one call; every function returns false where a packed row is not what its offsets say.
 struct Kernels {
   const char* name;
 
-  // out[i, :] = W[i, :] * with_base + W[i, :] * (A[g(i), :] * b[i]), rounded once; +0.0 where W is zero.
+  // out[i, :] = W[i, :] * with_base + W[i, :] * (sum_k A[K g(i) + k, :] * b[i, k]), rounded once; +0.0 where W is zero.
   bool (*effective)(const Weight&, const Factors&, bool with_base, void* out, Dtype out_dtype, int64_t first,
                     int64_t last);
 
-  // For P = G * W over rows of one group: db[i] = sum_j P[i, j] A[g, j] and da[j] = sum_i P[i, j] b[i]. G has the rows
-  // from `first` on, (last - first, I); da (I,) is written, db is indexed by row.
+  // For P = G * W over rows of one group: db[i, k] = sum_j P[i, j] A[K g + k, j], da[k, j] = sum_i P[i, j] b[i, k]. G has
+  // the rows from `first` on, (last - first, I); da (K, I) is written, db is indexed by row.
   bool (*reduce)(const Weight&, const Factors&, const void* gradient, Dtype gradient_dtype, float* da, float* db,
                  int64_t first, int64_t last);
 
@@ -76,6 +77,7 @@ struct Kernels {
 };
 
 constexpr int64_t kMostTokens = 4;  // where an instruction set has no kernel for more
+constexpr int64_t kMostDirections = 16;
 constexpr int64_t kChunk = 32;  // columns at a time, one word of the bitmask
 inline int64_t padded(int64_t in_features) { return (in_features + kChunk - 1) / kChunk * kChunk; }
 

@@ -84,32 +84,66 @@ void narrow_part(Out* out, int64_t n, V low, V high) {
   for (int64_t i = 0; i < n; ++i) out[i] = whole[i];
 }
 
+// sum_k a[k, :] * b[k] over 16 columns; every product and sum is rounded, in this order.
+template <class Mixed>
+inline V mixed(const Mixed& by, const float* a, int64_t stride) {
+  V total = mul(load(a), by.b[0]);
+  for (int64_t k = 1; k < by.count(); ++k) total = add(total, mul(load(a + k * stride), by.b[k]));
+  return total;
+}
+
+// How a row mixes its directions: `fixed` of them, or as many as there are where that is 0.
+template <int fixed>
+struct Mix {
+  const int64_t given;
+  V b[fixed ? fixed : kMostDirections];
+
+  explicit Mix(const Factors& factors) : given(factors.directions) {}
+  int64_t count() const { return fixed ? fixed : given; }
+  void start(const float* of_row) {
+    for (int64_t k = 0; k < count(); ++k) b[k] = broadcast(of_row[k]);
+  }
+};
+
+// The last columns of the directions of a group, padded with zeros, (K, kChunk).
+template <int fixed>
+struct LastColumns {
+  float entries[(fixed ? fixed : kMostDirections) * kChunk];
+
+  LastColumns(const float* from, int64_t directions, int64_t stride, int64_t n) {
+    for (int64_t k = 0; k < directions; ++k) {
+      for (int64_t i = 0; i < kChunk; ++i) entries[k * kChunk + i] = i < n ? from[k * stride + i] : 0.0f;
+    }
+  }
+};
+
 template <bool with_base>
-inline V updated(V w, V a, V b) {
-  const V delta = mul(w, mul(a, b));
+inline V updated(V w, V multiplier) {
+  const V delta = mul(w, multiplier);
   return where_nonzero(w, with_base ? add(delta, w) : delta);
 }
 
-template <class Rows, class Out, bool with_base>
+template <class Rows, class Out, bool with_base, int fixed>
 bool effective_rows(const Weight& weight, const Factors& factors, Out* out, int64_t first, int64_t last) {
   Rows rows(weight);
+  Mix<fixed> mix(factors);
   const int64_t columns = weight.in_features, whole = columns / kChunk * kChunk, rest = columns - whole;
   V low, high;
   for (int64_t row = first; row < last; ++row) {
     if (!rows.start(row)) return false;
     Out* to = out + row * columns;
-    const float* a = factors.a + row_group(row, factors.rank, weight.out_features) * columns;
-    const V b = broadcast(factors.b[row]);
+    const float* a = factors.a + row_group(row, factors.groups, weight.out_features) * mix.count() * columns;
+    mix.start(factors.b + row * mix.count());
     for (int64_t j = 0; j < whole; j += kChunk) {
       rows.next(low, high);
-      narrow(to + j, updated<with_base>(low, load(a + j), b));
-      narrow(to + j + 16, updated<with_base>(high, load(a + j + 16), b));
+      narrow(to + j, updated<with_base>(low, mixed(mix, a + j, columns)));
+      narrow(to + j + 16, updated<with_base>(high, mixed(mix, a + j + 16, columns)));
     }
     if (rest) {
       rows.last(rest, low, high);
-      Padded<float> a_rest(a + whole, rest);
-      narrow_part(to + whole, rest, updated<with_base>(low, load(a_rest.entries), b),
-                  updated<with_base>(high, load(a_rest.entries + 16), b));
+      const LastColumns<fixed> a_rest(a + whole, mix.count(), columns, rest);
+      narrow_part(to + whole, rest, updated<with_base>(low, mixed(mix, a_rest.entries, kChunk)),
+                  updated<with_base>(high, mixed(mix, a_rest.entries + 16, kChunk)));
     }
   }
   return true;
@@ -161,41 +195,51 @@ bool expand_rows(const Weight& weight, T* out, int64_t first, int64_t last) {
   return true;
 }
 
-template <class Rows, class G>
+template <class Rows, class G, int fixed>
 bool reduce_rows(const Weight& weight, const Factors& factors, const G* gradient, float* da, float* db, int64_t first,
                  int64_t last) {
   Rows rows(weight);
+  Mix<fixed> mix(factors);
   const int64_t columns = weight.in_features, whole = columns / kChunk * kChunk, rest = columns - whole;
-  const float* a = factors.a + row_group(first, factors.rank, weight.out_features) * columns;
-  for (int64_t j = 0; j < columns; ++j) da[j] = 0.0f;
+  const int64_t directions = mix.count();
+  const float* a = factors.a + row_group(first, factors.groups, weight.out_features) * directions * columns;
+  const LastColumns<fixed> a_rest(a + whole, directions, columns, rest);
+  for (int64_t j = 0; j < directions * columns; ++j) da[j] = 0.0f;
   V low, high;
   for (int64_t row = first; row < last; ++row) {
     if (!rows.start(row)) return false;
     const G* g = gradient + (row - first) * columns;
-    const V b = broadcast(factors.b[row]);
-    V sum_low = zero(), sum_high = zero();
+    mix.start(factors.b + row * directions);
+    V sums[fixed ? fixed : kMostDirections];
+    for (int64_t k = 0; k < directions; ++k) sums[k] = zero();
     for (int64_t j = 0; j < whole; j += kChunk) {
       rows.next(low, high);
       // A zero of W takes no part, even where G is not finite.
       const V p_low = where_nonzero(low, mul(low, widen(g + j)));
       const V p_high = where_nonzero(high, mul(high, widen(g + j + 16)));
-      sum_low = fma(p_low, load(a + j), sum_low);
-      sum_high = fma(p_high, load(a + j + 16), sum_high);
-      store(da + j, fma(p_low, b, load(da + j)));
-      store(da + j + 16, fma(p_high, b, load(da + j + 16)));
+      for (int64_t k = 0; k < directions; ++k) {
+        const float* a_k = a + k * columns + j;
+        float* da_k = da + k * columns + j;
+        sums[k] = fma(p_high, load(a_k + 16), fma(p_low, load(a_k), sums[k]));
+        store(da_k, fma(p_low, mix.b[k], load(da_k)));
+        store(da_k + 16, fma(p_high, mix.b[k], load(da_k + 16)));
+      }
     }
     if (rest) {
       rows.last(rest, low, high);
       Padded<G> g_rest(g + whole, rest);
-      Padded<float> a_rest(a + whole, rest), da_rest(da + whole, rest);
       const V p_low = where_nonzero(low, mul(low, widen(g_rest.entries)));
       const V p_high = where_nonzero(high, mul(high, widen(g_rest.entries + 16)));
-      sum_low = fma(p_low, load(a_rest.entries), sum_low);
-      sum_high = fma(p_high, load(a_rest.entries + 16), sum_high);
-      narrow_part(da + whole, rest, fma(p_low, b, load(da_rest.entries)),
-                  fma(p_high, b, load(da_rest.entries + 16)));
+      for (int64_t k = 0; k < directions; ++k) {
+        const float* a_k = a_rest.entries + k * kChunk;
+        float* da_k = da + k * columns + whole;
+        const Padded<float> before(da_k, rest);
+        sums[k] = fma(p_high, load(a_k + 16), fma(p_low, load(a_k), sums[k]));
+        narrow_part(da_k, rest, fma(p_low, mix.b[k], load(before.entries)),
+                    fma(p_high, mix.b[k], load(before.entries + 16)));
+      }
     }
-    db[row] = sum(add(sum_low, sum_high));
+    for (int64_t k = 0; k < directions; ++k) db[row * directions + k] = sum(sums[k]);
   }
   return true;
 }

@@ -19,11 +19,16 @@ struct Pointee<T*> {
   using type = T;
 };
 
+template <class Rows, class Out, int fixed>
+bool effective_mixed(const Weight& w, const Factors& f, bool with_base, Out* out, int64_t first, int64_t last) {
+  return with_base ? effective_rows<Rows, Out, true, fixed>(w, f, out, first, last)
+                   : effective_rows<Rows, Out, false, fixed>(w, f, out, first, last);
+}
 template <class Rows, class Out>
 bool effective_out(const Weight& w, const Factors& f, bool with_base, Out* out, int64_t first, int64_t last) {
   if (!f.a) return convert_rows<Rows>(w, out, first, last);
-  return with_base ? effective_rows<Rows, Out, true>(w, f, out, first, last)
-                   : effective_rows<Rows, Out, false>(w, f, out, first, last);
+  if (f.directions == 1) return effective_mixed<Rows, Out, 1>(w, f, with_base, out, first, last);
+  return effective_mixed<Rows, Out, 0>(w, f, with_base, out, first, last);
 }
 
 bool effective(const Weight& w, const Factors& f, bool with_base, void* out, Dtype out_dtype, int64_t first,
@@ -39,14 +44,19 @@ bool effective(const Weight& w, const Factors& f, bool with_base, void* out, Dty
   });
 }
 
+template <class Rows, class G>
+bool reduce_mixed(const Weight& w, const Factors& f, const G* g, float* da, float* db, int64_t first, int64_t last) {
+  return f.directions == 1 ? reduce_rows<Rows, G, 1>(w, f, g, da, db, first, last)
+                           : reduce_rows<Rows, G, 0>(w, f, g, da, db, first, last);
+}
 bool reduce(const Weight& w, const Factors& f, const void* gradient, Dtype gradient_dtype, float* da, float* db,
             int64_t first, int64_t last) {
   return with_dtype(w.dtype, [&](auto* weight_type) {
     using T = typename Pointee<decltype(weight_type)>::type;
     return with_dtype(gradient_dtype, [&](auto* gradient_type) {
       auto* g = static_cast<const typename Pointee<decltype(gradient_type)>::type*>(gradient);
-      return w.bitmask ? reduce_rows<PackedRows<T>>(w, f, g, da, db, first, last)
-                       : reduce_rows<DenseRows<T>>(w, f, g, da, db, first, last);
+      return w.bitmask ? reduce_mixed<PackedRows<T>>(w, f, g, da, db, first, last)
+                       : reduce_mixed<DenseRows<T>>(w, f, g, da, db, first, last);
     });
   });
 }
