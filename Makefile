@@ -21,8 +21,8 @@ demo: $(INSTALLED)  ## run the main job on the bundled model: prune, SPP fine-tu
 test: $(INSTALLED)  ## run the test-suite
 	$(BIN)/python -m pytest
 
-test-slow: $(INSTALLED)  ## run the slow tests as well, those of DeepSpeed included
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,deepspeed]"
+test-slow: $(INSTALLED)  ## run the slow tests as well, with the extras that some need
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,deepspeed,quant]"
 	$(BIN)/python -m pytest -m "not gpu"
 
 test-peft: $(INSTALLED)  ## run PEFT's own test-suite with SPP added to it

@@ -228,8 +228,10 @@ def weight_oi(module: nn.Module) -> Tensor:
 
 
 def shape_oi(module: nn.Module) -> tuple[int, int]:
-    """The shape (O, I) of a linear layer's weight, dense or packed."""
-    out_features, in_features = (module.packed if isinstance(module, PackedLinear) else weight_oi(module)).shape
+    """The shape (O, I) of a linear layer's weight, dense, packed or quantised."""
+    if isinstance(module, nn.Linear | PackedLinear):
+        return module.out_features, module.in_features
+    out_features, in_features = weight_oi(module).shape
     return out_features, in_features
 
 

@@ -244,6 +244,10 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
         None,
         description="keep the base weights packed, without their zeros (default: where 30 % or more are zero)",
     )
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="keep the base in 4 or 8 bits while training (bitsandbytes); merging takes it as it was before",
+    )
     save_steps: int = Field(100, ge=1, description="optimiser steps between checkpoints to resume from")
     keep: int = Field(2, ge=1, description="checkpoints to keep while training; the best adapter is kept besides")
     validation: int = Field(
@@ -260,6 +264,13 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
     report_to: str = Field(
         "none", description="also log to tensorboard, wandb, trackio, ... (names separated by commas)"
     )
+
+    @model_validator(mode="after")
+    def _check_base(self) -> Self:
+        excluded = {"pack": self.pack is True, f"sharding {self.sharding}": self.sharding != "none"}
+        if self.quantize != "none" and (names := [name for name, given in excluded.items() if given]):
+            raise ValueError(f"quantize {self.quantize} does not go with {' or '.join(names)}; leave one of them out")
+        return self
 
 
 class WindowSettings(Options):

@@ -57,11 +57,11 @@ def test_live_bytes_by_hand():
 
 
 def test_the_parts_that_can_be_counted_by_hand(request_for):
-    options = TrainOptions.build({**request_for(0.5), "window": 48, "rank": 4, "batch_size": 6})
+    options = TrainOptions.build({**request_for(0.5), "window": 48, "rank": 4, "directions": 2, "batch_size": 6})
     report = predict_training(options)
     linears = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)
     assert report.parts["embeddings, head, norms"] == 4 * (2 * 96 * 32 + 5 * 32)  # computed in fp32 on a CPU
-    adapter = 2 * (2 * (4 * 32 + 32) + 2 * (4 * 32 + 16) + 2 * (4 * 32 + 48) + (4 * 48 + 32))
+    adapter = 2 * (2 * (8 * 32 + 64) + 2 * (8 * 32 + 32) + 2 * (8 * 32 + 96) + (8 * 48 + 64))
     assert report.parts["adapter"] == 4 * adapter and report.parts["optimiser"] == 8 * adapter
     if report.packed:
         assert report.packed == 14
@@ -70,6 +70,10 @@ def test_the_parts_that_can_be_counted_by_hand(request_for):
     assert not report.gradient_checkpointing
     unpacked = predict_training(TrainOptions.build({**options.model_dump(), "pack": False}))
     assert unpacked.parts["dense weights"] == 4 * linears and unpacked.packed == 0
+    for kind, entry in (("nf4", 0.5), ("int8", 1.0)):
+        quantised = predict_training(TrainOptions.build({**options.model_dump(), "quantize": kind}))
+        assert entry * linears < quantised.parts["quantised weights"] < (entry + 0.2) * linears
+        assert quantised.packed == 0 and quantised.parts["a weight, dequantised"] == 4 * 32 * 48
 
 
 SIZES = {

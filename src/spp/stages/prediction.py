@@ -6,19 +6,21 @@ keeps for backward is counted as it is, with no formula for any architecture.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import psutil
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from spp.checkpoint import Checkpoint, resolve_model
 from spp.errors import UsageError
 from spp.live_bytes import peak_of_a_step
 from spp.loading import compute_dtype, context_window, kind_of, load_config, pick_device
-from spp.models import prunable_linears, weight_oi
+from spp.models import prunable_linears, shape_oi, weight_oi
 from spp.ops import packs_well
 from spp.ops.linear import scratch_bytes
 from spp.options import TrainOptions
@@ -33,6 +35,7 @@ from spp.stages.training_data import training_examples
 
 _SHARE_TO_USE = 0.9  # of what is free; the rest is for what no one counts
 _PLAINLY_FITS = 0.25
+_NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # of a weight: 4 bits, a byte for 64 of them, a float for 256 of those
 _COMPARED = 4  # fp32 matrices of predictions (tokens, vocabulary) beside those of the loss on the data
 _CUBLAS = 32 * 2**20  # its workspace on Hopper, which torch counts as a tensor; less elsewhere
 # What a C library's heap holds on to beyond the tensors that are alive. With checkpointing it is made not to. Measured
@@ -197,6 +200,8 @@ def _weights(
 ) -> tuple[dict[str, int], int]:
     """Bytes of the base by part, and how many layers would be packed."""
     linears = prunable_linears(model)
+    if options.quantize != "none":
+        return _quantised_weights(model, linears, options.quantize), 0
     pack = (packs_well(device) if options.pack is None else options.pack) or (
         bool(checkpoint.packed) and options.pack is not False
     )
@@ -214,6 +219,21 @@ def _weights(
             packed += 1
         else:
             kinds["dense weights"] += dense
+    return {**kinds, **_other_weights(model, linears)}, packed
+
+
+def _quantised_weights(model: PreTrainedModel, linears: dict[str, nn.Module], kind: str) -> dict[str, int]:
+    shapes = [shape_oi(layer) for layer in linears.values()]
+    of_an_entry = _NF4_BYTES if kind == "nf4" else 1.0
+    largest = max(layer.get_parameter("weight").nbytes for layer in linears.values())
+    return {
+        "quantised weights": sum(math.ceil(rows * columns * of_an_entry) + 4 * rows for rows, columns in shapes),
+        "a weight, dequantised": largest,
+        **_other_weights(model, linears),
+    }
+
+
+def _other_weights(model: PreTrainedModel, linears: dict[str, nn.Module]) -> dict[str, int]:
     counted = {id(layer.get_parameter("weight")) for layer in linears.values()}
     rest = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in counted)
-    return {**kinds, "embeddings, head, norms": rest}, packed
+    return {"embeddings, head, norms": rest}

@@ -20,6 +20,7 @@ from spp.memory import peak_memory_bytes, return_freed_memory
 from spp.models import sparsity, stacked_weights
 from spp.options import TrainingSettings, TrainOptions
 from spp.packed_linear import PackedLinear
+from spp.quantising import quantise_, require_bitsandbytes
 from spp.stages.adapting import target_layers, with_new_adapter
 from spp.stages.arguments import batching, reports
 from spp.stages.fitting import Fitting
@@ -88,13 +89,16 @@ def train(options: TrainOptions) -> TrainReport:
     source.require_unquantised("give the sparse model as it was before quantisation")
     sequences, _ = batching(options)
     require_sharding(options)
+    if options.quantize != "none":
+        require_bitsandbytes()
     reports(options)
     base = base_fingerprint(folder)
 
     device = pick_device(options.device)
     # The Trainer moves the model to the device; each of several processes has its own.
     dtype = compute_dtype(options.dtype, device)
-    model = load_base(options.model, options, dtype=dtype, pack=options.pack, on=device)
+    pack = False if options.quantize != "none" else options.pack
+    model = load_base(options.model, options, dtype=dtype, pack=pack, on=device)
     window = context_window(model.config, options.window)
     examples, packing = training_examples(options, window, model.config.get_text_config().vocab_size)
     teacher = open_teacher(options, examples, model.config.get_text_config().vocab_size, device)
@@ -115,6 +119,8 @@ def train(options: TrainOptions) -> TrainReport:
         logger.info("gradient checkpointing is on: the batch would not fit into memory without")
     if checkpointing and device.type == "cpu":
         return_freed_memory()  # where memory counts more than speed, anyway
+    if options.quantize != "none":
+        targets = quantise_(model, targets, options.quantize, device)
     set_seed(options.seed)
     adapted = with_new_adapter(model, targets, options)
     fitting = Fitting(

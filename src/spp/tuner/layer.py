@@ -22,6 +22,7 @@ from spp.ops.reference import add_delta, delta_weight, row_groups
 from spp.packed import PackedWeight, Weight
 from spp.packed_linear import PackedLinear
 from spp.proof import lost_zeros
+from spp.quantising import dequantised, is_quantised, made_again
 from spp.tuner.config import SppConfig
 from spp.values import all_finite
 
@@ -122,14 +123,14 @@ class SppLinear(nn.Module, SppLayer):
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         if len(active) == 1 and not self._drops(active[0]):
-            with self._onloaded():
+            with self._onloaded(), self._weight_for(x) as weight:
                 factors = self._factors(active[0])
-                return spp_linear(x, self._weight_oi(), *factors, self.bias, mode=self.mode[active[0]])
+                return spp_linear(x, weight, *factors, self.bias, mode=self.mode[active[0]])
         result = self.base_layer(x, *args, **kwargs)
-        with self._onloaded():
+        with self._onloaded(), self._weight_for(x) as weight:
             for name in active:
                 dropped = self.spp_dropout[name](x)
-                result = result + adapter_linear(dropped, self._weight_oi(), *self._factors(name)).to(result.dtype)
+                result = result + adapter_linear(dropped, weight, *self._factors(name)).to(result.dtype)
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -149,12 +150,16 @@ class SppLinear(nn.Module, SppLayer):
             adapter_names: which adapters; None means the active ones.
 
         Raises:
-            ValueError: `safe_merge`, and the result is not finite.
+            ValueError: `safe_merge`, and the result is not finite; or W is quantised.
             SppError: a zero was lost; nothing is changed.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spp_A]
         if not names:
             return
+        if is_quantised(self.get_base_layer()):
+            raise ValueError(
+                "the weight is quantised; merge into the model as it was before (spp merge MODEL ADAPTER OUT)"
+            )
         before = self._unmerged_weight()
         with torch.no_grad():
             delta = sum(self.get_delta_weight(name) for name in [*self.merged_adapters, *names])
@@ -195,14 +200,30 @@ class SppLinear(nn.Module, SppLayer):
         return self.spp_A[adapter](), self.spp_B[adapter](), self.scale[adapter]
 
     def _stored(self) -> Tensor:
-        """What the base layer keeps: its weight (a parameter, or in FSDP's forward a tensor), or the packed values."""
+        """What the base layer keeps: its weight (a parameter, or in FSDP's forward a tensor), or the packed values.
+
+        Of a quantised weight it is a copy, in fp32.
+        """
         base = self.get_base_layer()
+        if is_quantised(base):
+            return dequantised(base, torch.float32)
         return base.values if isinstance(base, PackedLinear) else cast(Tensor, base.weight)
 
     def _weight_oi(self) -> Weight:
-        """W as (O, I): the weight itself, a view of it, or the packed one."""
+        """W as (O, I): the weight itself, a view of it, the packed one, or what a quantised one stands for."""
         base = self.get_base_layer()
         return base.packed if isinstance(base, PackedLinear) else self._turned(self._stored())
+
+    @contextmanager
+    def _weight_for(self, x: Tensor) -> Iterator[Weight]:
+        """W (O, I) to compute with; one that is quantised in x's dtype, and not kept for backward."""
+        base = self.get_base_layer()
+        if not is_quantised(base):
+            yield self._weight_oi()
+            return
+        weight = dequantised(base, x.dtype)
+        with made_again(weight, lambda: dequantised(base, x.dtype)):
+            yield weight
 
     def _turned(self, weight: Tensor) -> Tensor:
         """From the base layer's own layout to (O, I), or back."""

@@ -22,6 +22,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from spp.packed_linear import PackedLinear
+from spp.quantising import is_quantised
 from spp.tuner.config import SppConfig
 from spp.tuner.layer import SppLayer, SppLinear
 
@@ -182,8 +183,10 @@ def _require_adaptable(target: nn.Module, name: str) -> None:
             "transformers' Conv1D and spp's PackedLinear"
         )
     weight = target.get_parameter("weight")
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() and not is_quantised(target):
         dtype = str(weight.dtype).removeprefix("torch.")
-        raise ValueError(f"{name}: the weight is quantised ({dtype}), which SPP does not train on; load it in bfloat16")
+        raise ValueError(
+            f"{name}: the weight is quantised ({dtype}), in a way that SPP does not know; load it in bfloat16"
+        )
     if getattr(target, "_hf_tp_plan", None) is not None:
         raise ValueError(f"{name}: the weight is split by tensor parallelism, which SPP does not support")
