@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -37,6 +38,21 @@ def test_the_python_example_runs(tmp_path, tiny_checkpoint, monkeypatch):
     exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert len(example.strip().splitlines()) <= 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_run(notebook, tmp_path, monkeypatch, capsys):
+    """All code cells in one process, with fewer steps."""
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells and not any(cell["outputs"] for cell in cells)
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    short = code.replace("STEPS, WINDOW = 60, 256", "STEPS, WINDOW = 12, 64")
+    assert short != code
+    monkeypatch.chdir(tmp_path)
+    exec(compile(short, str(notebook), "exec"), {})
+    assert "True" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "notebook" / "merged" / "model.safetensors").is_file()
 
 
 def test_links_and_images_lead_somewhere():
