@@ -27,8 +27,11 @@ bool effective_mixed(const Weight& w, const Factors& f, bool with_base, Out* out
 template <class Rows, class Out>
 bool effective_out(const Weight& w, const Factors& f, bool with_base, Out* out, int64_t first, int64_t last) {
   if (!f.a) return convert_rows<Rows>(w, out, first, last);
-  if (f.directions == 1) return effective_mixed<Rows, Out, 1>(w, f, with_base, out, first, last);
-  return effective_mixed<Rows, Out, 0>(w, f, with_base, out, first, last);
+  switch (f.directions) {  // as published, our default, and any other number
+    case 1: return effective_mixed<Rows, Out, 1>(w, f, with_base, out, first, last);
+    case 4: return effective_mixed<Rows, Out, 4>(w, f, with_base, out, first, last);
+    default: return effective_mixed<Rows, Out, 0>(w, f, with_base, out, first, last);
+  }
 }
 
 bool effective(const Weight& w, const Factors& f, bool with_base, void* out, Dtype out_dtype, int64_t first,
@@ -46,8 +49,11 @@ bool effective(const Weight& w, const Factors& f, bool with_base, void* out, Dty
 
 template <class Rows, class G>
 bool reduce_mixed(const Weight& w, const Factors& f, const G* g, float* da, float* db, int64_t first, int64_t last) {
-  return f.directions == 1 ? reduce_rows<Rows, G, 1>(w, f, g, da, db, first, last)
-                           : reduce_rows<Rows, G, 0>(w, f, g, da, db, first, last);
+  switch (f.directions) {
+    case 1: return reduce_rows<Rows, G, 1>(w, f, g, da, db, first, last);
+    case 4: return reduce_rows<Rows, G, 4>(w, f, g, da, db, first, last);
+    default: return reduce_rows<Rows, G, 0>(w, f, g, da, db, first, last);
+  }
 }
 bool reduce(const Weight& w, const Factors& f, const void* gradient, Dtype gradient_dtype, float* da, float* db,
             int64_t first, int64_t last) {
