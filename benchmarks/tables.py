@@ -1,7 +1,7 @@
 """The rows in benchmarks/data as tables of a Markdown page, each between two markers.
 
 The markers are `<!-- operator -->` and `<!-- /operator -->`, and the same with step, decode, criteria, streaming,
-pruned and start. A page has those that it wants.
+pruned, start and quality. A page has those that it wants.
 
 python benchmarks/tables.py --write docs/performance.md
 python benchmarks/tables.py --check docs/pruning.md      # exit code 1 where the page is not up to date
@@ -19,8 +19,10 @@ if __name__ == "__main__":
 
 import argparse
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.common import DATA, read_rows, significant
 
@@ -76,6 +78,7 @@ def tables(folder: Path = DATA) -> dict[str, str]:
         "streaming": streaming_table(read_rows(folder / "streaming.csv")),
         "pruned": pruned_table(pruned),
         "start": start_table(pruned),
+        "quality": quality_table(read_rows(folder / "quality.csv")),
     }
 
 
@@ -223,6 +226,94 @@ def start_table(rows: Sequence[Row]) -> str:
     ]
     heads = ["model", "pattern", "dense", "start", "pruned", "steps", "after SPP"]
     return _markdown(heads, lines) if lines else _NOTHING
+
+
+def quality_table(rows: Sequence[Row]) -> str:
+    """One table per model: share of the gap closed in percent, mean and spread over seeds, by method and pattern.
+
+    The best of those that keep zeros and train no more parameters than HiRA is in bold.
+    """
+    made = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        of_model = [row for row in rows if row["model"] == model]
+        patterns = list(dict.fromkeys(row["pattern"] for row in of_model))
+        cells = quality_cells(of_model)
+        best = {pattern: _best_of(cells, pattern) for pattern in patterns}
+        lines = []
+        for method in dict.fromkeys(row["method"] for row in of_model):
+            measured = [cells.get((method, pattern)) for pattern in patterns]
+            found = next(cell for cell in measured if cell)
+            texts = [
+                _quality(cell, bold=cell is best[pattern]) for cell, pattern in zip(measured, patterns, strict=True)
+            ]
+            lines.append([method, f"{found.trainable:,}", _seconds(measured), *texts])
+        first = of_model[0]
+        title = (
+            f"{model}, {first['protocol']}; {first['steps']} steps of {first['tokens_per_step']} tokens; dense "
+            f"{significant(float(first['dense']))}, pruned {_by_pattern(of_model, patterns, 'pruned')}, and after "
+            f"reconstruction {_by_pattern(of_model, patterns, 'reconstructed')}:\n\n"
+        )
+        made.append(title + _markdown(["method", "trained", "seconds", *patterns], lines))
+    return "\n\n".join(made) or _NOTHING
+
+
+class QualityCell(NamedTuple):
+    """A method on a pruned model: share of the gap closed, by seed, and what it took."""
+
+    gaps: list[float]
+    trainable: int
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return statistics.fmean(self.gaps)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds; 0 where there is one."""
+        return statistics.stdev(self.gaps) if len(self.gaps) > 1 else 0.0
+
+
+# What starts from a better model, or learns from the dense one, is not compared with what does not.
+SPARSE_ADAPTERS = ("SPP", "HiRA", "masked LoRA", "LoRA*", "SPP, published", "SPP, K = 1")
+
+
+def quality_cells(rows: Iterable[Row]) -> dict[tuple[str, str], QualityCell]:
+    """(method, pattern) -> the measurements of one model."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["method"], row["pattern"]), []).append(row)
+    return {
+        key: QualityCell(
+            [float(row["gap_closed"]) for row in of_cell],
+            int(of_cell[0]["trainable"]),
+            statistics.fmean(float(row["train_seconds"]) for row in of_cell),
+        )
+        for key, of_cell in found.items()
+    }
+
+
+def _best_of(cells: Mapping[tuple[str, str], QualityCell], pattern: str) -> QualityCell | None:
+    compared = [cell for (method, own), cell in cells.items() if own == pattern and method in SPARSE_ADAPTERS]
+    return max(compared, key=lambda cell: cell.mean, default=None)
+
+
+def _quality(cell: QualityCell | None, *, bold: bool) -> str:
+    if cell is None:
+        return "–"
+    mark = "**" if bold else ""
+    return f"{mark}{100 * cell.mean:.1f}{mark} ± {100 * cell.spread:.1f}"
+
+
+def _seconds(cells: Iterable[QualityCell | None]) -> str:
+    """Mean over patterns."""
+    return significant(statistics.fmean(cell.seconds for cell in cells if cell))
+
+
+def _by_pattern(rows: Sequence[Row], patterns: Sequence[str], column: str) -> str:
+    values = [next(row[column] for row in rows if row["pattern"] == pattern) for pattern in patterns]
+    return ", ".join(significant(float(value)) for value in values)
 
 
 def replaced(page: str, made: Mapping[str, str]) -> str:

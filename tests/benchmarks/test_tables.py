@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import common, tables
+from benchmarks import common, plots, tables
 
 MACHINE = {"device": "cpu", "hardware": "A CPU", "instructions": "AVX2", "threads": 2}
 PAGE = "".join(f"Text.\n\n<!-- {name} -->\nold\n<!-- /{name} -->\n\n" for name in ("operator", "step", "decode"))
@@ -136,3 +136,51 @@ def test_tables_of_pruned_models(data):
     assert made["pruned"].startswith("small, dense 10.0 (a text):")
     assert cells(made["pruned"])[2:] == [["wanda", "20.0", "30.0"], ["ria", "–", "29.0"]]
     assert cells(made["start"])[2:] == [["small", "2:4", "10.0", "wanda", "30.0", "7", "15.0"]]
+
+
+def quality_rows(path):
+    case = {"date": "1", **MACHINE, "model": "m", "protocol": "text, 64 tokens", "steps": 9, "tokens_per_step": 2048}
+    case |= {"dense": 3.0, "pruned": 9.0, "reconstructed": 5.0}
+    measured = {
+        ("SPP", "2:4"): (0.70, 0.72),
+        ("HiRA", "2:4"): (0.69, 0.69),
+        ("HiRA", "50%"): (0.5, 0.5),
+        ("SPP + both", "2:4"): (0.9, 0.9),
+    }
+    for (method, pattern), gaps in measured.items():
+        found = {"trainable": 1234 if method == "HiRA" else 1200, "train_seconds": 10.0, "perplexity": 4.0}
+        rows = [
+            {**case, "pattern": pattern, "method": method, **found, "seed": i, "gap_closed": gap}
+            for i, gap in enumerate(gaps)
+        ]
+        common.append_rows(path, rows)
+
+
+def test_quality_table(data):
+    quality_rows(data / "quality.csv")
+    table = tables.tables(data)["quality"]
+    assert (
+        "m, text, 64 tokens; 9 steps of 2048 tokens; dense 3.00, pruned 9.00, 9.00, and after reconstruction 5.00"
+        in table
+    )
+    head, _, *lines = cells(table)
+    assert head == ["method", "trained", "seconds", "2:4", "50%"]
+    assert lines == [
+        ["SPP", "1,200", "10.0", "**71.0** ± 1.4", "–"],
+        ["HiRA", "1,234", "10.0", "69.0 ± 0.0", "**50.0** ± 0.0"],
+        ["SPP + both", "1,200", "10.0", "90.0 ± 0.0", "–"],  # not compared: it learns from the dense model
+    ]
+
+
+def test_the_plot_has_every_method_and_model(data, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    quality_rows(data / "quality.csv")
+    plots.main(["--csv", str(data / "quality.csv"), "--out", str(tmp_path / "plot.svg")])
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert all(f">{text}<" in drawn for text in ("SPP", "HiRA", "SPP + both", "m", "2:4", "50%"))
+
+
+def test_nothing_to_draw(data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        plots.main(["--csv", str(tmp_path / "none.csv"), "--out", str(tmp_path / "plot.svg")])
+    assert "has no rows; run benchmarks/quality.py first" in capsys.readouterr().err
