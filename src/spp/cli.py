@@ -227,6 +227,7 @@ def _metavar(name: str, kinds: tuple[Any, ...]) -> str:
         "model": "MODEL",
         "teacher": "MODEL",
         "target_modules": "NAMES",
+        "report_to": "NAMES",
         "reconstruct": "PARTS",
     }.get(name, "FILE")
 
