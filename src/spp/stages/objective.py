@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer
 
+from spp import processes
 from spp.data.examples import Example, collate
 from spp.options import TrainingSettings
 from spp.stages.teaching import Lesson, Teacher, predicted
@@ -91,19 +92,25 @@ class SppTrainer(Trainer):
 
     @torch.no_grad()
     def _validation_loss(self) -> float:
+        """The same number in every process, each of which computes some of the batches."""
         model: Any = self.model_wrapped
         size = self.args.per_device_train_batch_size
+        batches = [self._held_out[first : first + size] for first in range(0, len(self._held_out), size)]
         was_training = model.training
         model.eval()
-        total, count = 0.0, 0
-        for first in range(0, len(self._held_out), size):
-            batch = self._prepare_inputs(collate(self._held_out[first : first + size]))  # pyright: ignore[reportArgumentType]
+        sums = torch.zeros(2, dtype=torch.float64, device=processes.device())
+        for first in range(0, len(batches), processes.count()):
+            number = first + processes.rank()
+            # The last batch again, where there is none left: those who share a model wait for each other.
+            batch = self._prepare_inputs(collate(batches[min(number, len(batches) - 1)]))  # pyright: ignore[reportArgumentType]
             labels = batch.pop("labels")
             rows = predicted(labels)
             logits = model(**batch).logits[:, :-1][rows]
-            total += F.cross_entropy(logits.float(), labels[:, 1:][rows], reduction="sum").item()
-            count += len(logits)
+            if number < len(batches):
+                sums[0] += F.cross_entropy(logits.float(), labels[:, 1:][rows], reduction="sum").item()
+                sums[1] += len(logits)
         model.train(was_training)
+        total, count = processes.add_up(sums).tolist()
         return total / count
 
 
