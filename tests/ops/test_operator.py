@@ -87,6 +87,17 @@ def test_the_formula_with_directions_by_hand():
             assert spp_linear(x, w, A, B, 2.0, None, backend).equal(x @ (weight + 2 * weight * mixed).T)
 
 
+@pytest.mark.parametrize("backend", RUNS)
+def test_factors_may_have_any_strides(backend):
+    x, weight, A, B, bias = example(8, 12, 2, 2)
+    strided = [factor.T.contiguous().T for factor in (A, B)]
+    expected = gradients(lambda *a: spp_linear(*a, backend), x, weight, A, B, bias)
+    for ours, theirs in zip(
+        gradients(lambda *a: spp_linear(*a, backend), x, weight, *strided, bias), expected, strict=True
+    ):
+        assert ours.equal(theirs)
+
+
 @given(st.integers(1, 5), st.integers(0, 20), st.integers(1, 12), st.integers(0, 10**6))
 def test_one_group_is_hira(directions, more, in_features, seed):
     _, weight, A, B, _ = example(directions + more, in_features, 1, directions, dtype=torch.float64, seed=seed)

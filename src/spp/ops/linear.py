@@ -109,7 +109,7 @@ def _factor_gradients(
 ) -> tuple[Tensor, Tensor]:
     whole = _whole(weight, A)
     wide = wide_dtype(whole, A, B)
-    wide_A, wide_B = A.to(wide), B.to(wide)
+    wide_A, wide_B = A.to(wide).contiguous(), B.to(wide).contiguous()
     dA, dB = torch.zeros_like(wide_A), torch.zeros_like(wide_B)
     with _exactly(x):
         block = _block_rows(len(B), x.shape[1], x.device)
@@ -201,7 +201,7 @@ def _effective(
     whole = _whole(weight, A)
     wide = wide_dtype(whole, A, B)
     out = scratch("weight", whole.shape, dtype, A.device)
-    kernels_of(backend).effective_weight(whole, A.to(wide), scale * B.to(wide), out, with_base=with_base)
+    kernels_of(backend).effective_weight(whole, A.to(wide).contiguous(), scale * B.to(wide), out, with_base=with_base)
     return out
 
 

@@ -201,7 +201,7 @@ def _weights(
     """Bytes of the base by part, and how many layers would be packed."""
     linears = prunable_linears(model)
     if options.quantize != "none":
-        return _quantised_weights(model, linears, options.quantize), 0
+        return _quantised_weights(model, linears, options.quantize, device), 0
     pack = (packs_well(device) if options.pack is None else options.pack) or (
         bool(checkpoint.packed) and options.pack is not False
     )
@@ -222,13 +222,16 @@ def _weights(
     return {**kinds, **_other_weights(model, linears)}, packed
 
 
-def _quantised_weights(model: PreTrainedModel, linears: dict[str, nn.Module], kind: str) -> dict[str, int]:
+def _quantised_weights(
+    model: PreTrainedModel, linears: dict[str, nn.Module], kind: str, device: torch.device
+) -> dict[str, int]:
     shapes = [shape_oi(layer) for layer in linears.values()]
     of_an_entry = _NF4_BYTES if kind == "nf4" else 1.0
-    largest = max(layer.get_parameter("weight").nbytes for layer in linears.values())
+    dense = [layer.get_parameter("weight").nbytes for layer in linears.values()]
     return {
         "quantised weights": sum(math.ceil(rows * columns * of_an_entry) + 4 * rows for rows, columns in shapes),
-        "a weight, dequantised": largest,
+        "dense weights, until they are quantised": sum(dense) if device.type == "cpu" else 0,
+        "a weight, dequantised": max(dense),
         **_other_weights(model, linears),
     }
 
