@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from spp.errors import UsageError
 from spp.folders import read_json
-from spp.options import PruneOptions, TrainOptions
+from spp.options import CacheTeacherOptions, PruneOptions, TrainOptions
 from spp.stages.prune import prune
+from spp.stages.teacher_cache import cache_teacher
 from spp.stages.train import train
 
 pytestmark = pytest.mark.timeout(600)
@@ -110,6 +111,26 @@ def test_two_processes_train_as_one(values: dict[str, Any], tmp_path: Path, shar
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("cached", [False, True])
+def test_two_processes_learn_from_a_teacher(
+    values: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path, sharding: str, cached: bool
+) -> None:
+    values |= {"teacher": str(tiny_checkpoint), "teacher_weight": 0.7}
+    if cached:
+        values["teacher"] = str(tmp_path / "answers")
+        asked = {"model": str(tiny_checkpoint), "out": tmp_path / "answers", "data": values["data"], "window": 48}
+        cache_teacher(CacheTeacherOptions.build({**asked, "device": "cpu"}))
+    else:
+        values["teacher_features"] = 0.1
+    alone = train(TrainOptions.build({**values, "out": tmp_path / "alone"}))
+    done = start(tmp_path / "program.py", {**values, "out": str(tmp_path / "two"), "sharding": sharding})
+    assert done.returncode == 0, done.stderr[-4000:]
+    for (_, one), (_, two) in zip(alone.losses, read_json(tmp_path / "two.json")["losses"], strict=True):
+        assert abs(one - two) < 1e-3
 
 
 @pytest.mark.slow

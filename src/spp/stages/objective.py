@@ -14,7 +14,7 @@ from transformers import Trainer
 from spp import processes
 from spp.data.examples import Example, collate
 from spp.options import TrainingSettings
-from spp.stages.teaching import Lesson, Teacher, predicted
+from spp.stages.teaching import Lesson, LiveTeacher, Teacher, predicted
 
 Item = tuple[int, Example]
 """An example and its number among all."""
@@ -53,6 +53,8 @@ class SppTrainer(Trainer):
             **loss,
             **arguments,
         )
+        if self.is_fsdp_enabled and isinstance(teacher, LiveTeacher):
+            teacher.divide(self.args.device)
         self._held_out, self._teacher, self._lesson = held_out, teacher, None
         self._weight, self._features = settings.teacher_weight, settings.teacher_features
         self._last: deque[Tensor] = deque(maxlen=self.args.gradient_accumulation_steps)

@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from spp import processes
 from spp.errors import UsageError
+from spp.models import decoder_blocks
 from spp.options import TrainingSettings
 
 
@@ -62,6 +66,19 @@ def _zero3(dtype: torch.dtype) -> dict[str, Any]:
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
     }
+
+
+def divide(model: PreTrainedModel, device: torch.device) -> None:
+    """Leave each process a share of a model that is only read, in place; blocks are gathered when needed (FSDP2).
+
+    Args:
+        model: in the CPU's memory.
+        device: of this process, where its share goes.
+    """
+    mesh = init_device_mesh(device.type, (processes.count(),))
+    for block in decoder_blocks(model)[1]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def whole_factors(adapted: PeftModel) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from spp.errors import UsageError
 from spp.folders import read_json
 from spp.loading import compute_dtype, load_model
 from spp.options import TrainOptions
+from spp.stages.sharding import divide
 
 CACHE_FILE = "teacher.safetensors"
 CACHE_KIND = "teacher-cache"
@@ -63,13 +64,17 @@ class LiveTeacher:
     """A dense model, run beside the student.
 
     Args:
-        model: in eval mode, on the student's device.
+        model: in eval mode, on the student's device, or on the CPU until `divide` is called.
         temperature: of both distributions.
         features: whether outputs of its blocks are wanted.
     """
 
     def __init__(self, model: PreTrainedModel, temperature: float, *, features: bool) -> None:
         self._model, self._temperature, self._features = model, temperature, features
+
+    def divide(self, device: torch.device) -> None:
+        """Leave each of several processes a share of the model, as FSDP does with the student's."""
+        divide(self._model, device)
 
     @torch.no_grad()
     def lesson(self, batch: dict[str, Any], examples: Sequence[int]) -> Lesson:
@@ -138,7 +143,9 @@ def open_teacher(
     if (manifest := cache_manifest(folder)) is not None:
         _require_fit(options, manifest, examples, vocabulary)
         return CachedTeacher(folder, manifest["temperature"], examples)
-    model = load_model(options.teacher, options, dtype=teacher_dtype(options.dtype, device)).requires_grad_(False)
+    dtype = teacher_dtype(options.dtype, device)
+    place = "cpu" if options.sharding == "fsdp" else None  # until it is divided
+    model = load_model(options.teacher, options, dtype=dtype, device=place).requires_grad_(False)
     found = model.config.get_text_config().vocab_size
     _require_vocabulary(options.teacher, found, vocabulary)
     temperature = 1.0 if options.teacher_temperature is None else options.teacher_temperature
