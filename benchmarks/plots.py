@@ -32,6 +32,7 @@ def draw(rows: Sequence[Row], out: Path) -> None:
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "spp", "svg.fonttype": "none", "font.family": "sans-serif"}
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     models = list(dict.fromkeys(row["model"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -49,7 +50,7 @@ def draw(rows: Sequence[Row], out: Path) -> None:
                 [100 * cell.mean for _, cell in there],
                 height,
                 xerr=[100 * cell.spread for _, cell in there],
-                label=pattern,
+                color=f"C{number}",
                 error_kw={"linewidth": 0.8},
             )
         panel.set_title(model)
@@ -58,7 +59,8 @@ def draw(rows: Sequence[Row], out: Path) -> None:
         panel.set_axisbelow(True)
     panels[0][0].set_yticks(range(len(methods)), methods)
     panels[0][0].invert_yaxis()
-    panels[0][-1].legend(title="pattern", frameon=False, loc="lower right")
+    colours = [Patch(color=f"C{number}", label=pattern) for number, pattern in enumerate(patterns)]
+    panels[0][-1].legend(handles=colours, title="pattern", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(out, metadata={"Date": None})
     pyplot.close(figure)
