@@ -253,18 +253,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for subject in subjects(args.data, Path(scratch), args.model):
             machine = machine_columns(args.device)
             for pattern in args.pattern or PATTERNS:
-                _measure_cell(Cell(subject, pattern, Path(scratch), args.device), machine, args)
+                asked = args.method or METHODS
+                if methods := [name for name in asked if not _is_measured(subject, pattern, name, args)]:
+                    _measure_cell(Cell(subject, pattern, Path(scratch), args.device), methods, machine, args)
 
 
-def _measure_cell(cell: Cell, machine: dict[str, Any], args: argparse.Namespace) -> None:
+def _measure_cell(cell: Cell, methods: Sequence[str], machine: dict[str, Any], args: argparse.Namespace) -> None:
     dense = cell.perplexity(cell.dense)
     pruned = {which: cell.perplexity(cell.start(reconstructed=which)) for which in (False, True)}
     common = {"model": cell.subject.name, "pattern": cell.pattern, "protocol": cell.subject.protocol}
     print(f"{cell.subject.name}, {cell.pattern}: dense {dense:.3f}, pruned {pruned[False]:.3f}, "
           f"reconstructed {pruned[True]:.3f}", flush=True)  # fmt: skip
-    for name in args.method or METHODS:
-        if _is_measured(cell, name, args):
-            continue
+    for name in methods:
         for found in measure(cell, METHODS[name], args.seeds, args.steps):
             gap = gap_closed(dense, pruned[False], found["perplexity"])
             row = {
@@ -284,12 +284,9 @@ def _measure_cell(cell: Cell, machine: dict[str, Any], args: argparse.Namespace)
                   f"gap closed {row['gap_closed']}, {found['trainable']:,} parameters", flush=True)  # fmt: skip
 
 
-def _is_measured(cell: Cell, method: str, args: argparse.Namespace) -> bool:
+def _is_measured(subject: Subject, pattern: str, method: str, args: argparse.Namespace) -> bool:
     """Whether the file has the rows of an earlier run, which may have been killed after them."""
-    asked = {
-        (cell.subject.name, cell.pattern, method, str(args.steps), str(_TOKENS_PER_STEP), str(seed))
-        for seed in args.seeds
-    }
+    asked = {(subject.name, pattern, method, str(args.steps), str(_TOKENS_PER_STEP), str(seed)) for seed in args.seeds}
     names = ("model", "pattern", "method", "steps", "tokens_per_step", "seed")
     return asked <= {tuple(row[name] for name in names) for row in read_rows(args.csv)}
 

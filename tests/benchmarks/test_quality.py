@@ -58,7 +58,7 @@ def small(tmp_path: Path, stories: Path, monkeypatch: pytest.MonkeyPatch) -> Sub
     return subject
 
 
-def test_a_row_for_each_method_and_seed(small: Subject, tmp_path: Path) -> None:
+def test_a_row_for_each_method_and_seed(small: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "quality.csv"
     options = ["--pattern", "2:4", "--steps", "2", "--seeds", "0", "1", "--threads", "1", "--csv", str(path)]
     methods = ["SPP", "SPP + both", "HiRA", "masked full"]
@@ -70,6 +70,9 @@ def test_a_row_for_each_method_and_seed(small: Subject, tmp_path: Path) -> None:
         assert float(row["perplexity"]) > 1 and int(row["trainable"]) > 0
     trainable = {row["method"]: int(row["trainable"]) for row in rows}
     assert trainable["SPP"] < trainable["HiRA"] < trainable["masked full"]
+    monkeypatch.setattr(quality, "Cell", lambda *_: pytest.fail("all of it has been measured"))
+    quality.main([*options, "--method", *methods])
+    assert common.read_rows(path) == rows
 
 
 def deployed(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -21,9 +21,6 @@ logger = logging.getLogger("spp")
 
 Backend = Literal["auto", "reference", "torch", "native", "triton"]
 Mode = Literal["fused", "split"]
-MOST_DIRECTIONS = 16
-"""K is at most that."""
-
 BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Backend) if name != "auto")
 
 
@@ -166,11 +163,12 @@ def _require_shapes(x: Tensor, weight: Weight, A: Tensor, B: Tensor) -> None:
     out_features, in_features = weight.shape
     fits = x.shape[-1] == A.shape[-1] == in_features and A.ndim == B.ndim == 2 and len(B) == out_features
     directions = B.shape[1] if fits else 0
-    if not 1 <= directions <= min(len(A), MOST_DIRECTIONS) or len(A) > out_features or len(A) % directions:
+    if not 1 <= directions <= min(len(A), reference.MOST_DIRECTIONS) or len(A) > out_features or len(A) % directions:
         named: list[tuple[str, Any]] = [("x", x), ("weight", weight), ("A", A), ("B", B)]
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named)
         raise ValueError(
-            f"expected x (..., I), weight (O, I), A (R K, I), B (O, K) with R K <= O, K <= 16; found {shapes}"
+            "expected x (..., I), weight (O, I), A (R K, I), B (O, K) with R K <= O, "
+            f"K <= {reference.MOST_DIRECTIONS}; found {shapes}"
         )
 
 

@@ -24,6 +24,9 @@ from torch.nn import functional as F
 
 from spp.packed import PackedWeight, Weight, unpack
 
+MOST_DIRECTIONS = 16
+"""K is at most that; the native kernels' kMostDirections."""
+
 
 def row_groups(out_features: int, groups: int, device: torch.device | None = None) -> Tensor:
     """g(i) = floor(i * R / O) of every output row, (O,) int64.

@@ -179,7 +179,7 @@ class Fitting:
         return True
 
     def _finished(self, trainer: SppTrainer, watch: Watch) -> Fitted:
-        history, best_step, factors = trainer.state.log_history, None, whole_factors(self._adapted)
+        history, best_step = trainer.state.log_history, None
         if self._held_out:
             if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history):
                 trainer.evaluate()
@@ -188,6 +188,8 @@ class Fitting:
             if not math.isfinite(best.loss):
                 raise SppError("the loss on held-out examples never was finite; nothing was written; check the data")
             best_step, factors = best.step, best.tensors()
+        else:
+            factors = whole_factors(self._adapted)
         _require_finite(factors)
         return Fitted(
             factors=factors,

@@ -9,7 +9,7 @@ from typing import Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from spp.ops import MOST_DIRECTIONS
+from spp.ops.reference import MOST_DIRECTIONS
 
 
 @dataclass

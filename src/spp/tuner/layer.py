@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from spp.errors import SppError
-from spp.models import is_transposed
+from spp.models import is_transposed, shape_oi
 from spp.ops import Mode, adapter_linear, spp_linear, unpack
 from spp.ops.reference import add_delta, delta_weight, row_groups
 from spp.packed import PackedWeight, Weight
@@ -67,7 +67,7 @@ class SppLinear(nn.Module, SppLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, config: SppConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.out_features, self.in_features = self._weight_oi().shape
+        self.out_features, self.in_features = shape_oi(base_layer)
         self.r: dict[str, int] = {}
         self.scale: dict[str, float] = {}
         self.mode: dict[str, Mode] = {}
@@ -200,26 +200,19 @@ class SppLinear(nn.Module, SppLayer):
         return self.spp_A[adapter](), self.spp_B[adapter](), self.scale[adapter]
 
     def _stored(self) -> Tensor:
-        """What the base layer keeps: its weight (a parameter, or in FSDP's forward a tensor), or the packed values.
-
-        Of a quantised weight it is a copy, in fp32.
-        """
+        """What the base layer keeps: its weight (a parameter, or in FSDP's forward a tensor), or the packed values."""
         base = self.get_base_layer()
-        if is_quantised(base):
-            return dequantised(base, torch.float32)
         return base.values if isinstance(base, PackedLinear) else cast(Tensor, base.weight)
-
-    def _weight_oi(self) -> Weight:
-        """W as (O, I): the weight itself, a view of it, the packed one, or what a quantised one stands for."""
-        base = self.get_base_layer()
-        return base.packed if isinstance(base, PackedLinear) else self._turned(self._stored())
 
     @contextmanager
     def _weight_for(self, x: Tensor) -> Iterator[Weight]:
-        """W (O, I) to compute with; one that is quantised in x's dtype, and not kept for backward."""
+        """W (O, I) to compute with: the weight itself, a view of it, or the packed one.
+
+        One that is quantised comes in x's dtype, and is not kept for backward.
+        """
         base = self.get_base_layer()
         if not is_quantised(base):
-            yield self._weight_oi()
+            yield base.packed if isinstance(base, PackedLinear) else self._turned(self._stored())
             return
         weight = dequantised(base, x.dtype)
         with made_again(weight, lambda: dequantised(base, x.dtype)):
@@ -230,7 +223,9 @@ class SppLinear(nn.Module, SppLayer):
         return weight.T if is_transposed(self.get_base_layer()) else weight
 
     def _unmerged_weight(self) -> Tensor:
-        """W in its own layout, dense, as it is without any adapter."""
+        """W in its own layout, dense, as it is without any adapter; one that is quantised in fp32."""
+        if is_quantised(self.get_base_layer()):
+            return dequantised(self.get_base_layer(), torch.float32)
         stored = self._stored().detach()
         if self._weight_before_merge is not None:
             stored = self._weight_before_merge.to(stored.device)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spp.errors import SppError
+from spp.ops.reference import MOST_DIRECTIONS
 from spp.packed import PackedWeight, Weight, require_packable, word_count
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -270,7 +271,7 @@ def _factors(weight: Weight, A: Tensor | None, B: Tensor | None) -> tuple[_Facto
         return _Factors(), []
     out_features, in_features = weight.shape
     _require(A.ndim == 2 and A.shape[1] == in_features and 1 <= len(A) <= out_features, "A", A)
-    _require(B.ndim == 2 and len(B) == out_features and 1 <= B.shape[1] <= 16, "B", B)  # kMostDirections
+    _require(B.ndim == 2 and len(B) == out_features and 1 <= B.shape[1] <= MOST_DIRECTIONS, "B", B)
     directions = B.shape[1]
     _require(len(A) % directions == 0, "A", A)
     keep = [factor.detach().to(torch.float32).contiguous() for factor in (A, B)]
