@@ -24,16 +24,18 @@ from typing import Any
 
 import psutil
 import torch
-from peft import HiraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from benchmarks.baselines.finetuning import MaskedLora, MaskedWeight, Replaced, replace_linears
 from benchmarks.common import sparse_weight
-from spp import SppConfig
 from spp.memory import peak_rss_bytes
 from spp.models import prunable_linears
+from spp.options import AdapterSettings
 from spp.packing import packed_layer
+from spp.stages.adapting import target_layers, with_new_adapter
 
 RANK = 16
 SIZES: dict[str, dict[str, int]] = {
@@ -48,12 +50,32 @@ SIZES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 4,
     },
 }
-# In a square layer, 7 groups of 4 directions have as many parameters as LoRA of rank 16.
-METHODS: dict[str, Callable[[], PeftConfig]] = {
-    "spp": lambda: SppConfig(r=RANK // 2 - 1, directions=4, target_modules="all-linear"),
-    "spp_dense": lambda: SppConfig(r=RANK // 2 - 1, directions=4, target_modules="all-linear"),
-    "peft_lora": lambda: LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
-    "peft_hira": lambda: HiraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+
+
+def _spp(model: PreTrainedModel) -> nn.Module:
+    """As `spp train` has it: no more parameters in any layer than LoRA of rank 16."""
+    return with_new_adapter(model, target_layers(model, "all-linear"), AdapterSettings(lora_rank=RANK))
+
+
+def _peft(config: Callable[..., PeftConfig]) -> Callable[[PreTrainedModel], nn.Module]:
+    return lambda model: get_peft_model(model, config(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def _replaced(make: Callable[[nn.Module], Replaced]) -> Callable[[PreTrainedModel], nn.Module]:
+    def adapt(model: PreTrainedModel) -> nn.Module:
+        replace_linears(model, make)
+        return model
+
+    return adapt
+
+
+METHODS: dict[str, Callable[[PreTrainedModel], nn.Module]] = {
+    "spp": _spp,
+    "spp_dense": _spp,
+    "peft_lora": _peft(LoraConfig),
+    "peft_hira": _peft(HiraConfig),
+    "masked_lora": _replaced(MaskedLora),
+    "masked_full": _replaced(MaskedWeight),
 }
 PACKED = ("spp",)
 
@@ -92,7 +114,7 @@ def run(settings: Settings) -> dict[str, Any]:
     imports = psutil.Process().memory_info().rss
     torch.manual_seed(0)
     model = random_llama(settings.size, settings.sparsity, packed=settings.method in PACKED)
-    adapted = get_peft_model(model, METHODS[settings.method]())
+    adapted = METHODS[settings.method](model)
     built = psutil.Process().memory_info().rss
     step_ms, losses = _train(adapted, settings)
     return {
@@ -133,8 +155,8 @@ def _made(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=False)
 
 
-def _train(model: PeftModel, settings: Settings) -> tuple[list[float], list[float]]:
-    """Milliseconds and losses of the timed steps: forward, loss, backward, AdamW on the adapter, under autocast."""
+def _train(model: nn.Module, settings: Settings) -> tuple[list[float], list[float]]:
+    """Milliseconds and losses of the timed steps: forward, loss, backward, AdamW on what is trained, under autocast."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     ids = torch.randint(32000, (settings.batch, settings.tokens), generator=torch.Generator().manual_seed(1))
     times, losses = [], []

@@ -48,6 +48,8 @@ _STEP_METHODS = {
     "spp_dense": "SPP, dense",
     "peft_lora": "PEFT LoRA",
     "peft_hira": "PEFT HiRA",
+    "masked_lora": "masked LoRA",
+    "masked_full": "masked full",
 }
 _DECODE_METHODS = {
     "torch": "torch dense",

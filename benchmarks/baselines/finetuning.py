@@ -72,7 +72,7 @@ class MaskedWeight(Replaced):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
-        self.V = nn.Parameter(self.W.clone())
+        self.V = nn.Parameter(self.W.to(torch.float32, copy=True))  # in bf16 most steps would round to nothing
 
     def weight(self) -> Tensor:
         return torch.where(self.W == 0, 0.0, self.V)
