@@ -35,7 +35,7 @@ _UNCHANGED_WORTH_A_WARNING = 0.5
 
 @dataclass(frozen=True)
 class Factors:
-    """The trained factors of one weight: `A` (R, I), `B` (O, 1) and the scale s."""
+    """The trained factors of one weight: `A` (R K, I), `B` (O, K) and the scale s."""
 
     A: Tensor
     B: Tensor
@@ -47,7 +47,7 @@ class Factors:
         return (in_features, out_features) if transposed else (out_features, in_features)
 
     def merge(self, weight: Tensor) -> Tensor:
-        """W' = W + s * W * A[group] * B (paper eq. 5), in fp32, rounded once to W's dtype; zeros are +0.0."""
+        """W' = W + s * W * (A[g] B), for K = 1 the paper's equation 5, in fp32, rounded once to W's dtype; zeros are +0.0."""
         return merged_weight(weight, self.A, self.B, self.scale)
 
 
