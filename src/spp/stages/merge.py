@@ -47,7 +47,7 @@ class Factors:
         return (in_features, out_features) if transposed else (out_features, in_features)
 
     def merge(self, weight: Tensor) -> Tensor:
-        """W' = W + s * W * (A[g] B), for K = 1 the paper's equation 5, in fp32, rounded once to W's dtype; zeros are +0.0."""
+        """W' = W + s * W * (A[g] B) (paper, eq. 5), in fp32, rounded once to W's dtype; zeros are +0.0."""
         return merged_weight(weight, self.A, self.B, self.scale)
 
 
