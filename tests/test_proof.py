@@ -7,9 +7,13 @@ import dataclasses
 import pytest
 import torch
 
-from spp.proof import compare
+from spp.ops import native
+from spp.proof import TensorProof, compare, compare_in_torch
 
 NAN, INF = float("nan"), float("inf")
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+LEVELS = [level for level in range(4) if native.instructions(level)]
+ADVERSARIAL = [0.0, -0.0, 1.0, -1.0, NAN, INF, -INF, 1e-45, -1e-45, 6e-8, 1e-40, 65504.0, 3e38, -3e38, 1.5, 2.0]
 
 
 def test_a_hand_counted_case():
@@ -61,3 +65,43 @@ def test_dtypes_may_differ():
 
 def test_empty_tensors_hold():
     assert compare(torch.empty(0, 4), torch.empty(0, 4)).holds
+
+
+@pytest.mark.skipif(not LEVELS, reason="the native library was not built")
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("after", FLOATS)
+@pytest.mark.parametrize("before", FLOATS)
+def test_native_counts_are_those_of_torch(before, after, level):
+    every_pair = torch.cartesian_prod(torch.tensor(ADVERSARIAL), torch.tensor(ADVERSARIAL))
+    generator = torch.Generator().manual_seed(0)
+    for size in (0, 1, 15, 16, 17, 255, 70_001):  # the last one is more than a block
+        chosen = torch.randint(len(every_pair), (size,), generator=generator)
+        base, other = every_pair[chosen].T.contiguous()
+        _equal(level, base.to(before), other.to(after))
+    base, other = every_pair.T.contiguous()
+    _equal(level, base.to(before), other.to(after))
+
+
+@pytest.mark.skipif(not LEVELS, reason="the native library was not built")
+@pytest.mark.parametrize("level", LEVELS)
+def test_native_counts_of_ordinary_weights(level):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(333, 517, generator=generator, dtype=torch.float32)
+    base[torch.rand(base.shape, generator=generator) < 0.5] = 0
+    other = (base * (1 + 0.01 * torch.randn(base.shape, generator=generator))).bfloat16()
+    found = _equal(level, base, other)
+    assert found.holds and 0 < found.largest_relative_change < 0.1
+
+
+def _equal(level, base, other):
+    found, expected = TensorProof(**native.compare(base, other, level=level)), compare_in_torch(base, other)
+    assert found == expected
+    return found
+
+
+def test_a_transposed_weight_is_compared_where_it_lies():
+    base = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 4.0]])
+    other = base.clone()
+    other[0, 1], other[1, 1] = 1.5, 7.0
+    assert compare(base.T, other.T) == compare(base, other) == compare(base.T, other.T.contiguous())
+    assert compare(base, other).offenders == 1

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spp.ops import native
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorProof:
@@ -46,7 +48,18 @@ def lost_zeros(base: Tensor, other: Tensor) -> int:
 
 
 def compare(base: Tensor, other: Tensor) -> TensorProof:
-    """Count what became of a base tensor's zeros and survivors in `other` (same shape, any float dtypes)."""
+    """Count what became of a base tensor's zeros and survivors in `other` (same shape, any float dtypes).
+
+    By the native kernels in one pass, where they take both tensors; else as `compare_in_torch`.
+    """
+    base, other = base.contiguous().reshape(-1), other.contiguous().reshape(-1)
+    if native.why_not(base, other):
+        return compare_in_torch(base, other)
+    return TensorProof(**native.compare(base, other))  # pyright: ignore[reportArgumentType]
+
+
+def compare_in_torch(base: Tensor, other: Tensor) -> TensorProof:
+    """`compare`, to be read: needs several times the memory of the tensors."""
     zero = base == 0
     negative_zero = zero & (other == 0) & torch.signbit(other)
     finite = torch.isfinite(base)

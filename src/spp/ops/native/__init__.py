@@ -23,6 +23,7 @@ from spp.packed import PackedWeight, Weight, require_packable, word_count
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _BEST = -1
 _BLOCK_ROWS = 32
+_MOST_COMPARED = 2**16  # entries in one of compare's blocks
 
 
 class _Weight(ctypes.Structure):
@@ -49,6 +50,15 @@ class _Factors(ctypes.Structure):
 
 class _Block(ctypes.Structure):
     _fields_ = [("first", ctypes.c_int64), ("last", ctypes.c_int64), ("group", ctypes.c_int64)]
+
+
+class _Comparison(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("zeros", "offenders", "negative_zeros", "survivors")),
+        *((name, ctypes.c_int64) for name in ("underflowed", "unchanged", "sign_flips", "non_finite")),
+        ("largest_relative_change", ctypes.c_float),
+        ("unused", ctypes.c_int32),
+    ]
 
 
 def _torch_openmp() -> tuple[ctypes.c_void_p, ...] | None:
@@ -240,6 +250,39 @@ def pack(weight: Tensor, *, level: int = _BEST) -> PackedWeight:
     values = torch.empty(int(row_offsets[-1]), dtype=weight.dtype)
     library.spp_gather(*arguments, ctypes.c_void_p(row_offsets.data_ptr()), ctypes.c_void_p(values.data_ptr()))
     return PackedWeight(values, bitmask, row_offsets, in_features)
+
+
+def compare(base: Tensor, other: Tensor, *, level: int = _BEST) -> dict[str, int | float]:
+    """The fields of `spp.proof.TensorProof`, in one pass over both tensors.
+
+    Args:
+        base, other: of one shape; both contiguous.
+        level: see `instructions`.
+
+    Raises:
+        ValueError: the kernels cannot take them.
+    """
+    if reason := why_not(base, other):
+        raise ValueError(f"the back-end native cannot be used: {reason}")
+    if instructions(level) is None:
+        raise ValueError(f"this CPU has no instruction set of level {level}")
+    _require(base.is_contiguous(), "base", base)
+    _require(other.is_contiguous() and other.shape == base.shape, "other", other)
+    assert _LIBRARY is not None
+    found = _Comparison()
+    parts = (_Comparison * -(-base.numel() // _MOST_COMPARED))()
+    _LIBRARY.spp_compare(
+        level,
+        torch.get_num_threads(),
+        ctypes.c_void_p(base.data_ptr()),
+        _DTYPES[base.dtype],
+        ctypes.c_void_p(other.data_ptr()),
+        _DTYPES[other.dtype],
+        ctypes.c_int64(base.numel()),
+        parts,
+        ctypes.byref(found),
+    )
+    return {name: getattr(found, name) for name, *_ in _Comparison._fields_ if name != "unused"}
 
 
 def _described(weight: Weight, level: int) -> tuple[ctypes.CDLL, _Weight]:

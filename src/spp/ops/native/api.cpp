@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 
+using spp::Comparison;
 using spp::Dtype;
 using spp::Factors;
 using spp::Kernels;
@@ -179,4 +180,33 @@ SPP_API void spp_gather(int level, int threads, const Weight* weight, const int3
     k->gather(*weight, bitmask, row_offsets, values, first, last);
     return true;
   });
+}
+
+// Entries [0, count) of two tensors; `parts` has room for ceil(count / spp::kMostCompared), and `found` is their sum.
+SPP_API void spp_compare(int level, int threads, const void* base, Dtype base_dtype, const void* other,
+                         Dtype other_dtype, int64_t count, Comparison* parts, Comparison* found) {
+  const Kernels* k = kernels(level);
+  const int64_t most = spp::kMostCompared, blocks = (count + most - 1) / most;
+  in_parallel(blocks, threads, [=](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t first = i * most, last = first + most < count ? first + most : count;
+      k->compare(base, base_dtype, other, other_dtype, first, last, parts + i);
+    }
+    return true;
+  });
+  *found = {};
+  for (int64_t i = 0; i < blocks; ++i) {
+    const Comparison& part = parts[i];
+    found->zeros += part.zeros;
+    found->offenders += part.offenders;
+    found->negative_zeros += part.negative_zeros;
+    found->survivors += part.survivors;
+    found->underflowed += part.underflowed;
+    found->unchanged += part.unchanged;
+    found->sign_flips += part.sign_flips;
+    found->non_finite += part.non_finite;
+    if (part.largest_relative_change > found->largest_relative_change) {
+      found->largest_relative_change = part.largest_relative_change;
+    }
+  }
 }

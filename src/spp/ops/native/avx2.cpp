@@ -164,7 +164,7 @@ inline void expand_bits(T* out, uint32_t mask, const T* p, const T* end) {
 #include "table.h"
 
 namespace spp {
-const Kernels avx2 = {"avx2", effective, reduce, most_tokens, matvec, arrange, scan, gather};
+const Kernels avx2 = {"avx2", effective, reduce, most_tokens, matvec, arrange, scan, gather, compare};
 }
 
 #if defined(__clang__)

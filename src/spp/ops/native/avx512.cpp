@@ -117,9 +117,9 @@ inline void expand_bits(float* out, uint32_t mask, const float* p, const float* 
 #include "matmul512.h"
 
 namespace spp {
-const Kernels avx512 = {"avx512", effective, reduce, most_tokens, matvec_512, arrange_512, scan, gather};
+const Kernels avx512 = {"avx512", effective, reduce, most_tokens, matvec_512, arrange_512, scan, gather, compare};
 const Kernels avx512_bf16 = {"avx512_bf16", effective, reduce, most_tokens_512_bf16, matvec_512_bf16,
-                             arrange_512_bf16, scan, gather};
+                             arrange_512_bf16, scan, gather, compare};
 }  // namespace spp
 
 #if defined(__clang__)

@@ -44,6 +44,13 @@ struct Factors {
 // The group of output row i, whose rows of A are K g(i) to K g(i) + K: g(i) = floor(i * R / O).
 inline int64_t row_group(int64_t row, int64_t groups, int64_t out_features) { return row * groups / out_features; }
 
+// How entries compare with those they came from; see TensorProof in spp/proof.py, whose fields these are.
+struct Comparison {
+  int64_t zeros, offenders, negative_zeros, survivors, underflowed, unchanged, sign_flips, non_finite;
+  float largest_relative_change;
+  int32_t unused;
+};
+
 // Rows [first, last) of one call; every function returns false where a packed row is not what its offsets say.
 struct Kernels {
   const char* name;
@@ -74,7 +81,13 @@ struct Kernels {
   // The non-zeros of dense rows to where row_offsets says.
   void (*gather)(const Weight&, const int32_t* bitmask, const int64_t* row_offsets, void* values, int64_t first,
                  int64_t last);
+
+  // Entries [first, last) of two tensors, at most kMostCompared of them; `found` is written.
+  void (*compare)(const void* base, Dtype base_dtype, const void* other, Dtype other_dtype, int64_t first, int64_t last,
+                  Comparison* found);
 };
+
+constexpr int64_t kMostCompared = 1 << 16;
 
 constexpr int64_t kMostTokens = 4;  // where an instruction set has no kernel for more
 constexpr int64_t kMostDirections = 16;

@@ -112,5 +112,5 @@ inline void expand_bits(T* out, uint32_t mask, const T* p, const T*) {
 #include "table.h"
 
 namespace spp {
-const Kernels portable = {"portable", effective, reduce, most_tokens, matvec, arrange, scan, gather};
+const Kernels portable = {"portable", effective, reduce, most_tokens, matvec, arrange, scan, gather, compare};
 }

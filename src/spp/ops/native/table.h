@@ -149,4 +149,79 @@ void gather(const Weight& w, const int32_t* bitmask, const int64_t* row_offsets,
   });
 }
 
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Plain loops over 16 lanes, which compilers turn into vector code for the instruction set of the file.
+struct Counters {
+  uint32_t lanes[8][16];
+};
+
+inline void count_lanes(Counters& c, const float* base, const float* other) {
+  constexpr uint32_t sign = 0x80000000u, infinity = 0x7f800000u;
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t b = bits_of(base[i]), o = bits_of(other[i]);
+    const uint32_t zero = (b & ~sign) == 0, other_zero = (o & ~sign) == 0;
+    const uint32_t finite = (b & infinity) != infinity, other_finite = (o & infinity) != infinity;
+    const uint32_t same = base[i] == other[i], flipped = (b ^ o) >> 31;
+    const uint32_t comparable = (zero ^ 1u) & finite & other_finite;
+    c.lanes[0][i] += zero;
+    c.lanes[1][i] += zero & (o != 0);
+    c.lanes[2][i] += zero & (o == sign);
+    c.lanes[3][i] += (zero ^ 1u) & other_zero;
+    c.lanes[4][i] += (zero ^ 1u) & same;
+    c.lanes[5][i] += comparable & (other_zero ^ 1u) & flipped;
+    c.lanes[6][i] += finite & (other_finite ^ 1u);
+    // Sizes that are no NaN are in the order of their bits.
+    const uint32_t change = bits_of((other[i] - base[i]) / base[i]) & ~sign & (0u - comparable);
+    c.lanes[7][i] = c.lanes[7][i] > change ? c.lanes[7][i] : change;
+  }
+}
+
+template <class Base, class Other>
+void compare_entries(const Base* base, const Other* other, int64_t n, Comparison* found) {
+  Counters c = {};
+  float from[16], to[16];
+  const int64_t whole = n / 16 * 16;
+  for (int64_t j = 0; j < whole; j += 16) {
+    store(from, widen(base + j));
+    store(to, widen(other + j));
+    count_lanes(c, from, to);
+  }
+  const int64_t rest = n - whole, padding = rest ? 16 - rest : 0;
+  if (rest) {
+    store(from, widen(Padded<Base>(base + whole, rest).entries));
+    store(to, widen(Padded<Other>(other + whole, rest).entries));
+    count_lanes(c, from, to);
+  }
+  int64_t totals[7] = {};
+  uint32_t largest = 0;
+  for (int i = 0; i < 16; ++i) {
+    for (int which = 0; which < 7; ++which) totals[which] += c.lanes[which][i];
+    largest = largest > c.lanes[7][i] ? largest : c.lanes[7][i];
+  }
+  const int64_t zeros = totals[0] - padding;  // the padding is zeros
+  *found = {zeros,     totals[1], totals[2], n - zeros,         totals[3],
+            totals[4], totals[5], totals[6], float_of(largest), 0};
+}
+
+void compare(const void* base, Dtype base_dtype, const void* other, Dtype other_dtype, int64_t first, int64_t last,
+             Comparison* found) {
+  with_dtype(base_dtype, [&](auto* type) {
+    const auto* from = static_cast<decltype(type)>(const_cast<void*>(base)) + first;
+    with_dtype(other_dtype, [&](auto* other_type) {
+      const auto* to = static_cast<decltype(other_type)>(const_cast<void*>(other)) + first;
+      compare_entries(from, to, last - first, found);
+    });
+  });
+}
+
 }  // namespace
