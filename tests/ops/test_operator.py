@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from spp.live_bytes import LiveBytes
-from spp.ops import BACKENDS, adapter_linear, kernels, linear, native, pack, reference, spp_linear, why_not
+from spp.ops import (
+    BACKENDS,
+    adapter_linear,
+    kernels,
+    linear,
+    merged_weight,
+    native,
+    pack,
+    reference,
+    spp_linear,
+    why_not,
+)
 from spp.patterns import NM
 
 NATIVE = native.instructions() is not None
@@ -228,6 +239,33 @@ def test_a_pattern_survives_any_factors(pattern):
     merged = reference.merged_weight(weight, 100 * A, -B, 2.0)
     assert not bits(merged)[weight == 0].any()
     assert pattern.violations(merged) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", SIZES)
+def test_merging_has_the_bits_of_the_reference(size, dtype, held):
+    _, weight, A, B, _ = example(*size, dtype=dtype)
+    A.requires_grad_()
+    assert bits(merged_weight(held(weight), A, B, 1.5)).equal(bits(reference.merged_weight(weight, A.detach(), B, 1.5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_merging_nasty_numbers_has_the_bits_of_the_reference(dtype, held):
+    nasty = torch.tensor(NASTY)
+    weight = nasty.repeat(20, 4).to(dtype)
+    A = nasty.repeat_interleave(4).repeat(2, 1)
+    B = nasty.repeat(2)[:, None]
+    merged, expected = merged_weight(held(weight), A, B, 2.0), reference.merged_weight(weight, A, B, 2.0)
+    assert merged.isnan().equal(expected.isnan())
+    assert bits(merged.nan_to_num(7.0)).equal(bits(expected.nan_to_num(7.0)))
+    assert not bits(merged)[weight == 0].any()
+
+
+def test_merging_a_transposed_weight(held):
+    _, weight, A, B, _ = example(12, 8, 2, 2)
+    assert bits(merged_weight(held(weight.T.contiguous().T), A, B, 2.0)).equal(
+        bits(reference.merged_weight(weight, A, B, 2.0))
+    )
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -91,6 +91,28 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, b
     return products.apply(x, weight, bias, chosen)
 
 
+@torch.no_grad()
+def merged_weight(weight: Weight, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """W' = W + s * W * (A[g] B), the paper's eq. 5 where K = 1: rounded once to W's dtype; +0.0 where W is zero.
+
+    The bits are those of `reference.merged_weight`, but for which NaN it is; it needs no more memory than the result.
+
+    Args:
+        weight: (O, I), dense or packed, any float dtype.
+        A: (R K, I).
+        B: (O, K).
+        scale: s.
+
+    Returns:
+        (O, I) in W's dtype.
+    """
+    wide = reference.wide_dtype(weight, A, B)
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    kernels = linear.kernels_of((_accelerated(weight, out) if wide == torch.float32 else None) or "torch")
+    kernels.effective_weight(weight, A.to(wide).contiguous(), scale * B.to(wide), out, with_base=True)
+    return out
+
+
 def pack(weight: Tensor) -> PackedWeight:
     """Take the zeros out of a weight (O, I); see `spp.packed`.
 

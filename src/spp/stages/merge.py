@@ -21,7 +21,7 @@ from spp import __version__
 from spp.checkpoint import MANIFEST, Checkpoint, resolve_model
 from spp.errors import SppError, UsageError, raise_problems
 from spp.folders import check_output, new_folder, read_json, write_json
-from spp.ops.reference import merged_weight
+from spp.ops import merged_weight
 from spp.options import MergeOptions
 from spp.proof import TensorProof, compare
 from spp.rewriting import rewrite, tensor_name
