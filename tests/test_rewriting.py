@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from spp.checkpoint import MANIFEST, Checkpoint
+from spp.checkpoint import MANIFEST, VERIFICATION, Checkpoint
 from spp.folders import read_json, write_json
-from spp.rewriting import rewrite, tensor_name
+from spp.rewriting import Rewriting, tensor_name
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -29,7 +29,14 @@ def written(tmp_path):
     def call(source: Path, changes=None) -> Path:
         folder = tmp_path / "written"
         folder.mkdir()
-        rewrite(Checkpoint.open(source), folder, changes or {}, "writing")
+        checkpoint = Checkpoint.open(source)
+        files = Rewriting(checkpoint, folder)
+        for name in checkpoint.names:
+            if changes and name in changes:
+                files.write(name, changes[name](checkpoint.tensor(name)))
+            else:
+                files.copy(name)
+        files.finish()
         return folder
 
     return call
@@ -58,16 +65,34 @@ def odd(tmp_path) -> Path:
     return folder
 
 
-def test_untouched_tensors_keep_every_bit_but_the_sign_of_zero(odd, written):
+def test_copied_tensors_keep_every_bit(odd, written):
     before, after = load_file(odd / "model.safetensors"), load_file(written(odd) / "model.safetensors")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert (after[name].dtype, after[name].shape) == (tensor.dtype, tensor.shape)
-        if name in {"fp32", "fp16", "bf16", "fp64"}:
-            assert torch.signbit(tensor[1]) and not torch.signbit(after[name][1]), name
-            tensor = tensor.clone()
-            tensor[1] = 0.0
         assert bits(after[name]) == bits(tensor), name
+
+
+def test_written_tensors_keep_every_bit_but_the_sign_of_zero(odd, written):
+    names = ("fp32", "fp16", "bf16", "fp64")
+    after = load_file(written(odd, {name: lambda tensor: tensor for name in names}) / "model.safetensors")
+    before = load_file(odd / "model.safetensors")
+    for name in names:
+        assert torch.signbit(before[name][1]) and not torch.signbit(after[name][1]), name
+        before[name][1] = 0.0
+        assert bits(after[name]) == bits(before[name]), name
+
+
+def test_a_copy_of_a_file_that_ends_too_early_is_an_error(odd, tmp_path):
+    checkpoint = Checkpoint.open(odd)
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    files = Rewriting(checkpoint, folder)
+    last = max(checkpoint.offsets, key=lambda name: (checkpoint.offsets[name], checkpoint.layouts[name].nbytes))
+    with (odd / "model.safetensors").open("r+b") as file:
+        file.truncate(checkpoint.offsets[last])
+    with pytest.raises(OSError, match=f"ends within {last}"):
+        files.copy(last)
 
 
 def test_changed_tensors_are_what_the_change_says_with_canonical_zeros(tiny_checkpoint, written):
@@ -109,7 +134,15 @@ def test_companions_come_along_and_nothing_else(tiny_checkpoint, written):
         "notice.md",
         "x.tiktoken",
     ]
-    left = [MANIFEST, "pytorch_model.bin", "pytorch_model.bin.index.json", "training_args.bin", "README.md", "old.gguf"]
+    left = [
+        MANIFEST,
+        VERIFICATION,
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "training_args.bin",
+        "README.md",
+        "old.gguf",
+    ]
     for name in kept + left:
         (tiny_checkpoint / name).write_text(name)
     (tiny_checkpoint / "original.json").mkdir()

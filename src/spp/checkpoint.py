@@ -18,10 +18,13 @@ from spp import archive
 from spp.errors import SppError, UsageError
 from spp.folders import read_json
 from spp.layout import stores_transposed
-from spp.tensor_file import Layout, read_layouts
+from spp.tensor_file import Layout, read_layouts, read_offsets
 
 MANIFEST = "spp.json"
 """Side file in every folder that we write: what made it and from what. Never part of `config.json`."""
+
+VERIFICATION = "verification.json"
+"""Side file of a merged model: the proof of every merged tensor."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a checkpoint needs besides its weights; never pickles, never code that was not asked for.
@@ -168,6 +171,16 @@ class Checkpoint:
                 name: self._packed_layout(name, stored) if name in self.packed else stored[name] for name in names
             }
         return layouts
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Name -> where its bytes begin in its file, of the tensors that are not packed."""
+        return {
+            name: offset
+            for path in self.shards
+            for name, offset in read_offsets(path).items()
+            if name in self.files and name not in self.packed
+        }
 
     def _packed_layout(self, name: str, stored: dict[str, Layout]) -> Layout:
         values, shape = stored[f"{name}.{archive.VALUES}"], self.packed[name].shape

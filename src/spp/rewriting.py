@@ -1,21 +1,20 @@
 """Write a model folder again with other numbers in some tensors: same files, names, shapes and dtypes.
 
-Everything that is not changed keeps its bytes (but for -0.0, which becomes +0.0), so no round trip through a model
-class can lose a tied weight, an unusual dtype or a setting. One tensor is in memory at a time.
+What is copied keeps its bytes, so no round trip through a model class can lose a tied weight, an unusual dtype or a
+setting.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
 from spp.archive import dense_name
-from spp.checkpoint import INDEX, MANIFEST, SINGLE, Checkpoint
+from spp.checkpoint import INDEX, MANIFEST, SINGLE, VERIFICATION, Checkpoint
+from spp.errors import SppError
 from spp.folders import sync, write_json
-from spp.progress import track
 from spp.tensor_file import TensorFile
 from spp.values import canonical_zeros
 
@@ -41,7 +40,7 @@ class Rewriting:
         folder: where; files that an earlier run laid out there are gone on with.
 
     Raises:
-        OSError: the disk has no room for them.
+        SppError: the disk has no room for them.
     """
 
     def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
@@ -49,13 +48,24 @@ class Rewriting:
         layouts = checkpoint.layouts
         self._size = sum(layout.nbytes for layout in layouts.values())
         self._files: dict[str, TensorFile] = {}
-        for path, names in checkpoint.shards.items():
-            file = TensorFile(folder / dense_name(path.name), {name: layouts[name] for name in names})
-            self._files |= dict.fromkeys(names, file)
+        try:
+            for path, names in checkpoint.shards.items():
+                file = TensorFile(folder / dense_name(path.name), {name: layouts[name] for name in names})
+                self._files |= dict.fromkeys(names, file)
+        except OSError as error:
+            raise SppError(f"{folder.parent}: no room for {self._size / 1e9:.3g} GB of weights ({error})") from error
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor of the shape and dtype that it had, with every zero as +0.0."""
         self._files[name].write(name, canonical_zeros(tensor))
+
+    def copy(self, name: str) -> None:
+        """Write a tensor with the bytes that it had; one that was packed is expanded."""
+        checkpoint = self._checkpoint
+        if name in checkpoint.packed:
+            self._files[name].write(name, checkpoint.tensor(name))
+        else:
+            self._files[name].copy(name, checkpoint.files[name], checkpoint.offsets[name])
 
     def sync(self) -> None:
         """Make what has been written survive a crash of the machine."""
@@ -70,29 +80,12 @@ class Rewriting:
             write_json(self._folder / INDEX, {"metadata": {"total_size": self._size}, "weight_map": files})
 
 
-def rewrite(
-    checkpoint: Checkpoint, folder: Path, changes: dict[str, Callable[[Tensor], Tensor]], description: str
-) -> None:
-    """Write the checkpoint to `folder` with its companions (config, tokenizer).
-
-    Args:
-        checkpoint: the model to start from.
-        folder: where to write; an existing folder.
-        changes: tensor name -> function from the old tensor to the new one, of the same shape and dtype.
-        description: what the progress bar says.
-    """
-    files = Rewriting(checkpoint, folder)
-    for name, before in track(checkpoint.items(), description, total=len(checkpoint.files)):
-        files.write(name, changes[name](before) if name in changes else before)
-    files.finish()
-
-
 def write_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Copy what belongs to a model besides its weights; an announcement of a sparse format is left out."""
     for path in sorted(checkpoint.folder.iterdir()):
         kept = path.suffix in _COMPANIONS or path.name.upper().startswith(_LEGAL)
         weights_of_others = path.name.endswith(".bin.index.json")
-        if path.is_file() and kept and path.name not in (MANIFEST, INDEX) and not weights_of_others:
+        if path.is_file() and kept and path.name not in (MANIFEST, VERIFICATION, INDEX) and not weights_of_others:
             shutil.copyfile(path, folder / path.name)
     if _ANNOUNCEMENTS & checkpoint.config.keys():
         plain = {name: value for name, value in checkpoint.config.items() if name not in _ANNOUNCEMENTS}

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from spp.folders import sync
 
 _ALIGNMENT = 8
+_PIECE = 2**23  # bytes that are copied at once
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,25 @@ class Layout:
 
 def read_layouts(path: Path) -> dict[str, Layout]:
     """The layouts of all tensors in a sound file, from its header."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return {
         name: Layout(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
+        for name, entry in _read_header(path)[1].items()
     }
+
+
+def read_offsets(path: Path) -> dict[str, int]:
+    """Where each tensor of a sound file begins in it, in bytes."""
+    first, entries = _read_header(path)
+    return {name: first + entry["data_offsets"][0] for name, entry in entries.items()}
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors' bytes begin, and the entry of each."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    return 8 + size, entries
 
 
 class TensorFile:
@@ -82,8 +96,30 @@ class TensorFile:
             raise ValueError(f"{name} has {len(data)} bytes, and {self._sizes[name]} are laid out for it")
         with self.path.open("r+b", buffering=0) as file:
             file.seek(self._offsets[name])
-            while data:
-                data = data[file.write(data) :]
+            _write_all(file, data)
+
+    def copy(self, name: str, source: Path, offset: int) -> None:
+        """Put a tensor in its place whose bytes lie in another file, from `offset` on.
+
+        Raises:
+            OSError: the file ends too early, or the tensor cannot be written.
+        """
+        left = self._sizes[name]
+        piece = memoryview(bytearray(min(left, _PIECE)))
+        with source.open("rb", buffering=0) as old, self.path.open("r+b", buffering=0) as new:
+            old.seek(offset)
+            new.seek(self._offsets[name])
+            while left:
+                count = old.readinto(piece[: min(left, _PIECE)])
+                if not count:
+                    raise OSError(f"{source} ends within {name}")
+                _write_all(new, piece[:count])
+                left -= count
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]
 
 
 def _header(tensors: Mapping[str, Layout]) -> tuple[bytes, dict[str, int]]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spp.checkpoint import MANIFEST, Checkpoint
+from spp.checkpoint import MANIFEST, VERIFICATION, Checkpoint
 from spp.errors import SppError, UsageError
 from spp.folders import read_json, write_json
-from spp.options import MergeOptions
+from spp.options import MergeOptions, VerifyOptions
 from spp.patterns import NM
+from spp.rewriting import Rewriting
 from spp.stages import merge as merge_stage
 from spp.stages.merge import merge, read_adapter
+from spp.stages.verify import verify
 
 MODULES = ("self_attn.q_proj", "mlp.down_proj")
 
@@ -90,12 +95,16 @@ def test_numbers_are_the_formula_rounded_once(tmp_path, base, adapter):
 def test_the_result_is_a_plain_complete_model(tmp_path, base, adapter):
     out = tmp_path / "merged"
     report = merge(MergeOptions(model=str(base), adapter=adapter, out=out))
-    assert {path.name for path in out.iterdir()} == {path.name for path in base.iterdir()} | {MANIFEST}
+    assert {path.name for path in out.iterdir()} == {path.name for path in base.iterdir()} | {MANIFEST, VERIFICATION}
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
     manifest = read_json(out / MANIFEST)
     assert manifest["kind"] == "merged"
     assert manifest["verification"]["verified"] is True
     assert manifest["verification"]["zeros"] == report.zeros > 0
+    proof = read_json(out / VERIFICATION)
+    assert proof["verified"] is True and proof["tensors"].keys() == report.tensors.keys()
+    assert proof["copied"] + len(proof["tensors"]) == len(Checkpoint.open(base).names)
+    assert sum(one["zeros"] for one in proof["tensors"].values()) == proof["zeros"] == report.zeros
     from transformers import AutoModelForCausalLM
 
     _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -124,16 +133,95 @@ def test_conv1d_weights_are_merged_in_their_own_orientation(tmp_path, tiny_model
     torch.testing.assert_close(after.double(), expected, rtol=1e-6, atol=1e-8)
 
 
-def test_negative_zeros_of_the_base_become_positive(tmp_path, base, adapter):
+def test_negative_zeros_become_positive_where_something_is_merged(tmp_path, base, adapter):
     tensors = load_file(base / "model.safetensors")
-    names = ("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight")
-    for name in names:
+    merged_name, copied_name = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
+    for name in (merged_name, copied_name):
         tensors[name][0, :4] = -0.0
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
-    merged = load_file(tmp_path / "merged" / "model.safetensors")
-    for name in names:
-        assert merged[name][0, :4].view(torch.int16).tolist() == [0] * 4
+    out = tmp_path / "merged"
+    merge(MergeOptions(model=str(base), adapter=adapter, out=out))
+    merged = load_file(out / "model.safetensors")
+    assert merged[merged_name][0, :4].view(torch.int16).tolist() == [0] * 4
+    assert merged[copied_name].view(torch.int16).equal(tensors[copied_name].view(torch.int16))
+    assert verify(VerifyOptions(base=str(base), other=str(out))).verified
+
+
+KILLED = """
+import os, signal
+from spp.options import MergeOptions, VerifyOptions
+from spp.stages import merge
+import spp.{module} as module
+
+merge._AT_ONCE = {at_once}
+real, calls = module.{owner}.{function}, 0
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+module.{owner}.{function} = counted
+merge.merge(MergeOptions(model={model!r}, adapter={adapter!r}, out={out!r}))
+"""
+
+
+@pytest.mark.parametrize("at_once", [1, 20_000])
+@pytest.mark.parametrize(
+    ("module", "owner", "function", "call"),
+    [
+        ("tensor_file", "TensorFile", "write", 2),
+        ("tensor_file", "TensorFile", "copy", 9),
+        ("rewriting", "Rewriting", "sync", 2),
+        ("folders", "shutil", "rmtree", 1),  # at the very end
+    ],
+)
+def test_a_killed_merge_goes_on_to_the_same_bytes(tmp_path, tiny_model, module, owner, function, call, at_once):
+    base = sparse_model(tmp_path / "base", tiny_model, max_shard_size="20KB")
+    adapter = adapter_for(tmp_path / "adapter", base, [f"model.layers.{i}.{name}" for i in (0, 1) for name in MODULES])
+    whole = merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "whole"))
+    out = tmp_path / "merged"
+    where = {"model": str(base), "adapter": str(adapter), "out": str(out)}
+    script = KILLED.format(module=module, owner=owner, function=function, call=call, at_once=at_once, **where)
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists()
+    resumed = merge(MergeOptions(model=str(base), adapter=adapter, out=out))
+    assert resumed.tensors == whole.tensors
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+
+
+def test_what_is_finished_is_not_merged_again(tmp_path, base, adapter, monkeypatch):
+    monkeypatch.setattr(merge_stage, "_AT_ONCE", 1)
+    options = MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged")
+    real, merged = merge_stage.compare, []
+
+    def interrupted(before, after):
+        merged.append(before.shape)
+        if len(merged) == 3:
+            raise KeyboardInterrupt
+        return real(before, after)
+
+    monkeypatch.setattr(merge_stage, "compare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(options)
+    assert not options.out.exists()
+    assert merge(options).verified
+    assert len(merged) == 3 + 2  # of four, two had been finished
+
+
+def test_another_adapter_starts_over(tmp_path, base, adapter, monkeypatch):
+    other = adapter_for(tmp_path / "other", base, ["model.layers.0.mlp.down_proj"], size=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_stage, "_AT_ONCE", 1)
+        patch.setattr(Rewriting, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
+    merge(MergeOptions(model=str(base), adapter=other, out=tmp_path / "merged"))
+    merge(MergeOptions(model=str(base), adapter=other, out=tmp_path / "fresh"))
+    first, second = (tmp_path / name / "model.safetensors" for name in ("merged", "fresh"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_underflow_is_counted_and_warned_about(tmp_path, tiny_model, caplog, monkeypatch):

@@ -202,7 +202,7 @@ def test_a_disk_too_small_for_the_model_is_noticed_at_once(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(SppError, match="no room for the .* of the pruned model"):
+    with pytest.raises(SppError, match="no room for .* GB of weights"):
         prune(options())
     assert sorted(tmp_path.iterdir()) == before
 

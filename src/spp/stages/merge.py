@@ -1,15 +1,19 @@
-"""Fold an SPP adapter into its base, shard by shard, and prove in the same pass that the zeros stayed.
+"""Fold an SPP adapter into its base, tensor by tensor, and prove in the same pass that the zeros stayed.
 
-The result is what engines expect: the base's own files with other numbers in them. No model is built; memory is
-one shard. A failed proof leaves nothing behind.
+The result is what engines expect: the base's own files with other numbers in them. No model is built; memory is three
+times the largest tensor: one that is read, one that is merged, one that is written. A failed proof leaves nothing
+behind; a run that was killed goes on where it was.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
+from collections.abc import Container, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +22,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spp import __version__
-from spp.checkpoint import MANIFEST, Checkpoint, resolve_model
+from spp.checkpoint import MANIFEST, VERIFICATION, Checkpoint, resolve_model
 from spp.errors import SppError, UsageError, raise_problems
-from spp.folders import check_output, new_folder, read_json, write_json
+from spp.fingerprint import base_fingerprint
+from spp.folders import WORK, check_output, read_json, resumable_folder, write_json
 from spp.ops import merged_weight
 from spp.options import MergeOptions
+from spp.progress import track_bytes
 from spp.proof import TensorProof, compare
-from spp.rewriting import rewrite, tensor_name
+from spp.rewriting import Rewriting, tensor_name
 from spp.stages.verify import failures
 
 logger = logging.getLogger("spp")
 
 _KEY_PREFIX = "base_model.model."
 _UNCHANGED_WORTH_A_WARNING = 0.5
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_RECORD = "merged.json"
+_AT_ONCE = 2**30  # bytes that are written before a record says so
 
 
 @dataclass(frozen=True)
@@ -85,21 +94,79 @@ def merge(options: MergeOptions) -> MergeReport:
     base.require_unquantised("merge into the sparse model before quantisation")
     factors = _match(base, read_adapter(options.adapter), options.adapter)
 
-    proofs: dict[str, TensorProof] = {}
-
-    def merged(name: str, before: Tensor) -> Tensor:
-        after = _merge(factors[name], before, base.transposed(name))
-        proofs[name] = compare(before, after)
-        return after
-
-    with new_folder(options.out, overwrite=options.overwrite) as folder:
-        rewrite(base, folder, {name: partial(merged, name) for name in factors}, "merging")
+    with resumable_folder(options.out, _request(base, factors, options.adapter), overwrite=options.overwrite) as folder:
+        proofs = _write(base, factors, folder)
         problems = [problem for name, proof in proofs.items() for problem in failures(name, proof)]
         raise_problems([f"{problem}; nothing was written" for problem in problems], SppError)
         report = _report(options.out, proofs, time.perf_counter() - start)
+        write_json(folder / VERIFICATION, _verification(base, options, report))
         write_json(folder / MANIFEST, _manifest(base, options, report))
     _warn(report)
     return report
+
+
+def _request(base: Checkpoint, factors: Mapping[str, Factors], adapter: Path) -> dict[str, Any]:
+    """All that the bits of the result depend on, as JSON values."""
+    return {
+        "stage": "merge",
+        "version": __version__,
+        "base": base_fingerprint(base.folder),
+        "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in base.shards},
+        "adapter": hashlib.sha256((adapter / _ADAPTER_WEIGHTS).read_bytes()).hexdigest(),
+        "scales": {name: one.scale for name, one in factors.items()},
+    }
+
+
+def _write(base: Checkpoint, factors: Mapping[str, Factors], folder: Path) -> dict[str, TensorProof]:
+    """Write every tensor that no earlier run has; the proofs of those that are merged.
+
+    While one tensor is merged, the next one is read and the one before it is written.
+    """
+    files, record = Rewriting(base, folder), folder / WORK / _RECORD
+    finished: dict[str, Any] = read_json(record) if record.is_file() else {}
+    sizes = {name: layout.nbytes for name, layout in base.layouts.items()}
+    left = [name for name in base.names if name not in finished]
+    total, unsaved = sum(sizes.values()), 0
+    with (
+        ThreadPoolExecutor(1) as writer,
+        track_bytes("merging", total, done=total - sum(sizes[name] for name in left)) as advance,
+    ):
+        writing: Future[None] = Future()
+        writing.set_result(None)
+        for name, before in _read_ahead(base, left, factors):
+            writing.result()
+            if before is None:
+                finished[name] = None
+                writing = writer.submit(files.copy, name)
+            else:
+                after = _merge(factors[name], before, base.transposed(name))
+                finished[name] = asdict(compare(before, after))
+                writing = writer.submit(files.write, name, after)
+                del after  # or it would be in memory beside the next one
+            advance(sizes[name])
+            unsaved += sizes[name]
+            if unsaved >= _AT_ONCE or name == left[-1]:
+                writing.result()
+                files.sync()
+                write_json(record, finished)
+                unsaved = 0
+    files.finish()
+    return {name: TensorProof(**finished[name]) for name in base.names if finished[name] is not None}
+
+
+def _read_ahead(base: Checkpoint, names: Sequence[str], wanted: Container[str]) -> Iterator[tuple[str, Tensor | None]]:
+    """The names, with the tensors of those that are wanted; the next one is read while one is worked on."""
+
+    def read(name: str) -> Tensor | None:
+        return base.tensor(name) if name in wanted else None
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = [reader.submit(read, name) for name in names[:1]]
+        for name, following in zip_longest(names, names[1:]):
+            tensor = coming.pop().result()
+            if following:
+                coming.append(reader.submit(read, following))
+            yield name, tensor
 
 
 def _merge(factors: Factors, weight: Tensor, transposed: bool) -> Tensor:
@@ -138,9 +205,9 @@ def read_adapter(folder: Path) -> dict[str, Factors]:
 
 
 def _adapter_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / "adapter_model.safetensors"
+    path = folder / _ADAPTER_WEIGHTS
     if not path.is_file():
-        raise UsageError(f"adapter {folder}: adapter_model.safetensors is missing")
+        raise UsageError(f"adapter {folder}: {_ADAPTER_WEIGHTS} is missing")
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -189,13 +256,28 @@ def _manifest(base: Checkpoint, options: MergeOptions, report: MergeReport) -> d
         **inherited,
         "base": options.model,
         "adapter": str(options.adapter),
-        "verification": {
-            "verified": report.verified,
-            "zeros": report.zeros,
-            "underflowed": report.underflowed,
-            "unchanged_share": report.unchanged_share,
-            "tensors": {name: asdict(proof) for name, proof in report.tensors.items()},
-        },
+        "verification": _totals(report),
+    }
+
+
+def _verification(base: Checkpoint, options: MergeOptions, report: MergeReport) -> dict[str, Any]:
+    return {
+        "tool": "spp",
+        "version": __version__,
+        "base": options.model,
+        "adapter": str(options.adapter),
+        **_totals(report),
+        "copied": len(base.names) - len(report.tensors),
+        "tensors": {name: asdict(proof) for name, proof in report.tensors.items()},
+    }
+
+
+def _totals(report: MergeReport) -> dict[str, Any]:
+    return {
+        "verified": report.verified,
+        "zeros": report.zeros,
+        "underflowed": report.underflowed,
+        "unchanged_share": report.unchanged_share,
     }
 
 

@@ -19,7 +19,7 @@ from spp.options import PackOptions, UnpackOptions
 from spp.packed import zero_share
 from spp.packing import WORTH_PACKING
 from spp.progress import track
-from spp.rewriting import rewrite, write_companions
+from spp.rewriting import Rewriting, write_companions
 from spp.values import canonical_zeros, is_float
 
 
@@ -104,7 +104,10 @@ def unpack(options: UnpackOptions) -> PackReport:
     if not source.packed:
         raise UsageError(f"{options.model} is no packed archive; it holds plain safetensors already")
     with new_folder(options.out, overwrite=options.overwrite) as folder:
-        rewrite(source, folder, {}, "unpacking")
+        files = Rewriting(source, folder)
+        for name in track(source.names, "unpacking"):
+            files.copy(name)
+        files.finish()
         write_json(folder / MANIFEST, {**source.manifest, "version": __version__, "kind": "unpacked"})
     return PackReport(
         out=options.out,

@@ -16,7 +16,6 @@ from spp.patterns import detect_pattern
 from spp.progress import track
 from spp.proof import lost_zeros
 from spp.rewriting import Rewriting
-from spp.stages.quantities import size
 from spp.values import all_finite
 from spp.weight_map import Part
 
@@ -60,11 +59,7 @@ class PrunedFiles:
 
     def __init__(self, source: Checkpoint, folder: Path, pruned: Collection[str], *, adopt: bool) -> None:
         self._source, self._pruned, self._adopt = source, pruned, adopt
-        try:
-            self._files = Rewriting(source, folder)
-        except OSError as error:
-            needed = sum(layout.nbytes for layout in source.layouts.values())
-            raise SppError(f"{folder.parent}: no room for the {size(needed)} of the pruned model ({error})") from error
+        self._files = Rewriting(source, folder)
 
     def copy(self, names: Iterable[str]) -> None:
         """Write tensors as they were."""
