@@ -86,22 +86,17 @@ def _hira(model: PreTrainedModel) -> nn.Module:
     return get_peft_model(model, HiraConfig(r=16, target_modules=list(prunable_linears(model)), task_type="CAUSAL_LM"))
 
 
-def _replaced(make: Any, model: PreTrainedModel) -> nn.Module:
-    replace_linears(model, make)
-    return model
-
-
 _RATES = (0.01, 0.02, 0.04, 0.08)
 _LORA_RATES = (4e-3, 8e-3, 0.016, 0.032)
 _PUBLISHED = {"rank": 16, "directions": 1, "init": "published"}
 METHODS: dict[str, Method] = {
     "SPP": Method(adapt=_spp, rates=_RATES),
     "HiRA": Method(adapt=_hira, rates=_RATES),
-    "masked LoRA": Method(adapt=partial(_replaced, MaskedLora), rates=_LORA_RATES),
+    "masked LoRA": Method(adapt=partial(replace_linears, make=MaskedLora), rates=_LORA_RATES),
     "SPP, published": Method(adapt=partial(_spp, **_PUBLISHED, dropout=0.05), rates=(4e-3,) * 4, weight_decay=1e-3),
-    "masked full": Method(adapt=partial(_replaced, MaskedWeight), rates=(1e-3, 2e-3, 4e-3, 8e-3)),
+    "masked full": Method(adapt=partial(replace_linears, make=MaskedWeight), rates=(1e-3, 2e-3, 4e-3, 8e-3)),
     "SPP + both": Method(adapt=_spp, rates=_RATES, reconstructed=True, teacher=0.5),
-    "LoRA*": Method(adapt=partial(_replaced, Lora), rates=_LORA_RATES),
+    "LoRA*": Method(adapt=partial(replace_linears, make=Lora), rates=_LORA_RATES),
     "SPP + reconstruction": Method(adapt=_spp, rates=_RATES, reconstructed=True),
     "SPP + distillation": Method(adapt=_spp, rates=_RATES, teacher=0.5),
     "HiRA + reconstruction": Method(adapt=_hira, rates=_RATES, reconstructed=True),

@@ -20,6 +20,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -29,7 +30,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from benchmarks.baselines.finetuning import MaskedLora, MaskedWeight, Replaced, replace_linears
+from benchmarks.baselines.finetuning import MaskedLora, MaskedWeight, replace_linears
 from benchmarks.common import sparse_weight
 from spp.memory import peak_rss_bytes
 from spp.models import prunable_linears
@@ -61,21 +62,13 @@ def _peft(config: Callable[..., PeftConfig]) -> Callable[[PreTrainedModel], nn.M
     return lambda model: get_peft_model(model, config(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def _replaced(make: Callable[[nn.Module], Replaced]) -> Callable[[PreTrainedModel], nn.Module]:
-    def adapt(model: PreTrainedModel) -> nn.Module:
-        replace_linears(model, make)
-        return model
-
-    return adapt
-
-
 METHODS: dict[str, Callable[[PreTrainedModel], nn.Module]] = {
     "spp": _spp,
     "spp_dense": _spp,
     "peft_lora": _peft(LoraConfig),
     "peft_hira": _peft(HiraConfig),
-    "masked_lora": _replaced(MaskedLora),
-    "masked_full": _replaced(MaskedWeight),
+    "masked_lora": partial(replace_linears, make=MaskedLora),
+    "masked_full": partial(replace_linears, make=MaskedWeight),
 }
 PACKED = ("spp",)
 

@@ -78,9 +78,10 @@ class MaskedWeight(Replaced):
         return torch.where(self.W == 0, 0.0, self.V)
 
 
-def replace_linears(model: PreTrainedModel, make: Callable[[nn.Module], Replaced]) -> None:
-    """Put a module in the place of every linear layer in the decoder blocks, and freeze everything else."""
+def replace_linears(model: PreTrainedModel, make: Callable[[nn.Module], Replaced]) -> PreTrainedModel:
+    """Put a module in the place of every linear layer in the decoder blocks, and freeze everything else; the model."""
     model.requires_grad_(False)
     for name, layer in prunable_linears(model).items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, make(layer))
+    return model

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from killing import run_killed
 from safetensors.torch import load_file, save_file
 
 from spp.checkpoint import MANIFEST, VERIFICATION, Checkpoint
@@ -147,21 +145,11 @@ def test_negative_zeros_become_positive_where_something_is_merged(tmp_path, base
     assert verify(VerifyOptions(base=str(base), other=str(out))).verified
 
 
-KILLED = """
-import os, signal
-from spp.options import MergeOptions, VerifyOptions
+MERGE = """
+from spp.options import MergeOptions
 from spp.stages import merge
-import spp.{module} as module
 
 merge._AT_ONCE = {at_once}
-real, calls = module.{owner}.{function}, 0
-def counted(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-module.{owner}.{function} = counted
 merge.merge(MergeOptions(model={model!r}, adapter={adapter!r}, out={out!r}))
 """
 
@@ -182,9 +170,7 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(tmp_path, tiny_model, module, 
     whole = merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "whole"))
     out = tmp_path / "merged"
     where = {"model": str(base), "adapter": str(adapter), "out": str(out)}
-    script = KILLED.format(module=module, owner=owner, function=function, call=call, at_once=at_once, **where)
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run_killed(MERGE.format(at_once=at_once, **where), module, owner, function, call)
     assert not out.exists()
     resumed = merge(MergeOptions(model=str(base), adapter=adapter, out=out))
     assert resumed.tensors == whole.tensors

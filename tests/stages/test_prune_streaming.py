@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from killing import run_killed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -114,21 +114,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert sorted(path.name for path in report.out.iterdir()) == sorted(path.name for path in whole.out.iterdir())
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
+PRUNE = """
 from spp.options import PruneOptions
 from spp.stages.prune import prune
-import spp.{module} as module
 
-real, calls = module.{owner}.{function}, 0
-def counted(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-module.{owner}.{function} = counted
 prune(PruneOptions.build({values!r}))
 """
 
@@ -149,11 +138,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 ) -> None:
     whole = prune(options("whole"))
     asked = options()
-    script = KILLED.format(
-        module=module, owner=owner, function=function, call=call, values=asked.model_dump(mode="json")
-    )
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run_killed(PRUNE.format(values=asked.model_dump(mode="json")), module, owner, function, call)
     assert not asked.out.exists()
     assert contents(prune(asked).out) == contents(whole.out)
 

@@ -58,9 +58,8 @@ def verify(options: VerifyOptions) -> VerifyReport:
     for name, before in track(base.items(), "verifying", total=len(base.files)):
         if not is_float(before):
             continue
-        zeros = int((before == 0).count_nonzero())
         if name not in other.files:
-            if zeros:
+            if zeros := int((before == 0).count_nonzero()):
                 problems.append(f"{name}: missing, and BASE has {zeros} zeros in it")
             continue
         after = other.tensor(name)
@@ -72,7 +71,7 @@ def verify(options: VerifyOptions) -> VerifyReport:
             problems += failures(name, proof)
         if proof.zeros or proof.unchanged != proof.survivors:
             tensors[name] = proof
-        if pattern and before.ndim == 2 and zeros >= pattern.sparsity / 2 * before.numel():
+        if pattern and before.ndim == 2 and proof.zeros >= pattern.sparsity / 2 * before.numel():
             pruned += 1
             matrix = after.T if base.transposed(name) else after
             if violations := pattern.violations(matrix):

@@ -12,6 +12,18 @@
 
 namespace spp {
 
+// A float's bits, and back; static, so that each instruction set's file has its own.
+static inline uint32_t to_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+static inline float from_bits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 enum class Dtype : int32_t { bf16 = 0, fp16 = 1, fp32 = 2 };
 
 // bf16 and fp16 as bits; two types, so that overloads tell them apart.

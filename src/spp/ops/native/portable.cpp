@@ -6,6 +6,8 @@ namespace {
 
 using spp::bf16;
 using spp::fp16;
+using spp::from_bits;
+using spp::to_bits;
 
 struct V {
   float lanes[16];
@@ -36,17 +38,6 @@ inline float sum(const V& v) {
   float total = 0.0f;
   for (int i = 0; i < 16; ++i) total += v.lanes[i];
   return total;
-}
-
-inline float from_bits(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, sizeof x);
-  return x;
-}
-inline uint32_t to_bits(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  return bits;
 }
 
 inline float widen_one(float x) { return x; }

@@ -108,11 +108,7 @@ void arrange(const Weight& w, const void* x, Dtype dtype, int64_t tokens, float*
 
 inline uint32_t nonzero(bf16 w) { return (w.bits & 0x7fff) != 0; }
 inline uint32_t nonzero(fp16 w) { return (w.bits & 0x7fff) != 0; }
-inline uint32_t nonzero(float w) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &w, sizeof bits);
-  return (bits & 0x7fffffff) != 0;
-}
+inline uint32_t nonzero(float w) { return (to_bits(w) & 0x7fffffff) != 0; }
 
 void scan(const Weight& w, int32_t* bitmask, int64_t* counts, int64_t first, int64_t last) {
   with_dtype(w.dtype, [&](auto* type) {
@@ -149,17 +145,6 @@ void gather(const Weight& w, const int32_t* bitmask, const int64_t* row_offsets,
   });
 }
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-inline float float_of(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 // Plain loops over 16 lanes, which compilers turn into vector code for the instruction set of the file.
 struct Counters {
   uint32_t lanes[8][16];
@@ -168,7 +153,7 @@ struct Counters {
 inline void count_lanes(Counters& c, const float* base, const float* other) {
   constexpr uint32_t sign = 0x80000000u, infinity = 0x7f800000u;
   for (int i = 0; i < 16; ++i) {
-    const uint32_t b = bits_of(base[i]), o = bits_of(other[i]);
+    const uint32_t b = to_bits(base[i]), o = to_bits(other[i]);
     const uint32_t zero = (b & ~sign) == 0, other_zero = (o & ~sign) == 0;
     const uint32_t finite = (b & infinity) != infinity, other_finite = (o & infinity) != infinity;
     const uint32_t same = base[i] == other[i], flipped = (b ^ o) >> 31;
@@ -181,7 +166,7 @@ inline void count_lanes(Counters& c, const float* base, const float* other) {
     c.lanes[5][i] += comparable & (other_zero ^ 1u) & flipped;
     c.lanes[6][i] += finite & (other_finite ^ 1u);
     // Sizes that are no NaN are in the order of their bits.
-    const uint32_t change = bits_of((other[i] - base[i]) / base[i]) & ~sign & (0u - comparable);
+    const uint32_t change = to_bits((other[i] - base[i]) / base[i]) & ~sign & (0u - comparable);
     c.lanes[7][i] = c.lanes[7][i] > change ? c.lanes[7][i] : change;
   }
 }
@@ -210,7 +195,7 @@ void compare_entries(const Base* base, const Other* other, int64_t n, Comparison
   }
   const int64_t zeros = totals[0] - padding;  // the padding is zeros
   *found = {zeros,     totals[1], totals[2], n - zeros,         totals[3],
-            totals[4], totals[5], totals[6], float_of(largest), 0};
+            totals[4], totals[5], totals[6], from_bits(largest), 0};
 }
 
 void compare(const void* base, Dtype base_dtype, const void* other, Dtype other_dtype, int64_t first, int64_t last,
