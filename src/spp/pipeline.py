@@ -93,7 +93,11 @@ def run(options: RunOptions) -> RunReport:
         "prune": lambda: prune(of(PruneOptions, model=model, out=pruned, calibration=calibration, **new)),
         "evaluate_pruned": lambda: evaluate(of(EvalOptions, model=str(pruned), text=options.eval)),
         "train": lambda: train(of(TrainOptions, model=str(pruned), out=adapter, data=options.train, **new)),
-        "merge": lambda: merge(of(MergeOptions, model=str(pruned), adapter=adapter, out=merged, **new)),
+        "merge": lambda: merge(
+            of(
+                MergeOptions, model=str(pruned), adapter=adapter, out=merged, dtype="auto", **new
+            )  # a run's dtype computes
+        ),
         "verify": lambda: verify(of(VerifyOptions, base=str(pruned), other=str(merged))),
         "evaluate_spp": lambda: evaluate(of(EvalOptions, model=str(merged), text=options.eval)),
     }

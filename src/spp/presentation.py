@@ -101,7 +101,9 @@ def _train_dry_run(report: TrainingPrediction) -> Iterable[RenderableType]:
 
 
 def _merge(report: MergeReport) -> Iterable[RenderableType]:
-    yield f"proved: all {report.zeros:,} zeros of {len(report.tensors)} merged matrices are +0.0"
+    yield f"proved: all {report.zeros:,} zeros of the base are +0.0; {len(report.tensors)} matrices were merged"
+    if report.converted:
+        yield f"{len(report.converted)} other tensors were converted, the rest copied byte for byte"
     yield f"{report.underflowed:,} survivors underflowed; rounding left {report.unchanged_share:.1%} of them unchanged"
     yield f"written to {report.out}"
 
