@@ -18,6 +18,7 @@ from spp.checkpoint import MANIFEST, resolve_model
 from spp.errors import UsageError
 from spp.folders import check_output, read_json, write_json
 from spp.memory import peak_rss_bytes
+from spp.model_card import write_model_card
 from spp.options import (
     EvalOptions,
     MergeOptions,
@@ -106,6 +107,8 @@ def run(options: RunOptions) -> RunReport:
 
     results = _results(options, model, records, read_json(pruned / MANIFEST))
     write_json(out / RESULTS, results)
+    figures = {"perplexity": results["perplexity"], "evaluation": results["protocol"]["evaluation"]}
+    write_model_card(merged, figures)
     write_report(results, out / REPORT)
     return RunReport(out, results)
 

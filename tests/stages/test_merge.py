@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from spp.checkpoint import MANIFEST, VERIFICATION, Checkpoint
 from spp.errors import SppError, UsageError
 from spp.folders import read_json, write_json
+from spp.model_card import CARD
 from spp.options import MergeOptions, VerifyOptions
 from spp.patterns import NM
 from spp.rewriting import Rewriting
@@ -93,7 +94,8 @@ def test_numbers_are_the_formula_rounded_once(tmp_path, base, adapter):
 def test_the_result_is_a_plain_complete_model(tmp_path, base, adapter):
     out = tmp_path / "merged"
     report = merge(MergeOptions(model=str(base), adapter=adapter, out=out))
-    assert {path.name for path in out.iterdir()} == {path.name for path in base.iterdir()} | {MANIFEST, VERIFICATION}
+    ours = {MANIFEST, VERIFICATION, CARD}
+    assert {path.name for path in out.iterdir()} == {path.name for path in base.iterdir()} | ours
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
     manifest = read_json(out / MANIFEST)
     assert manifest["kind"] == "merged"
@@ -245,6 +247,7 @@ def test_stochastic_rounding_goes_on_to_the_same_bytes(tmp_path, tiny_model, wan
 
 
 MERGE = """
+from spp.model_card import CARD
 from spp.options import MergeOptions
 from spp.stages import merge
 

@@ -27,6 +27,7 @@ from spp.checkpoint import MANIFEST, VERIFICATION, Checkpoint, resolve_model
 from spp.errors import SppError, UsageError, raise_problems
 from spp.fingerprint import base_fingerprint
 from spp.folders import WORK, check_output, read_json, resumable_folder, write_json
+from spp.model_card import read_licence, write_model_card
 from spp.ops import merged_weight
 from spp.ops.reference import wide_dtype
 from spp.options import MergeOptions
@@ -103,6 +104,7 @@ def merge(options: MergeOptions) -> MergeReport:
         report = _report(options.out, proofs, factors, time.perf_counter() - start)
         write_json(folder / VERIFICATION, _verification(base, options, report))
         write_json(folder / MANIFEST, _manifest(base, options, report))
+        write_model_card(folder)
     _warn(report)
     return report
 
@@ -261,14 +263,19 @@ def _report(out: Path, proofs: dict[str, TensorProof], factors: Container[str], 
 
 
 def _manifest(base: Checkpoint, options: MergeOptions, report: MergeReport) -> dict[str, Any]:
-    inherited = {key: base.manifest[key] for key in ("pattern", "criterion") if key in base.manifest}
+    inherited = {key: base.manifest[key] for key in ("pattern", "criterion", "sparsity") if key in base.manifest}
+    trained = options.adapter / MANIFEST
+    training = read_json(trained) if trained.is_file() else {}
     return {
         "tool": "spp",
         "version": __version__,
         "kind": "merged",
+        "name": options.out.name,
+        "licence": read_licence(base.folder),
         **inherited,
         "base": options.model,
         "adapter": str(options.adapter),
+        "training": {key: training[key] for key in ("data", "settings", "steps", "tokens") if key in training},
         "verification": _totals(report),
     }
 
