@@ -396,6 +396,14 @@ class InspectOptions(Options):
     model: str = Field(description="a folder or a hub id")
 
 
+class PushOptions(Options):
+    """`spp push MODEL REPO`: upload a model to the hub, with a card that says what was proved."""
+
+    model: Path = Field(description="folder of a model that spp wrote: merged, pruned or packed")
+    repo: str = Field(description="where to on the hub: USER/NAME; made if it is not there")
+    private: bool = Field(False, description="make the repository private where it is new")
+
+
 class RunOptions(
     PruningSettings,
     TrainingSettings,

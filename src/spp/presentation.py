@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
     from spp.stages.prediction import MemoryPrediction, TrainingPrediction
     from spp.stages.prune import PruneReport
     from spp.stages.pruning_prediction import PruningPrediction
+    from spp.stages.push import PushReport
     from spp.stages.teacher_cache import CacheTeacherReport
     from spp.stages.train import TrainReport
     from spp.stages.verify import VerifyReport
@@ -154,6 +155,10 @@ def _generate(report: GenerateReport) -> Iterable[RenderableType]:
     )
 
 
+def _push(report: PushReport) -> Iterable[RenderableType]:
+    yield f"{report.repo} is on the hub{', with its card' if report.card else ''}: {report.url}"
+
+
 def _inspect(report: InspectReport) -> Iterable[RenderableType]:
     from spp.stages.inspection import inspection_table
 
@@ -179,6 +184,7 @@ _DESCRIPTIONS: dict[str, Callable[[Any], Iterable[RenderableType]]] = {
     "pack": _pack,
     "unpack": _unpack,
     "generate": _generate,
+    "push": _push,
     "inspect": _inspect,
     "doctor": _doctor,
 }
