@@ -43,7 +43,7 @@ logger = logging.getLogger("spp")
 _KEY_PREFIX = "base_model.model."
 _UNCHANGED_WORTH_A_WARNING = 0.5
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_RECORD = "merged.json"
+RECORD = "merged.json"
 _AT_ONCE = 2**30  # bytes that are written before a record says so
 
 
@@ -130,7 +130,7 @@ def _write(
     While one tensor is worked on, the next one is read and the one before it is written.
     """
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    files, record = Rewriting(base, folder, dtype), folder / WORK / _RECORD
+    files, record = Rewriting(base, folder, dtype), folder / WORK / RECORD
     rewritten = {name for name in base.names if name in factors or files.layouts[name] != base.layouts[name]}
     finished: dict[str, Any] = read_json(record) if record.is_file() else {}
     sizes = {name: layout.nbytes for name, layout in base.layouts.items()}
