@@ -109,10 +109,8 @@ def _merge(report: MergeReport) -> Iterable[RenderableType]:
 
 def _convert(report: ConvertReport) -> Iterable[RenderableType]:
     yield f"{report.source} -> {report.target}: {report.modules} modules, rank {report.rank}"
-    how = (
-        "PeftModel.from_pretrained loads it without spp" if report.target == "HiRA" else "import spp, and PEFT loads it"
-    )
-    yield f"written to {report.out}; {how}"
+    loads = "without spp" if report.target == "HiRA" else "after import spp"
+    yield f"written to {report.out}; PeftModel.from_pretrained loads it {loads}"
 
 
 def _verify(report: VerifyReport) -> Iterable[RenderableType]:

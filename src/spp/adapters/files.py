@@ -120,8 +120,10 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} asks for code to be run when it is read, which is refused: weights need none. Nothing of it was "
             "run. Get the adapter from a source that you trust, or as safetensors"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OverflowError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(path) from error  # whatever a broken pickle runs into
+    except OSError:
+        raise
+    except Exception as error:  # a broken pickle runs into whatever its bytes say: struct.error, KeyError, ...
+        raise _damaged(path) from error
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
         raise SppError(f"{path} holds more than named tensors; only a state dict is read")
     return held

@@ -33,10 +33,10 @@ def read_adapter(folder: Path) -> dict[str, Factors]:
     factors = {module: Factors(A=part[_A], B=part[_B], scale=scale) for module, part in parts.items()}
     directions = settings.get("directions", 1)  # adapters from before there were several have no such setting
     for module, one in check_factors(factors, folder).items():
-        if one.directions > directions:
+        if not (isinstance(directions, int) and one.directions <= directions):
             raise SppError(
                 f"adapter {folder}: {module} has {one.directions} directions, and adapter_config.json says "
-                f"{directions}; the two files do not belong together"
+                f"{directions!r}; the two files do not belong together"
             )
     return factors
 

@@ -58,11 +58,17 @@ class ConvertReport:
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """An adapter that was read: its layout, its settings, our side file if it has one, and what it says."""
+    """An adapter that was read.
+
+    Attributes:
+        manifest: our side file, empty where there is none.
+        original: the settings that it has, or had before it became HiRA; None for one that never was ours.
+    """
 
     layout: Layout
     settings: dict[str, Any]
     manifest: dict[str, Any]
+    original: SppConfig | None
     factors: dict[str, Factors]
 
 
@@ -117,24 +123,26 @@ def _target(layout: Layout, settings: Mapping[str, Any], options: ConvertOptions
 
 def _read(folder: Path, layout: Layout, settings: dict[str, Any]) -> _Source:
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    original = None
     if layout == "SPP":
         factors = read_adapter(folder)
         settings = {"directions": 1, **settings}
+        original = _spp_settings(settings, folder / SETTINGS)
     elif layout == "published":
         factors = read_published(folder, settings)
     else:
-        factors = _read_hira(folder, manifest)
-    return _Source(layout=layout, settings=settings, manifest=manifest, factors=factors)
+        original = _spp_settings(manifest[_ORIGINAL], folder / MANIFEST) if _ORIGINAL in manifest else None
+        factors = _read_hira(folder, original)
+    return _Source(layout=layout, settings=settings, manifest=manifest, original=original, factors=factors)
 
 
-def _read_hira(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Factors]:
+def _read_hira(folder: Path, original: SppConfig | None) -> dict[str, Factors]:
     pairs = read_hira(folder)
     try:
-        if _ORIGINAL not in manifest:
+        if original is None:
             return factors_of_hira(pairs)
-        config = _spp_settings(manifest[_ORIGINAL], folder / MANIFEST)
-        shapes = {module: _shape(config, module, len(B)) for module, (_, B) in pairs.items()}
-        return factors_of_hira(pairs, shapes=shapes, scale=config.scale)
+        shapes = {module: _shape(original, module, len(B)) for module, (_, B) in pairs.items()}
+        return factors_of_hira(pairs, shapes=shapes, scale=original.scale)
     except UsageError as error:
         raise UsageError(f"adapter {folder} has no SPP form: {error}") from None
 
@@ -154,6 +162,11 @@ def _shape(config: SppConfig, module: str, out_features: int) -> tuple[int, int]
     return fitting_groups(out_features, groups, config.directions)
 
 
+def _made_by(config: SppConfig, module: str, factors: Factors) -> bool:
+    shape = (factors.groups, factors.directions)
+    return config.scale == factors.scale and _shape(config, module, len(factors.B)) == shape
+
+
 def _fitting_base(source: _Source, options: ConvertOptions) -> Checkpoint | None:
     """The base, if it was named and the adapter fits it."""
     if options.base is None:
@@ -171,7 +184,7 @@ def _hira_config(source: _Source, base: Checkpoint | None) -> HiraConfig:
         # PEFT corrects it for each layer, but warns.
         fan_in_fan_out=base is not None and any(base.transposed(module) for module in source.factors),
         inference_mode=True,
-        **{name: source.settings.get(name) for name in _SHARED},
+        **_shared(source),
     )
     config.target_modules = sorted(source.factors)
     return config
@@ -179,14 +192,8 @@ def _hira_config(source: _Source, base: Checkpoint | None) -> HiraConfig:
 
 def _spp_config(source: _Source) -> SppConfig:
     """The settings that the adapter had when it was one of ours, where they still fit; else such that fit."""
-    if source.layout == "SPP" or _ORIGINAL in source.manifest:
-        settings = source.settings if source.layout == "SPP" else source.manifest[_ORIGINAL]
-        config = _spp_settings(settings, Path(SETTINGS))
-        if all(
-            config.scale == one.scale and _shape(config, module, len(one.B)) == (one.groups, one.directions)
-            for module, one in source.factors.items()
-        ):
-            return config
+    if source.original and all(_made_by(source.original, module, one) for module, one in source.factors.items()):
+        return source.original
     groups = Counter(one.groups for one in source.factors.values())
     ((most, _),) = groups.most_common(1)
     config = SppConfig(
@@ -196,10 +203,14 @@ def _spp_config(source: _Source) -> SppConfig:
         scale=next(iter(source.factors.values())).scale,
         dropout=_dropout(source),
         inference_mode=True,
-        **{name: source.settings.get(name) for name in _SHARED},
+        **_shared(source),
     )
     config.target_modules = sorted(source.factors)
     return config
+
+
+def _shared(source: _Source) -> dict[str, Any]:
+    return {name: source.settings.get(name) for name in _SHARED}
 
 
 def _dropout(source: _Source) -> float:
