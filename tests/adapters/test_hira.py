@@ -123,7 +123,7 @@ def test_modules_that_need_different_directions_are_refused_by_name():
     [
         ({"m.hira_A": (4, 5)}, r"lacks 1 tensors, e\.g\. m\.hira_B"),
         ({"m.hira_A": (4, 5), "m.hira_B": (6, 4), "m.hira_embedding_A": (1, 1)}, r"no factors, e\.g\. m\.hira_emb"),
-        ({"m.hira_A": (4, 5), "m.hira_B": (6, 3)}, r"m has A \(4, 5\) and B \(6, 3\)"),
+        ({"m.hira_A": (4, 5), "m.hira_B": (6, 3)}, r"m has A \(4, 5\) of torch.float32 and B \(6, 3\)"),
         ({"m.hira_A": (4, 5, 1, 1), "m.hira_B": (6, 4, 1, 1)}, r"m has A \(4, 5, 1, 1\)"),
     ],
     ids=["missing", "extra", "shapes", "convolution"],

@@ -21,6 +21,7 @@ from spp.folders import read_json, write_json
 from spp.options import ConvertOptions, MergeOptions
 from spp.patterns import NM
 from spp.stages.convert import ConvertReport, convert
+from spp.stages.evaluate import check_adapter
 from spp.stages.merge import merge
 
 WEIGHTS = "adapter_model.safetensors"
@@ -186,6 +187,15 @@ def test_published_adapters_merge_to_the_published_formula(tmp_path, base, row):
         torch.testing.assert_close(after[name].double(), expected, rtol=1e-5, atol=1e-7)
     assert changed == 4
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "spp"))
+
+
+def test_an_adapter_that_names_no_base_is_not_said_to_have_another(tmp_path, base, caplog):
+    published = published_adapter(tmp_path / "published", base, row=False)
+    converted(published, tmp_path / "unnamed")
+    converted(published, tmp_path / "named", base=str(base))
+    for name in ("unnamed", "named"):
+        check_adapter(tmp_path / name, str(base))
+    assert not caplog.records
 
 
 def test_published_adapters_become_hira_at_once(tmp_path, base):

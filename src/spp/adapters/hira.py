@@ -20,6 +20,7 @@ from torch import Tensor
 from spp.adapters.files import KEY_PREFIX, Factors, parts_by_module, read_tensors
 from spp.errors import SppError, UsageError
 from spp.ops.reference import MOST_DIRECTIONS, fitting_groups, row_groups, wide_dtype
+from spp.values import is_float
 
 _A, _B = "hira_A", "hira_B"
 
@@ -69,10 +70,10 @@ def read_hira(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     parts = parts_by_module(read_tensors(folder), (_A, _B), folder, what)
     pairs = {module: (part[_A], part[_B]) for module, part in parts.items()}
     for module, (A, B) in pairs.items():
-        if not (A.ndim == B.ndim == 2 and len(A) == B.shape[1] > 0):
+        if not (A.ndim == B.ndim == 2 and len(A) == B.shape[1] > 0 and is_float(A) and is_float(B)):
             raise SppError(
-                f"adapter {folder}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, where (N, I) and (O, N) "
-                "are wanted"
+                f"adapter {folder}: {module} has A {tuple(A.shape)} of {A.dtype} and B {tuple(B.shape)} of {B.dtype}, "
+                "where floats of (N, I) and (O, N) are wanted"
             )
     return pairs
 
@@ -128,7 +129,7 @@ class _Layout:
         """R and K of this module in an adapter of so many directions: as many groups as possible, None if none fits."""
         for asked in range(min(self.rank, len(self.first)), 0, -1):
             groups, own = fitting_groups(len(self.first), asked, directions)
-            if int(self.last.max()) < groups * own and self.fits(groups, own):
+            if self.fits(groups, own):
                 return groups, own
         return None
 
