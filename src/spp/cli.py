@@ -68,6 +68,12 @@ COMMANDS: dict[str, Command] = {
         stage="spp.stages.merge:merge",
         example="spp merge ./llama-2of4 ./adapter ./llama-2of4-tuned",
     ),
+    "convert": Command(
+        options=opt.ConvertOptions,
+        positional=("adapter", "out"),
+        stage="spp.stages.convert:convert",
+        example="spp convert ./adapter ./adapter-hira --to hira",
+    ),
     "verify": Command(
         options=opt.VerifyOptions,
         positional=("base", "other"),
@@ -231,6 +237,7 @@ def _metavar(name: str, kinds: tuple[Any, ...]) -> str:
         "pattern": "P",
         "device": "DEVICE",
         "model": "MODEL",
+        "base": "MODEL",
         "teacher": "MODEL",
         "target_modules": "NAMES",
         "report_to": "NAMES",

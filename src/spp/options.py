@@ -344,6 +344,19 @@ class MergeOptions(MergingSettings, SeedSettings, OutputOptions):
     )
 
 
+class ConvertOptions(OutputOptions):
+    """`spp convert ADAPTER OUT`: make an SPP adapter a HiRA adapter, which stock PEFT loads, or the other way round."""
+
+    adapter: Path = Field(description="folder of an SPP adapter, a HiRA adapter, or one of the published SPP code")
+    out: Path = Field(description="folder for the converted adapter")
+    to: Literal["spp", "hira"] | None = Field(
+        None, description="what to write (default: hira from an SPP adapter, spp from any other)"
+    )
+    base: str | None = Field(
+        None, description="the sparse model it belongs to, a folder or a hub id: shapes are checked, and the name noted"
+    )
+
+
 class VerifyOptions(Options):
     """`spp verify BASE OTHER`: prove that every zero of BASE is an exact +0.0 in OTHER."""
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
     from rich.console import RenderableType
 
     from spp.pipeline import RunReport
+    from spp.stages.convert import ConvertReport
     from spp.stages.doctor import DoctorReport
     from spp.stages.evaluate import EvalReport
     from spp.stages.generate import GenerateReport
@@ -109,6 +110,12 @@ def _merge(report: MergeReport) -> Iterable[RenderableType]:
     yield f"written to {report.out}"
 
 
+def _convert(report: ConvertReport) -> Iterable[RenderableType]:
+    yield f"{report.source} -> {report.target}: {report.modules} modules, rank {report.rank}"
+    loads = "without spp" if report.target == "HiRA" else "after import spp"
+    yield f"written to {report.out}; PeftModel.from_pretrained loads it {loads}"
+
+
 def _verify(report: VerifyReport) -> Iterable[RenderableType]:
     if report.verified:
         pattern = f", and the pattern {report.pattern} holds" if report.pattern else ""
@@ -179,6 +186,7 @@ _DESCRIPTIONS: dict[str, Callable[[Any], Iterable[RenderableType]]] = {
     "cache-teacher": _cache_teacher,
     "train --dry-run": _train_dry_run,
     "merge": _merge,
+    "convert": _convert,
     "verify": _verify,
     "eval": _eval,
     "pack": _pack,
