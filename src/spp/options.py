@@ -383,6 +383,17 @@ class InspectOptions(Options):
     model: str = Field(description="a folder or a hub id")
 
 
+class ReportOptions(Options):
+    """`spp report RUN [RUN ...]`: one page about the results of one run or of several."""
+
+    runs: tuple[Path, ...] = Field(min_length=1, description="folders that spp run wrote, or their results.json")
+    out: Path = Field(Path("report.html"), description="HTML file for the page")
+    benchmarks: tuple[Path, ...] = Field(
+        (), description="CSV files of benchmark rows, as the scripts in benchmarks/ write them, to show as well"
+    )
+    overwrite: bool = Field(False, description="replace the output file if it exists")
+
+
 class RunOptions(
     PruningSettings, TrainingSettings, ScoringSettings, WindowSettings, SeedSettings, LoadingOptions, OutputOptions
 ):

@@ -7,7 +7,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from spp.stages.charts import Axis, Bar, Cell, bar_chart, heat_map, line_chart, running_mean, shade, ticks
+from spp.stages.charts import Axis, Bar, Cell, bar_chart, heat_map, shade, ticks
+from spp.stages.line_chart import line_chart, running_mean
 
 
 def elements(svg: str, kind: str) -> list[dict[str, str]]:
