@@ -41,16 +41,22 @@ class Browser:
         return answer["result"]
 
     def open(self, path: Path) -> None:
+        """Load a page and run its script."""
         self.call("Page.navigate", url=path.as_uri())
         while (event := self._read()).get("method") != "Page.loadEventFired":
             self._note(event)
 
     def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression in the page."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def click(self, x: float, y: float) -> None:
+    def click(self, expression: str) -> None:
+        """Press the mouse in the middle of an element."""
+        middle = "(r => [r.x + r.width / 2, r.y + r.height / 2])"
+        self.evaluate(f"{expression}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        x, y = self.evaluate(f"{middle}({expression}.getBoundingClientRect())")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
@@ -62,15 +68,16 @@ class Browser:
                 "Input.dispatchKeyEvent", type=kind, key=key, code=key, text=text, windowsVirtualKeyCode=_KEYS[key]
             )
 
-    def look(self, *, width: int, dark: bool = False, media: str = "screen") -> None:
-        """The size and the theme of the window, or the page as it is printed."""
+    def look(self, *, width: int, dark: bool = False) -> None:
+        """The size and the theme of the window."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def screenshot(self, path: Path) -> None:
         """The whole page, as long as it is."""
-        image = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"] | {"scale": 1}
+        image = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=size)
         path.write_bytes(base64.b64decode(image["data"]))
 
     def print(self, path: Path) -> None:

@@ -63,16 +63,17 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def bar_chart(name: str, title: str, bars: Sequence[Bar]) -> Markup:
+def bar_chart(name: str, title: str, bars: Sequence[Bar], full: float = 0) -> Markup:
     """Horizontal bars from zero, each under a line with its label and its text.
 
     Args:
         name: unique in the page, for ids.
         title: what is shown.
         bars: finite values are drawn to scale, an infinite one at full length; a NaN has no bar.
+        full: the value of the full length, unless one is larger.
     """
     finite = [bar.value for bar in bars if math.isfinite(bar.value)]
-    axis = Axis(0, max(finite, default=0) or 1, 0, WIDTH)
+    axis = Axis(0, max([full, *finite]) or 1, 0, WIDTH)
     rows = []
     for index, bar in enumerate(bars):
         top = index * _BAR_ROW

@@ -17,13 +17,13 @@ from spp.stages.run_sections import finite_points
 from spp.stages.run_summary import gap, perplexities, subject, verdict
 from spp.stages.tensor_table import Entry
 
-_NOT_RECORDED = "not recorded"
+_MISSING = "none"
 _PROVED = {"good": "yes", "bad": "FAILED", "unknown": "no proof"}
 _QUALITY = (
     "Model", "Pattern", "Criterion", "Sparsity", "Dense", "Pruned", "SPP", "Gap closed", "Trained", "Time",
     "Peak memory", "Verified",
 )  # fmt: skip
-_CURVES = ("Steps", "Tokens", "First loss", "Last loss", "Tokens per second", "Peak memory")
+_CURVES = ("Steps", "Tokens", "First loss", "Last loss", "Tokens/s", "Peak memory")
 
 
 def overall_verdict(runs: Sequence[Run]) -> dict[str, Any]:
@@ -106,13 +106,12 @@ def _curve(training: Mapping[str, Any], points: Sequence[tuple[float, float]]) -
 def protocols(runs: Sequence[Run]) -> dict[str, Any]:
     """How the runs were done: `same` for all, `differing`, and `warnings`, which keep perplexities from comparing."""
     found = [run.results.get("protocol") or {} for run in runs]
-    evaluations = [list(facts(_evaluation(protocol), prefix="evaluation: ")) for protocol in found]
-    compared = side_by_side(evaluations)
+    compared = side_by_side([facts(_evaluation(protocol)) for protocol in found])
     rest = side_by_side([facts(protocol, skip={"evaluation"}) for protocol in found])
     return {
         "warnings": compared["differing"],
         "differing": rest["differing"],
-        "same": grouped(rest["same"] + compared["same"]),
+        "same": grouped(rest["same"]) + grouped(compared["same"], "Evaluation"),
     }
 
 
@@ -124,20 +123,22 @@ def _evaluation(protocol: Mapping[str, Any]) -> dict[str, Any]:
 def side_by_side(columns: Sequence[Iterable[tuple[str, str]]]) -> dict[str, Any]:
     """Facts of several runs: `differing` ones as label and text of each run, `same` ones as label and text."""
     runs = [dict(column) for column in columns]
-    labels = list(dict.fromkeys(label for run in runs for label in run))
-    rows = [(label, [run.get(label, _NOT_RECORDED) for run in runs]) for label in labels]
+    found = list(dict.fromkeys(label for run in runs for label in run))
+    # Where one run has a part of several facts, another that has "none" in its place lacks each of them.
+    labels = [label for label in found if not any(other.startswith(f"{label}: ") for other in found)]
+    rows = [(label, [run.get(label, _MISSING) for run in runs]) for label in labels]
     return {
         "differing": [(label, texts) for label, texts in rows if len(set(texts)) > 1],
         "same": [(label, texts[0]) for label, texts in rows if len(set(texts)) == 1],
     }
 
 
-def grouped(rows: Sequence[tuple[str, str]]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Caption and rows of one table for the plain facts, and of one for each part that labels begin with."""
+def grouped(rows: Sequence[tuple[str, str]], plain: str = "Run") -> list[tuple[str, list[tuple[str, str]]]]:
+    """Caption and rows of one table for the `plain` facts, and of one for each part that labels begin with."""
     tables: dict[str, list[tuple[str, str]]] = {}
     for label, text in rows:
         part, colon, rest = label.partition(": ")
-        caption = part.replace("_", " ").capitalize() if colon else "Run"
+        caption = part.replace("_", " ").capitalize() if colon else plain
         tables.setdefault(caption, []).append((rest if colon else label, text))
     return list(tables.items())
 
@@ -148,4 +149,4 @@ def gap_chart(runs: Sequence[Run]) -> Markup:
     for number, run in enumerate(runs, 1):
         closed = run.results.get("gap_closed")
         bars.append(Bar(f"{number}  {run.name}", math.nan if closed is None else closed, gap(run.results)[0]))
-    return bar_chart("gaps", "Gap closed by each run, higher is better", bars)
+    return bar_chart("gaps", "Gap closed by each run, higher is better", bars, full=1)

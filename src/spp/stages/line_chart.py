@@ -49,8 +49,8 @@ def line_chart(name: str, title: str, lines: Sequence[Line], x_label: str, y_lab
         y_label: what is drawn, and its unit.
     """
     drawn = [list(_smoothed(line)) for line in lines]
-    raw = [line.points for line in lines if _width(line) > 1]
-    behind = raw[0] if len(raw) == 1 else []
+    smooth = [line for line in lines if line.smooth]
+    behind = smooth[0].points if len(smooth) == 1 and _width(smooth[0]) > 1 else []
     points = [point for line in [*drawn, behind] for point in line]
     labels = [line.label for line in lines] if len(lines) > 1 else []
     right = WIDTH - max([_RIGHT, *(len(label) * _CHARACTER + 2 * _LABEL_GAP for label in labels)])
