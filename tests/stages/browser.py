@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _QUIET = ("background-networking", "component-update", "sync", "gpu", "quic", "dev-shm-usage", "extensions")
 _KEYS = {"Tab": 9, "Enter": 13, " ": 32}
@@ -18,10 +18,10 @@ _KEYS = {"Tab": 9, "Enter": 13, " ": 32}
 class Browser:
     """One tab. Keeps what the page asked of the network and what it complained about."""
 
-    def __init__(self, commands: int, answers: int) -> None:
+    def __init__(self, commands: IO[bytes], answers: IO[bytes]) -> None:
         self.complaints: list[str] = []
         self.requests: list[str] = []
-        self._commands, self._answers = os.fdopen(commands, "wb", buffering=0), os.fdopen(answers, "rb")
+        self._commands, self._answers = commands, answers
         self._number, self._session = 0, None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -120,8 +120,9 @@ def chromium(profile: Path) -> Iterator[Browser]:
     )
     os.close(theirs_in)
     os.close(theirs_out)
-    try:
-        yield Browser(ours_out, ours_in)
-    finally:
-        process.terminate()
-        process.wait(30)
+    with os.fdopen(ours_out, "wb", buffering=0) as commands, os.fdopen(ours_in, "rb") as answers:
+        try:
+            yield Browser(commands, answers)
+        finally:
+            process.terminate()
+            process.wait(30)

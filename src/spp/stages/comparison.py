@@ -18,6 +18,8 @@ from spp.stages.run_summary import gap, perplexities, subject, verdict
 from spp.stages.tensor_table import Entry
 
 _MISSING = "none"
+_LABEL = 40
+"""Characters of a label that a bar has room for on a phone."""
 _PROVED = {"good": "yes", "bad": "FAILED", "unknown": "no proof"}
 _QUALITY = (
     "Model", "Pattern", "Criterion", "Sparsity", "Dense", "Pruned", "SPP", "Gap closed", "Trained", "Time",
@@ -148,5 +150,7 @@ def gap_chart(runs: Sequence[Run]) -> Markup:
     bars = []
     for number, run in enumerate(runs, 1):
         closed = run.results.get("gap_closed")
-        bars.append(Bar(f"{number}  {run.name}", math.nan if closed is None else closed, gap(run.results)[0]))
+        label = f"{number} {run.name}"
+        label = label if len(label) <= _LABEL else label[: _LABEL - 1] + "…"
+        bars.append(Bar(label, math.nan if closed is None else closed, gap(run.results)[0]))
     return bar_chart("gaps", "Gap closed by each run, higher is better", bars, full=1)

@@ -142,7 +142,7 @@ def _end_labels(labels: Sequence[str], ends: Sequence[tuple[float, float]]) -> l
 def _axis_labels(x_label: str, y_label: str, right: float) -> Markup:
     return Markup(
         '<text class="label" x="{right}" y="{bottom}" text-anchor="end">{x_label}</text>'
-        '<text class="label" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
+        '<text class="label" x="18" y="{middle}" text-anchor="middle" transform="rotate(-90 18 {middle})">'
         "{y_label}</text>"
     ).format(
         right=right,
