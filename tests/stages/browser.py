@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _QUIET = ("background-networking", "component-update", "sync", "gpu", "quic", "dev-shm-usage", "extensions")
+_CHUNK = 1 << 16
 _KEYS = {"Tab": 9, "Enter": 13, " ": 32}
 
 
@@ -22,7 +23,7 @@ class Browser:
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self._commands, self._answers = commands, answers
-        self._number, self._session = 0, None
+        self._number, self._session, self._unread = 0, None, b""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -86,10 +87,11 @@ class Browser:
         path.write_bytes(base64.b64decode(pdf["data"]))
 
     def _read(self) -> dict[str, Any]:
-        text = bytearray()
-        while (byte := self._answers.read(1)) != b"\0":
-            assert byte, "the browser is gone"
-            text += byte
+        while b"\0" not in self._unread:
+            chunk = self._answers.read(_CHUNK)
+            assert chunk, "the browser is gone"
+            self._unread += chunk
+        text, _, self._unread = self._unread.partition(b"\0")
         return json.loads(text)
 
     def _note(self, event: dict[str, Any]) -> None:
@@ -120,7 +122,7 @@ def chromium(profile: Path) -> Iterator[Browser]:
     )
     os.close(theirs_in)
     os.close(theirs_out)
-    with os.fdopen(ours_out, "wb", buffering=0) as commands, os.fdopen(ours_in, "rb") as answers:
+    with os.fdopen(ours_out, "wb", buffering=0) as commands, os.fdopen(ours_in, "rb", buffering=0) as answers:
         try:
             yield Browser(commands, answers)
         finally:

@@ -23,23 +23,33 @@ def browser(tmp_path_factory):
         yield opened
 
 
-@pytest.fixture(params=["one", "three"])
-def page(request, browser, tmp_path):
-    """A page with a broken proof in one tensor, open on a desktop; nothing in it may complain or fetch."""
-    runs = [Run("broken", failed())]
-    if request.param == "three":
-        unlike = realistic()
-        unlike["protocol"]["evaluation"]["window"] = 2048
-        runs = [Run("fine", realistic()), *runs, Run(_LONG, unlike | {"gap_closed": None})]
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """A report of one run and one of three; in both, a tensor's proof is broken."""
+    folder = tmp_path_factory.mktemp("pages")
+    unlike = realistic() | {"gap_closed": None}
+    unlike["protocol"]["evaluation"]["window"] = 2048
     rows = [{"date": "d", "device": "cpu", "hardware": "h", "x_ms": str(n)} for n in (3, 1, 2)]
-    write_report(runs, tmp_path / "report.html", [Benchmark("speed", rows)])
+    one = [Run("broken", failed())]
+    for name, runs in {"one": one, "three": [Run("fine", realistic()), *one, Run(_LONG, unlike)]}.items():
+        write_report(runs, folder / f"{name}.html", [Benchmark("speed", rows)])
+    return folder
+
+
+@pytest.fixture
+def page(request, browser, pages):
+    """That of three runs, unless a test says another, open on a desktop; nothing in it may complain or fetch."""
+    path = pages / f"{getattr(request, 'param', 'three')}.html"
     browser.complaints.clear()
     browser.requests.clear()
     browser.look(width=1280)
-    browser.open(tmp_path / "report.html")
+    browser.open(path)
     yield browser
     assert browser.complaints == []
-    assert browser.requests == [(tmp_path / "report.html").as_uri()]
+    assert browser.requests == [path.as_uri()]
+
+
+both = pytest.mark.parametrize("page", ["one", "three"], indirect=True)
 
 
 def table(caption: str) -> str:
@@ -90,6 +100,7 @@ def test_tables_are_sorted_by_the_keyboard(page):
     assert page.evaluate(f"{_FOCUS}.textContent") == "x, ms"
 
 
+@pytest.mark.parametrize("page", ["one"], indirect=True)
 def test_everything_that_acts_is_reached_by_the_keyboard(page):
     acting = page.evaluate("document.querySelectorAll('a, button, summary, [tabindex=\"0\"]').length")
     reached = set()
@@ -99,7 +110,6 @@ def test_everything_that_acts_is_reached_by_the_keyboard(page):
     assert len(reached) == acting
 
 
-@pytest.mark.parametrize("page", ["three"], indirect=True)
 def test_runs_are_sorted(page):
     page.click(button("3 runs", "Gap closed"))
     assert column(page, "3 runs", 8)[-1] == "not defined"
@@ -107,6 +117,7 @@ def test_runs_are_sorted(page):
     assert [name[0] for name in column(page, "3 runs", 0)] == ["1", "2", "3"]
 
 
+@both
 def test_charts_are_there_and_named(page):
     charts = "[...document.querySelectorAll('svg[role=img]')]"
     runs = page.evaluate("document.querySelectorAll('.run').length")
@@ -118,10 +129,8 @@ def test_charts_are_there_and_named(page):
     assert len(named) >= page.evaluate(f"{charts}.length")
 
 
-@pytest.mark.parametrize("width", [320, 400, 800, 1280])
-def test_nothing_is_wider_than_the_window(page, width):
-    page.look(width=width)
-    assert page.evaluate("document.documentElement.scrollWidth") == width
+@both
+def test_nothing_is_wider_than_the_window(page):
     labels = """[...document.querySelectorAll('svg[role=img]')].every(svg => {
         const box = svg.getBoundingClientRect();
         return [...svg.querySelectorAll('text')].every(text => {
@@ -129,7 +138,10 @@ def test_nothing_is_wider_than_the_window(page, width):
             return own.left >= box.left - 1 && own.right <= box.right + 1;
         });
     })"""
-    assert page.evaluate(labels), "a label is cut off"
+    for width in (320, 400, 800, 1280):
+        page.look(width=width)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.evaluate(labels), f"a label is cut off at {width} pixels"
 
 
 def test_dark_is_dark(page):
@@ -139,6 +151,7 @@ def test_dark_is_dark(page):
     assert page.evaluate(luminance) < 100
 
 
+@both
 def test_it_prints(page, tmp_path):
     page.look(width=1280, dark=True)
     page.print(tmp_path / "report.pdf")

@@ -11,7 +11,7 @@ from spp.stages.charts import WIDTH, Axis, svg, ticks
 
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 280, 64, 20, 16, 52
 _SMOOTHING_SHARE = 0.05
-_LABEL_HEIGHT, _CHARACTER, _LABEL_GAP = 15, 8, 9
+_LABEL_HEIGHT, _CHARACTER, _LABEL_GAP = 19, 8, 9
 _MARKERS_ON_LINE = 5
 _DASHES = ("none", "8 4", "2 3", "12 3 2 3", "5 2", "14 4 4 4")
 _CIRCLE = "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0Z"
