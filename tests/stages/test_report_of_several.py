@@ -39,7 +39,7 @@ def other(**evaluation) -> dict:
 def test_the_quality_table_has_a_row_for_every_run(page):
     heading, first, second = page({"a": realistic(2), "b": other()}).rows("2 runs")
     assert heading == [
-        "Run", "Model", "Pattern", "Criterion", "Sparsity", "Dense", "Pruned", "SPP", "Gap closed", "Trained", "Time",
+        "Run", "Model", "Pattern", "Criterion", "Sparsity", "Dense", "Pruned", "SPP", "Gap closed", "Trainable", "Time",
         "Peak memory", "Verified",
     ]  # fmt: skip
     assert first[:9] == ["1 a", "story", "2:4", "Wanda", "50.0%", "9.814", "16.42", "11.30", "72.6%"]

@@ -22,7 +22,7 @@ _LABEL = 40
 """Characters of a label that a bar has room for on a phone."""
 _PROVED = {"good": "yes", "bad": "FAILED", "unknown": "no proof"}
 _QUALITY = (
-    "Model", "Pattern", "Criterion", "Sparsity", "Dense", "Pruned", "SPP", "Gap closed", "Trained", "Time",
+    "Model", "Pattern", "Criterion", "Sparsity", "Dense", "Pruned", "SPP", "Gap closed", "Trainable", "Time",
     "Peak memory", "Verified",
 )  # fmt: skip
 _CURVES = ("Steps", "Tokens", "First loss", "Last loss", "Tokens/s", "Peak memory")
