@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,6 @@ from spp.stages.benchmark_table import benchmark_table
 from spp.stages.facts import facts
 from spp.stages.report_files import Benchmark, Run, read_benchmark, read_results, results_path, run_names
 from spp.stages.run_sections import run_sections
-
-logger = logging.getLogger("spp")
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -40,6 +40,10 @@ class _Training(_Part):
     losses: list[_Point] | None = None
     validation: list[_Point] | None = None
     trainable_parameters: int | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
 
 
 class _PrunedTensor(_Part):
@@ -56,7 +60,7 @@ class _Verification(_Part):
     verified: bool | None = None
     zeros: int | None = None
     problems: list[str] | None = None
-    tensors: dict[str, dict[str, float | None]] | None = None
+    tensors: dict[str, dict[str, float]] | None = None
 
 
 class _Results(_Part):

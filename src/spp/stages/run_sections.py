@@ -78,7 +78,7 @@ def _training_section(training: Mapping[str, Any], prefix: str) -> dict[str, Any
 
 def finite_points(training: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
     """(step, loss) of every recorded loss that can be drawn."""
-    return [(step, loss) for step, loss in training.get(key) or [] if math.isfinite(loss)]
+    return [(step, loss) for step, loss in training.get(key) or [] if math.isfinite(step) and math.isfinite(loss)]
 
 
 def _loss_note(recorded: int, drawn: int) -> str:
