@@ -417,6 +417,17 @@ class PushOptions(Options):
     private: bool = Field(False, description="make the repository private where it is new")
 
 
+class ReportOptions(Options):
+    """`spp report RUN [RUN ...]`: one page about the results of one run or of several."""
+
+    runs: tuple[Path, ...] = Field(min_length=1, description="folders that spp run wrote, or their results.json")
+    out: Path = Field(Path("report.html"), description="HTML file for the page")
+    benchmarks: tuple[Path, ...] = Field(
+        (), description="CSV files of benchmark rows, as the scripts in benchmarks/ write them, to show as well"
+    )
+    overwrite: bool = Field(False, description="replace the output file if it exists")
+
+
 class RunOptions(
     PruningSettings,
     TrainingSettings,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
     from spp.stages.prune import PruneReport
     from spp.stages.pruning_prediction import PruningPrediction
     from spp.stages.push import PushReport
+    from spp.stages.report import ReportReport
     from spp.stages.teacher_cache import CacheTeacherReport
     from spp.stages.train import TrainReport
     from spp.stages.verify import VerifyReport
@@ -36,7 +37,7 @@ def describe(command: str, report: Any) -> Iterable[RenderableType]:
 
 
 def _run(report: RunReport) -> Iterable[RenderableType]:
-    from spp.stages.report import summary_table
+    from spp.stages.run_summary import summary_table
 
     yield summary_table(report.results)
     yield f"everything is in {report.out}: open report.html, load merged/ with any engine"
@@ -172,6 +173,12 @@ def _inspect(report: InspectReport) -> Iterable[RenderableType]:
     yield inspection_table(report)
 
 
+def _report(report: ReportReport) -> Iterable[RenderableType]:
+    if report.differences:
+        yield f"perplexities do not compare: the runs differ in {', '.join(report.differences)}"
+    yield f"{', '.join(report.runs)}: written to {report.out}"
+
+
 def _doctor(report: DoctorReport) -> Iterable[RenderableType]:
     from spp.stages.doctor import doctor_table
 
@@ -194,5 +201,6 @@ _DESCRIPTIONS: dict[str, Callable[[Any], Iterable[RenderableType]]] = {
     "generate": _generate,
     "push": _push,
     "inspect": _inspect,
+    "report": _report,
     "doctor": _doctor,
 }
