@@ -76,7 +76,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "eval": Command(
         options=opt.EvalOptions,
-        positional=("model",),
+        positional=("model", "others"),
         stage="spp.stages.evaluate:evaluate",
         example="spp eval ./llama-2of4-tuned --text wikitext2_test.txt --window 2048",
     ),
@@ -192,10 +192,11 @@ def _summary(options: type[opt.Options]) -> str:
 
 def _add_option(group: Any, name: str, field: Any, *, positional: bool) -> None:
     help_text = field.description.replace("%", "%%")
-    if not (field.is_required() or field.default is None or field.default is False):
+    if not (field.is_required() or field.default is None or field.default is False or field.default == ()):
         help_text += f" (default: {field.default})".replace("%", "%%")
     if positional:
-        group.add_argument(name, metavar=name.upper(), help=help_text)
+        several: dict[str, Any] = {"nargs": "*"} if typing.get_origin(field.annotation) is tuple else {}
+        group.add_argument(name, metavar=name.upper(), help=help_text, **several)
         return
     flag = "--" + name.replace("_", "-")
     kinds = _kinds(field.annotation)
@@ -228,6 +229,8 @@ def _metavar(name: str, kinds: tuple[Any, ...]) -> str:
         "teacher": "MODEL",
         "target_modules": "NAMES",
         "report_to": "NAMES",
+        "tasks": "NAMES",
+        "task_folder": "DIR",
         "reconstruct": "PARTS",
     }.get(name, "FILE")
 
@@ -266,6 +269,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 

@@ -17,6 +17,12 @@ _BAR_ROW, _BAR_HEIGHT = 50, 12
 _LINE_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 280, 64, 20, 16, 52
 _HEAT_ROW, _WIDE_CELL, _NARROW_CELL = 26, 44, 12
 _SMOOTHING_SHARE = 0.05
+# Of a chart by itself; in a page, the page's own style sheet has the colours.
+_STYLE = """
+svg { background: #fff; padding: 12px; font: 14px system-ui, sans-serif; }
+text { fill: #1e1d1a; } .strong { font-weight: 600; } .track { fill: #efebe3; } .accent { fill: #0e6a68; }
+.shade0 { fill: #857f75; } .shade1 { fill: #b3561d; } .shade2 { fill: #0e6a68; } .shade3 { fill: #3d5a98; }
+"""
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,13 @@ def bar_chart(name: str, title: str, bars: Sequence[Bar]) -> Markup:
         )
     description = "; ".join(f"{bar.label}: {bar.text}" for bar in bars)
     return _svg(name, title, description, _WIDTH, max(len(bars) * _BAR_ROW - 6, 1), rows)
+
+
+def standalone(chart: Markup) -> str:
+    """A chart as an SVG file of its own, with its colours."""
+    name_space = Markup('<svg xmlns="http://www.w3.org/2000/svg" ')
+    head, body = chart.replace(Markup("<svg "), name_space, 1).split(Markup(">"), 1)
+    return f"{head}><style>{_STYLE}</style>{body}\n"
 
 
 def line_chart(name: str, title: str, points: Sequence[tuple[float, float]], x_label: str, y_label: str) -> Markup:
