@@ -16,7 +16,7 @@ from spp.checkpoint import MANIFEST, resolve_model
 from spp.errors import SppError, UsageError, raise_problems
 from spp.fingerprint import base_fingerprint
 from spp.folders import read_json
-from spp.loading import brief, load_model, load_tokenizer
+from spp.loading import brief, context_window, load_config, load_model, load_tokenizer
 from spp.options import EvalOptions
 from spp.stages.comparison import Comparison, check_plot, write_plot
 from spp.stages.perplexity import perplexity_of, read_windows
@@ -142,6 +142,8 @@ def _perplexity(options: EvalOptions) -> EvalReport:
 
 def _scores(options: EvalOptions, tasks: TaskSet) -> TasksReport:
     """The scores of one model on tasks."""
+    if options.window is not None:
+        context_window(load_config(options.model, options), options.window)  # whether the model has so many positions
     tokenizer = load_tokenizer(options.model, options)
     model, dtype = _loaded(options)
     return score_tasks(model, tokenizer, tasks, options, dtype)

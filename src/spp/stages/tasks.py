@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spp.errors import SppError
-from spp.loading import brief, context_window, load_config
+from spp.loading import brief
 from spp.options import EvalOptions
 from spp.stages.task_loading import TaskSet, groups_in, quiet, tasks_in
 
@@ -124,10 +124,10 @@ def score_tasks(
     with quiet():
         from spp.stages.scored_model import ScoredModel
 
-        lm_eval: Any = import_module("lm_eval")
+        lm_eval: Any = import_module("lm_eval.evaluator")
+        index: Any = import_module("lm_eval.tasks")
         start = time.perf_counter()
-        window = options.window and context_window(load_config(options.model, options), options.window)
-        scored = ScoredModel(model, tokenizer, batch_size=options.batch_size, window=window)
+        scored = ScoredModel(model, tokenizer, batch_size=options.batch_size, window=options.window)
         try:
             results: Any = lm_eval.simple_evaluate(
                 model=scored,
@@ -135,7 +135,7 @@ def score_tasks(
                 num_fewshot=options.num_fewshot,
                 limit=options.limit,
                 log_samples=False,
-                task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+                task_manager=index.TaskManager(include_defaults=False),
             )
         except SppError:
             raise
