@@ -111,6 +111,7 @@ def by_itself(folder, config, **changes):
         device="cpu",
         batch_size=8,
         tasks=[config],
+        log_samples=False,
         task_manager=index.TaskManager(include_defaults=False),
         **changes,
     )

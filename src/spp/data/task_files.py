@@ -89,7 +89,7 @@ class TaskFile:
     def _prompt(self) -> dict[str, Any]:
         if self.name == "winogrande" and all(_BLANK in row["question"] for row in self.rows):
             return {"doc_to_text": "label", "doc_to_choice": _filled, "doc_to_target": _after_blank}
-        fields = tuple(self.rows[0])[: -len(("choices", "label"))]
+        fields = tuple(self.rows[0])[:-2]  # choices and label are the last
         text = "question" if self.name in _CONTINUED and fields == ("question",) else _TEXTS[fields]
         return {"doc_to_text": text, "doc_to_choice": "choices", "doc_to_target": "label"}
 

@@ -21,6 +21,7 @@ from spp.stages.task_loading import TaskSet, groups_in, quiet, tasks_in
 
 logger = logging.getLogger("spp")
 
+_EXAMPLES_SEED = 1234  # lm-eval's default
 _VERSIONS = ("spp", "lm_eval", "transformers", "torch", "datasets")
 
 
@@ -124,19 +125,15 @@ def score_tasks(
     with quiet():
         from spp.stages.scored_model import ScoredModel
 
-        lm_eval: Any = import_module("lm_eval.evaluator")
-        index: Any = import_module("lm_eval.tasks")
         start = time.perf_counter()
         scored = ScoredModel(model, tokenizer, batch_size=options.batch_size, window=options.window)
+        loaded: Any = import_module("lm_eval.tasks").TaskManager(include_defaults=False).load(list(tasks.loaded))
+        for task in loaded["tasks"].values():
+            _set_examples(task, options.num_fewshot)
+        # Not `simple_evaluate`, which also asks git, pip and others about the machine.
+        run: Any = import_module("lm_eval.evaluator").evaluate
         try:
-            results: Any = lm_eval.simple_evaluate(
-                model=scored,
-                tasks=list(tasks.loaded),
-                num_fewshot=options.num_fewshot,
-                limit=options.limit,
-                log_samples=False,
-                task_manager=index.TaskManager(include_defaults=False),
-            )
+            results = run(scored, loaded, limit=options.limit, log_samples=False)
         except SppError:
             raise
         except Exception as error:  # lm-eval and its tasks raise anything
@@ -161,6 +158,16 @@ def score_tasks(
         versions={name: version(name) for name in _VERSIONS},
         seconds=time.perf_counter() - start,
     )
+
+
+def _set_examples(task: Any, asked: int | None) -> None:
+    """Few-shot examples as `lm_eval.simple_evaluate` sets them: a task that must have none keeps none."""
+    fixed = task.get_config("num_fewshot")
+    if asked is not None and fixed != 0:
+        task.set_config(key="num_fewshot", value=asked)
+    elif fixed is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=_EXAMPLES_SEED)
 
 
 def _task_scores(results: Mapping[str, Any], tasks: TaskSet) -> dict[str, TaskScore]:
