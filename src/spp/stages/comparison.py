@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spp.stages.tasks import TasksReport
 
 _SHADES = 4
+_LONGEST = 30  # characters of a model's name in a chart
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,22 @@ def write_plot(comparison: Comparison) -> None:
     """Draw one bar per measure and model; nothing where no chart was asked for."""
     if comparison.plot is None:
         return
+    labels = _short_names(list(comparison.models))
     bars = [
-        Bar(f"{measure}: {model}", values[model][0], values[model][1], f"shade{index % _SHADES}")
+        Bar(f"{measure}: {labels[model]}", values[model][0], values[model][1], f"shade{index % _SHADES}")
         for measure, values in measures(comparison.models).items()
         for index, model in enumerate(comparison.models)
         if model in values
     ]
     write_text(comparison.plot, standalone(bar_chart("scores", "Scores side by side", bars)))
+
+
+def _short_names(models: Sequence[str]) -> dict[str, str]:
+    """Names that fit beside a figure: of a path its last part, where that tells the models apart."""
+    last = [Path(model).name for model in models]
+    names = last if len(set(last)) == len(last) else models
+    cut = [name if len(name) <= _LONGEST else "..." + name[3 - _LONGEST :] for name in names]
+    return dict(zip(models, cut, strict=True))
 
 
 def comparison_table(comparison: Comparison) -> Table:
