@@ -47,7 +47,7 @@ from spp.models import prunable_linears
 from spp.options import AdapterSettings, LoadingOptions
 from spp.pipeline import gap_closed
 from spp.stages.adapting import target_layers, with_new_adapter
-from spp.stages.evaluate import perplexity_of, read_windows
+from spp.stages.perplexity import perplexity_of, read_windows
 from spp.stages.teaching import predicted
 from spp.stages.training_data import hold_out, training_examples
 

@@ -82,7 +82,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "eval": Command(
         options=opt.EvalOptions,
-        positional=("model",),
+        positional=("model", "others"),
         stage="spp.stages.evaluate:evaluate",
         example="spp eval ./llama-2of4-tuned --text wikitext2_test.txt --window 2048",
     ),
@@ -213,7 +213,9 @@ def _add_option(group: Any, name: str, field: Any, *, positional: bool) -> None:
     if not (field.is_required() or field.default in (None, False, ())):
         help_text += f" (default: {field.default})".replace("%", "%%")
     kinds = _kinds(field.annotation)
-    several: dict[str, Any] = {"nargs": "+"} if typing.get_origin(kinds[0]) is tuple else {}
+    several: dict[str, Any] = {}
+    if typing.get_origin(kinds[0]) is tuple:
+        several["nargs"] = "*" if positional and field.default == () else "+"
     if positional:
         metavar = name.upper().removesuffix("S") if several else name.upper()
         group.add_argument(name, metavar=metavar, help=help_text, **several)
@@ -249,6 +251,8 @@ def _metavar(name: str, kinds: tuple[Any, ...]) -> str:
         "teacher": "MODEL",
         "target_modules": "NAMES",
         "report_to": "NAMES",
+        "tasks": "NAMES",
+        "task_folder": "DIR",
         "reconstruct": "PARTS",
     }.get(name, "FILE")
 
@@ -287,6 +291,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
     from rich.console import RenderableType
 
     from spp.pipeline import RunReport
+    from spp.stages.comparison import Comparison
     from spp.stages.convert import ConvertReport
     from spp.stages.doctor import DoctorReport
     from spp.stages.evaluate import EvalReport
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
     from spp.stages.pruning_prediction import PruningPrediction
     from spp.stages.push import PushReport
     from spp.stages.report import ReportReport
+    from spp.stages.tasks import TasksReport
     from spp.stages.teacher_cache import CacheTeacherReport
     from spp.stages.train import TrainReport
     from spp.stages.verify import VerifyReport
@@ -128,17 +130,65 @@ def _verify(report: VerifyReport) -> Iterable[RenderableType]:
         yield f"note: {underflowed:,} non-zeros of BASE are zero in OTHER"
 
 
-def _eval(report: EvalReport) -> Iterable[RenderableType]:
+def _eval(report: EvalReport | TasksReport | Comparison) -> Iterable[RenderableType]:
+    from spp.stages.comparison import Comparison
+    from spp.stages.tasks import TasksReport
+
+    if isinstance(report, Comparison):
+        return _comparison(report)
+    return _task_scores(report) if isinstance(report, TasksReport) else _perplexity(report)
+
+
+def _perplexity(report: EvalReport) -> Iterable[RenderableType]:
     table = Table(show_header=False, box=None)
-    how = "each document by itself" if report.per_document else f"stride {report.stride}, tail dropped"
     for label, value in (
         ("perplexity", f"{report.perplexity:.4f}"),
         ("per token", f"{report.nll:.5f} nats over {report.tokens:,} tokens"),
         ("text", report.source),
-        ("protocol", f"window {report.window}, {how}, {report.dtype}"),
+        ("protocol", _protocol(report)),
     ):
         table.add_row(label, value)
     yield table
+
+
+def _task_scores(report: TasksReport) -> Iterable[RenderableType]:
+    from spp.stages.comparison import with_error
+
+    table = Table("task", "items", "examples", "metric", "value ± standard error", box=None)
+    for name, score in report.tasks.items():
+        if score.part_of is None:
+            first = [name, f"{score.items:,}", str(score.num_fewshot)]
+            for metric, found in score.metrics.items():
+                table.add_row(*first, metric, with_error(found.value, found.stderr))
+                first = [""] * len(first)
+    if mean := report.mean:
+        table.add_row("mean", "", "", f"acc of {len(mean.tasks)}", with_error(mean.value, mean.stderr), style="bold")
+    yield table
+    if report.mean and report.mean.missing:
+        yield f"without {', '.join(report.mean.missing)}: this is not the mean of the paper's seven tasks"
+    if parts := sum(score.part_of is not None for score in report.tasks.values()):
+        yield f"--json has the {parts} parts of the groups as well"
+    yield _protocol(report)
+
+
+def _protocol(report: EvalReport | TasksReport) -> str:
+    from spp.stages.tasks import TasksReport
+
+    if isinstance(report, TasksReport):
+        limit = "" if report.limit is None else f"the first {report.limit} items of each task only; "
+        versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+        return f"{limit}context {report.context} tokens, {report.dtype} on {report.device}; {versions}"
+    how = "each document by itself" if report.per_document else f"stride {report.stride}, tail dropped"
+    return f"window {report.window}, {how}, {report.dtype}"
+
+
+def _comparison(report: Comparison) -> Iterable[RenderableType]:
+    from spp.stages.comparison import comparison_table
+
+    yield comparison_table(report)
+    yield from dict.fromkeys(map(_protocol, report.models.values()))
+    if report.plot is not None:
+        yield f"plotted in {report.plot}"
 
 
 def _pack(report: PackReport) -> Iterable[RenderableType]:

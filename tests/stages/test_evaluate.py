@@ -15,13 +15,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import spp.stages.evaluate as stage
+import spp.stages.perplexity as stage
 from spp.checkpoint import MANIFEST
 from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
 from spp.folders import write_json
 from spp.options import EvalOptions
-from spp.stages.evaluate import Score, evaluate, perplexity_of
+from spp.stages.evaluate import evaluate
+from spp.stages.perplexity import Score, perplexity_of
 from spp.tuner import SppConfig
 
 WINDOW = 16

@@ -45,7 +45,7 @@ _STREAMED_ROWS = 16_384
 _STREAMED_CHARACTERS = 200_000_000  # where a row is a book
 
 
-class _Malformed(ValueError):
+class Malformed(ValueError):
     """What is wrong with one record; the caller adds where it is."""
 
 
@@ -112,7 +112,7 @@ def _read_file(path: Path) -> Iterator[Record]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[io.TextIOWrapper]:
+def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
     """A text file, decompressed on the way if its name says so; what is wrong with its bytes is the user's error."""
     try:
         with _binary(path) as binary, io.TextIOWrapper(cast(Any, binary), encoding="utf-8-sig") as file:
@@ -142,17 +142,17 @@ def _first_undecodable(path: Path) -> str:
 
 
 def _read_txt(path: Path) -> Iterator[Record]:
-    with _opened(path) as file:
+    with open_text(path) as file:
         yield {"text": file.read()}
 
 
 def _read_json(path: Path) -> Iterator[Record]:
     """A JSON array of records, or JSON Lines; the content tells which, whatever the suffix says."""
-    with _opened(path) as file:
+    with open_text(path) as file:
         first = next((line for line in file if line.strip()), "")
         file.seek(0)
         if not first.lstrip().startswith("["):
-            yield from _normalise(_json_lines(file), str(path))
+            yield from _normalise(json_lines(file), str(path))
             return
         text = file.read()
     try:
@@ -162,13 +162,14 @@ def _read_json(path: Path) -> Iterator[Record]:
     yield from _normalise(_numbered(items, "item"), str(path))
 
 
-def _json_lines(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+def json_lines(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Where each value is, `line 3`, and the value; for what is no JSON, a `Malformed` that says why."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield f"line {number}", _Malformed(f"expected one JSON object per line ({error})")
+                yield f"line {number}", Malformed(f"expected one JSON object per line ({error})")
 
 
 def _line(error: Exception) -> int:
@@ -268,7 +269,7 @@ def _normalise(items: Iterable[tuple[str, Any]], source: str) -> Iterator[Record
             break
         try:
             record = _record(item)
-        except _Malformed as error:
+        except Malformed as error:
             problems.append(f"{source}, {where}: {error}")
             continue
         kind = " and ".join(record)
@@ -277,19 +278,24 @@ def _normalise(items: Iterable[tuple[str, Any]], source: str) -> Iterator[Record
             problems.append(f"{source}, {where}: kinds are mixed: {kind} here, but {first}")
         if not problems:
             yield record
-    if len(problems) > _SHOWN_PROBLEMS:
-        shown = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS])
-        raise UsageError(f"{at_least}{len(problems)} problems, the first {_SHOWN_PROBLEMS} of them:\n{shown}")
-    raise_problems(problems)
+    raise_first_problems(problems, at_least)
     if not first:
         raise UsageError(f"data {source!r} is empty: there is no record in it")
 
 
+def raise_first_problems(problems: list[str], at_least: str = "") -> None:
+    """Raise a UsageError that lists the first of many problems, or all of a few; return where there is none."""
+    if len(problems) > _SHOWN_PROBLEMS:
+        shown = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS])
+        raise UsageError(f"{at_least}{len(problems)} problems, the first {_SHOWN_PROBLEMS} of them:\n{shown}")
+    raise_problems(problems)
+
+
 def _record(item: Any) -> Record:
-    if isinstance(item, _Malformed):
+    if isinstance(item, Malformed):
         raise item
     if not isinstance(item, dict):
-        raise _Malformed(f"expected an object with {_EXPECTED}; found {_show(item)}")
+        raise Malformed(f"expected an object with {_EXPECTED}; found {show(item)}")
     if {"instruction", "output"} <= item.keys():  # some Alpaca sets bring the rendered `text` along
         prompt = alpaca_prompt(_string(item, "instruction"), _string(item, "input", optional=True))
         return {"prompt": prompt, "completion": _string(item, "output")}
@@ -297,7 +303,7 @@ def _record(item: Any) -> Record:
     if len(kinds) != 1:
         found = ", ".join(map(str, item)) or "no field"
         several = " of one kind only" if kinds else ""
-        raise _Malformed(f"expected {_EXPECTED}{several}; found {found}")
+        raise Malformed(f"expected {_EXPECTED}{several}; found {found}")
     if kinds[0] == ("messages",):
         return {"messages": _messages(item["messages"])}
     return {name: _string(item, name) for name in kinds[0]}
@@ -308,25 +314,24 @@ def _string(item: dict[str, Any], name: str, *, optional: bool = False) -> str:
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        raise _Malformed(f"expected {name} to be a string; found {_show(value)}")
+        raise Malformed(f"expected {name} to be a string; found {show(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise _Malformed(
-            f"{name} holds half of a surrogate pair at character {error.start}, which is no text"
-        ) from None
+        raise Malformed(f"{name} holds half of a surrogate pair at character {error.start}, which is no text") from None
     return value
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
-        raise _Malformed(f"expected messages to be a list of objects with role and content; found {_show(value)}")
+        raise Malformed(f"expected messages to be a list of objects with role and content; found {show(value)}")
     for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise _Malformed(f"expected every message to have role and content; found {_show(message)}")
+            raise Malformed(f"expected every message to have role and content; found {show(message)}")
     return [{name: _string(message, name) for name in ("role", "content")} for message in value]
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value as an error shows it, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -15,6 +15,12 @@ from markupsafe import Markup
 WIDTH = 520
 _BAR_ROW, _BAR_HEIGHT = 50, 12
 _HEAT_ROW, _WIDE_CELL, _NARROW_CELL = 26, 44, 12
+# Of a chart by itself; in a page, the page's own style sheet has the colours.
+_STYLE = """
+svg { background: #fff; padding: 12px; font: 14px system-ui, sans-serif; }
+text { fill: #1e1d1a; } .strong { font-weight: 600; } .track { fill: #efebe3; } .accent { fill: #0e6a68; }
+.shade0 { fill: #857f75; } .shade1 { fill: #b3561d; } .shade2 { fill: #0e6a68; } .shade3 { fill: #3d5a98; }
+"""
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,13 @@ def bar_chart(name: str, title: str, bars: Sequence[Bar], full: float = 0) -> Ma
         )
     description = "; ".join(f"{bar.label}: {bar.text}" for bar in bars)
     return svg(name, title, description, WIDTH, max(len(bars) * _BAR_ROW - 6, 1), rows)
+
+
+def standalone(chart: Markup) -> str:
+    """A chart as an SVG file of its own, with its colours."""
+    name_space = Markup('<svg xmlns="http://www.w3.org/2000/svg" ')
+    head, body = chart.replace(Markup("<svg "), name_space, 1).split(Markup(">"), 1)
+    return f"{head}><style>{_STYLE}</style>{body}\n"
 
 
 def heat_map(

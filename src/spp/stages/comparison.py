@@ -1,156 +1,102 @@
-"""Several runs side by side: their figures, their loss curves, and in what they were done differently."""
+"""Scores of several models side by side: a table for the terminal, a chart in a file."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from markupsafe import Markup
+from rich.table import Table
 
-from spp.stages.charts import Bar, bar_chart
-from spp.stages.facts import facts
-from spp.stages.line_chart import Line, line_chart, swatch
-from spp.stages.quantities import duration, figure, share, size
-from spp.stages.report_files import Run
-from spp.stages.run_sections import finite_points
-from spp.stages.run_summary import gap, perplexities, subject, verdict
-from spp.stages.tensor_table import Entry
+from spp.errors import UsageError
+from spp.folders import write_text
+from spp.stages.charts import Bar, bar_chart, standalone
+from spp.stages.quantities import figure
 
-_MISSING = "none"
-_LABEL = 40
-"""Characters of a label that a bar has room for on a phone."""
-_PROVED = {"good": "yes", "bad": "FAILED", "unknown": "no proof"}
-_QUALITY = (
-    "Model", "Pattern", "Criterion", "Sparsity", "Dense", "Pruned", "SPP", "Gap closed", "Trainable", "Time",
-    "Peak memory", "Verified",
-)  # fmt: skip
-_CURVES = ("Steps", "Tokens", "First loss", "Last loss", "Tokens/s", "Peak memory")
+if TYPE_CHECKING:
+    from spp.stages.evaluate import EvalReport
+    from spp.stages.tasks import TasksReport
+
+_SHADES = 4
+_LONGEST = 30  # characters of a model's name in a chart
 
 
-def overall_verdict(runs: Sequence[Run]) -> dict[str, Any]:
-    """The verdict on all runs, which is that of the worst one; its problems are the names of those that failed."""
-    states = [verdict(run.results)["state"] for run in runs]
-    failed = [run.name for run, state in zip(runs, states, strict=True) if state == "bad"]
-    unknown = [run.name for run, state in zip(runs, states, strict=True) if state == "unknown"]
-    found = {"problems": failed, "more": 0}
-    if failed:
-        sentence = "FAILED: what these runs fine-tuned must not be taken for a sparse model."
-        return found | {
-            "state": "bad",
-            "title": f"Verification failed in {len(failed)} of {len(runs)} runs",
-            "sentence": sentence,
-        }
-    if unknown:
-        sentence = f"No proof that the zeros were kept is held by {', '.join(unknown)}."
-        return found | {
-            "state": "unknown",
-            "title": f"Not verified: {len(unknown)} of {len(runs)} runs",
-            "sentence": sentence,
-        }
-    sentence = "Proved: all zeros of the pruned models are an exact +0.0 in the fine-tuned ones."
-    return found | {"state": "good", "title": f"Sparsity kept in all {len(runs)} runs", "sentence": sentence}
+@dataclass(frozen=True)
+class Comparison:
+    """Reports by the name of the model, and the chart of them where one was asked for."""
+
+    models: Mapping[str, EvalReport | TasksReport]
+    plot: Path | None
 
 
-def quality_table(runs: Sequence[Run]) -> dict[str, Any]:
-    """Headings, and a row of entries for every run."""
-    return {"headings": _QUALITY, "rows": [_quality(run.results) for run in runs]}
+def check_plot(path: Path, overwrite: bool) -> None:
+    """Refuse, before any work, a file for a chart that cannot be one, or that would cost the user another.
+
+    Raises:
+        UsageError: it is no .svg, its folder is missing, or it exists and `overwrite` is off.
+    """
+    if path.suffix != ".svg":
+        raise UsageError(f"plot {path}: charts are SVG; name a file that ends in .svg")
+    if not path.parent.is_dir():
+        raise UsageError(f"plot {path}: there is no folder {path.parent}")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise UsageError(f"plot {path} exists; name another file with --plot, or pass --overwrite")
 
 
-def _quality(results: Mapping[str, Any]) -> list[Entry]:
-    models, about = perplexities(results), subject(results)
-    seconds = results.get("seconds") or {}
-    training = results.get("training") or {}
-    closed = results.get("gap_closed")
-    return [
-        *(Entry(about[name] or "", None) for name in ("model", "pattern", "criterion")),
-        _entry((results.get("sparsity") or {}).get("overall"), share),
-        *(_entry(models.get(name), figure) for name in ("dense", "pruned", "spp")),
-        Entry(gap(results)[0], "" if closed is None else repr(closed)),
-        _entry(training.get("trainable_parameters"), "{:,}".format),
-        _entry(sum(seconds.values()) if seconds else None, duration),
-        _entry(results.get("peak_rss_bytes"), size),
-        Entry(_PROVED[verdict(results)["state"]], None),
+def write_plot(comparison: Comparison) -> None:
+    """Draw one bar per measure and model; nothing where no chart was asked for."""
+    if comparison.plot is None:
+        return
+    labels = _short_names(list(comparison.models))
+    bars = [
+        Bar(f"{measure}: {labels[model]}", values[model][0], values[model][1], f"shade{index % _SHADES}")
+        for measure, values in measures(comparison.models).items()
+        for index, model in enumerate(comparison.models)
+        if model in values
     ]
+    write_text(comparison.plot, standalone(bar_chart("scores", "Scores side by side", bars)))
 
 
-def _entry(value: Any, write: Any) -> Entry:
-    return Entry("", "") if value is None else Entry(write(value), repr(value))
+def _short_names(models: Sequence[str]) -> dict[str, str]:
+    """Names that fit beside a figure: of a path its last part, where that tells the models apart."""
+    last = [Path(model).name for model in models]
+    names = last if len(set(last)) == len(last) else models
+    cut = [name if len(name) <= _LONGEST else "..." + name[3 - _LONGEST :] for name in names]
+    return dict(zip(models, cut, strict=True))
 
 
-def curves(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """All loss curves in one chart, and a table that is their legend: number, name and figures of each."""
-    lines, rows = [], []
-    for number, run in enumerate(runs, 1):
-        training = run.results.get("training") or {}
-        points = finite_points(training, "losses")
-        if not points:
-            continue
-        rows.append((number, run.name, swatch(len(lines)), _curve(training, points)))
-        lines.append(Line(str(number), points))
-    if not lines:
-        return None
-    chart = line_chart("losses", "Training loss of the runs", lines, "optimiser step", "loss, nats per token")
-    return {"chart": chart, "headings": _CURVES, "rows": rows, "left_out": len(runs) - len(lines)}
+def comparison_table(comparison: Comparison) -> Table:
+    """One row per measure, one column per model."""
+    table = Table("", *comparison.models, box=None)
+    for measure, values in measures(comparison.models).items():
+        table.add_row(measure, *(values[model][1] if model in values else "" for model in comparison.models))
+    return table
 
 
-def _curve(training: Mapping[str, Any], points: Sequence[tuple[float, float]]) -> list[Entry]:
-    return [
-        _entry(training.get("steps"), "{:,}".format),
-        _entry(training.get("tokens"), "{:,}".format),
-        _entry(points[0][1], figure),
-        _entry(points[-1][1], figure),
-        _entry(training.get("tokens_per_second"), "{:,.0f}".format),
-        _entry(training.get("peak_memory_bytes"), size),
-    ]
+def measures(models: Mapping[str, EvalReport | TasksReport]) -> dict[str, dict[str, tuple[float, str]]]:
+    """Measure -> model -> value, and the value as it is shown."""
+    rows: dict[str, dict[str, tuple[float, str]]] = {}
+    for model, report in models.items():
+        for measure, value, text in _values(report):
+            rows.setdefault(measure, {})[model] = (value, text)
+    return rows
 
 
-def protocols(runs: Sequence[Run]) -> dict[str, Any]:
-    """How the runs were done: `same` for all, `differing`, and `warnings`, which keep perplexities from comparing."""
-    found = [run.results.get("protocol") or {} for run in runs]
-    compared = side_by_side([facts(_evaluation(protocol)) for protocol in found])
-    rest = side_by_side([facts(protocol, skip={"evaluation"}) for protocol in found])
-    return {
-        "warnings": compared["differing"],
-        "differing": rest["differing"],
-        "same": grouped(rest["same"]) + grouped(compared["same"], "Evaluation"),
-    }
+def _values(report: EvalReport | TasksReport) -> Iterator[tuple[str, float, str]]:
+    from spp.stages.tasks import TasksReport
+
+    if not isinstance(report, TasksReport):
+        yield "perplexity", report.perplexity, figure(report.perplexity)
+        return
+    for name, score in report.tasks.items():
+        if score.part_of is None:
+            for metric, found in score.metrics.items():
+                yield f"{name} {metric}", found.value, with_error(found.value, found.stderr)
+    if mean := report.mean:
+        yield f"mean acc of {len(mean.tasks)}", mean.value, with_error(mean.value, mean.stderr)
 
 
-def _evaluation(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """How perplexity was measured, without how long that took."""
-    return {key: value for key, value in (protocol.get("evaluation") or {}).items() if key != "seconds"}
-
-
-def side_by_side(columns: Sequence[Iterable[tuple[str, str]]]) -> dict[str, Any]:
-    """Facts of several runs: `differing` ones as label and text of each run, `same` ones as label and text."""
-    runs = [dict(column) for column in columns]
-    found = list(dict.fromkeys(label for run in runs for label in run))
-    # Where one run has a part of several facts, another that has "none" in its place lacks each of them.
-    labels = [label for label in found if not any(other.startswith(f"{label}: ") for other in found)]
-    rows = [(label, [run.get(label, _MISSING) for run in runs]) for label in labels]
-    return {
-        "differing": [(label, texts) for label, texts in rows if len(set(texts)) > 1],
-        "same": [(label, texts[0]) for label, texts in rows if len(set(texts)) == 1],
-    }
-
-
-def grouped(rows: Sequence[tuple[str, str]], plain: str = "Run") -> list[tuple[str, list[tuple[str, str]]]]:
-    """Caption and rows of one table for the `plain` facts, and of one for each part that labels begin with."""
-    tables: dict[str, list[tuple[str, str]]] = {}
-    for label, text in rows:
-        part, colon, rest = label.partition(": ")
-        caption = part.replace("_", " ").capitalize() if colon else plain
-        tables.setdefault(caption, []).append((rest if colon else label, text))
-    return list(tables.items())
-
-
-def gap_chart(runs: Sequence[Run]) -> Markup:
-    """A bar for the gap that each run closed; one that is not defined has none."""
-    bars = []
-    for number, run in enumerate(runs, 1):
-        closed = run.results.get("gap_closed")
-        label = f"{number} {run.name}"
-        label = label if len(label) <= _LABEL else label[: _LABEL - 1] + "…"
-        bars.append(Bar(label, math.nan if closed is None else closed, gap(run.results)[0]))
-    return bar_chart("gaps", "Gap closed by each run, higher is better", bars, full=1)
+def with_error(value: float, stderr: float | None) -> str:
+    """`0.4512 ± 0.0087`; the value alone where its standard error is unknown."""
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"

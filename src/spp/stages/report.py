@@ -16,7 +16,7 @@ from spp import __version__
 from spp.errors import SppError, UsageError, raise_problems
 from spp.folders import check_output_file, write_text
 from spp.options import ReportOptions
-from spp.stages import comparison
+from spp.stages import run_comparison
 from spp.stages.benchmark_table import benchmark_table
 from spp.stages.facts import facts
 from spp.stages.report_files import Benchmark, Run, read_benchmark, read_results, results_path, run_names
@@ -52,7 +52,7 @@ def report(options: ReportOptions) -> ReportReport:
     runs = [Run(name, found) for name, found in zip(names or [], results, strict=True) if found is not None]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_report(runs, options.out, [benchmark for benchmark in benchmarks if benchmark])
-    differences = [label for label, _ in comparison.protocols(runs)["warnings"]]
+    differences = [label for label, _ in run_comparison.protocols(runs)["warnings"]]
     return ReportReport(out=options.out, runs=[run.name for run in runs], differences=differences)
 
 
@@ -108,7 +108,7 @@ def _page(runs: Sequence[Run], benchmarks: Sequence[Benchmark]) -> dict[str, Any
     sections = [run_sections(run, f"run-{number}-" if several else "") for number, run in enumerate(runs, 1)]
     return {
         "runs": sections,
-        "protocol": comparison.protocols(runs),
+        "protocol": run_comparison.protocols(runs),
         "machine": _machine(runs),
         "benchmarks": [benchmark_table(benchmark) for benchmark in benchmarks],
         "version": __version__,
@@ -118,14 +118,14 @@ def _page(runs: Sequence[Run], benchmarks: Sequence[Benchmark]) -> dict[str, Any
 
 def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     return {
-        "verdict": comparison.overall_verdict(runs),
-        "quality": comparison.quality_table(runs),
-        "gaps": comparison.gap_chart(runs),
-        "curves": comparison.curves(runs),
+        "verdict": run_comparison.overall_verdict(runs),
+        "quality": run_comparison.quality_table(runs),
+        "gaps": run_comparison.gap_chart(runs),
+        "curves": run_comparison.curves(runs),
     }
 
 
 def _machine(runs: Sequence[Run]) -> dict[str, Any]:
     hardware = [facts(run.results.get("environment") or {}) for run in runs]
     versions = [facts(run.results.get("versions") or {}, missing="not installed") for run in runs]
-    return {"hardware": comparison.side_by_side(hardware), "versions": comparison.side_by_side(versions)}
+    return {"hardware": run_comparison.side_by_side(hardware), "versions": run_comparison.side_by_side(versions)}

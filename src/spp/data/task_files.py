@@ -1,0 +1,204 @@
+"""Tasks from files, for machines without a hub: one JSON object per line, and what lm-eval needs to make a task of it.
+
+A file has one of two forms. Ours has the fields of one row of `_TEXTS`, `choices` (the answers) and `label` (the index
+of the right one). The other is the data set of one of the paper's tasks as the hub has it, written with
+`datasets`' `to_json`; it is read with lm-eval's own definition of that task, which the file's name tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spp.data.records import Malformed, json_lines, open_text, raise_first_problems, show
+from spp.errors import UsageError
+
+PAPER_TASKS = {
+    "boolq": ("passage", "question", "label"),
+    "rte": ("sentence1", "sentence2", "label"),
+    "hellaswag": ("ctx_a", "ctx_b", "activity_label", "endings", "label"),
+    "winogrande": ("sentence", "option1", "option2", "answer"),
+    "arc_easy": ("question", "choices", "answerKey"),
+    "arc_challenge": ("question", "choices", "answerKey"),
+    "openbookqa": ("question_stem", "choices", "answerKey"),
+}
+"""The seven zero-shot tasks of the SPP paper, and the columns of their data sets that lm-eval reads."""
+
+# What a question is made of, and lm-eval's prompt for it: BoolQ's, RTE's, and ARC's for everything else.
+_TEXTS = {
+    ("passage", "question"): "{{passage}}\nQuestion: {{question}}?\nAnswer:",
+    ("premise", "hypothesis"): "{{premise}}\nQuestion: {{hypothesis}} True or False?\nAnswer:",
+    ("question",): "Question: {{question}}\nAnswer:",
+}
+_CONTINUED = ("hellaswag", "openbookqa")  # their answers go on from the question, without a word around it
+_BLANK = "_"  # what winogrande's answers are put in the place of
+_SPLIT = "test"
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """A task in a file.
+
+    Attributes:
+        name: of the task; lm-eval's where it is one of the paper's.
+        path: the file.
+        rows: its lines, with the fields that count.
+        lines: their numbers.
+        hub_form: whether they are as on the hub.
+        sha256: of the file, as read.
+    """
+
+    name: str
+    path: Path
+    rows: list[dict[str, Any]]
+    lines: list[int]
+    hub_form: bool
+    sha256: str
+
+    def overrides(self) -> dict[str, Any]:
+        """What makes lm-eval's own definition of a task read this file."""
+        from datasets import Dataset
+
+        try:
+            data = {_SPLIT: Dataset.from_list(self.rows)}
+        except Exception as error:  # pyarrow has a class of its own for each kind of mixed column
+            raise UsageError(f"{self.path}: its columns cannot be read ({error})") from error
+        return {
+            "custom_dataset": lambda **_: data,
+            "training_split": None,
+            "validation_split": None,
+            "test_split": _SPLIT,
+            "fewshot_split": _SPLIT,
+        }
+
+    def config(self) -> dict[str, Any]:
+        """lm-eval's definition of a task in our form: multiple choice, accuracy plain and by the answers' length."""
+        means = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+        return {
+            "task": self.name,
+            "output_type": "multiple_choice",
+            "metric_list": means,
+            "metadata": {"version": 1.0},
+            **self._prompt(),
+            **self.overrides(),
+        }
+
+    def _prompt(self) -> dict[str, Any]:
+        if self.name == "winogrande" and all(_BLANK in row["question"] for row in self.rows):
+            return {"doc_to_text": "label", "doc_to_choice": _filled, "doc_to_target": _after_blank}
+        fields = tuple(self.rows[0])[:-2]  # choices and label are the last
+        text = "question" if self.name in _CONTINUED and fields == ("question",) else _TEXTS[fields]
+        return {"doc_to_text": text, "doc_to_choice": "choices", "doc_to_target": "label"}
+
+
+def _filled(row: Mapping[str, Any]) -> list[str]:
+    """The sentence up to the blank, with each answer in it: contexts of what follows the blank."""
+    before = row["question"].split(_BLANK, 1)[0]
+    return [before + answer for answer in row["choices"]]
+
+
+def _after_blank(row: Mapping[str, Any]) -> str:
+    return row["question"].split(_BLANK, 1)[1].strip()
+
+
+def read_task_files(paths: Mapping[str, Path]) -> list[TaskFile]:
+    """Read the files of tasks, by the tasks' names.
+
+    Raises:
+        UsageError: lists what is wrong with any of them: file, line, what was expected, and what was found.
+    """
+    files: list[TaskFile] = []
+    problems: list[str] = []
+    for name, path in paths.items():
+        try:
+            file, found = _read(name, path)
+        except UsageError as error:  # not there, or no text
+            problems.append(str(error))
+            continue
+        problems += found
+        files.append(file)
+    raise_first_problems(problems)
+    return files
+
+
+def _read(name: str, path: Path) -> tuple[TaskFile, list[str]]:
+    """A file, and what is wrong with it."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    problems: list[str] = []
+    check: Callable[[Any], dict[str, Any]] | None = None
+    fields = ""
+    with open_text(path) as file:
+        for where, item in json_lines(file):
+            check = check or _form(name, item)
+            try:
+                row = check(item)
+                if fields and fields != " and ".join(row):
+                    raise Malformed(f"it has {' and '.join(row)}, and the lines before have {fields}")
+            except Malformed as error:
+                problems.append(f"{path}, {where}: {error}")
+                continue
+            fields = " and ".join(row)
+            rows.append(row)
+            lines.append(int(where.removeprefix("line ")))
+    if check is None:
+        problems.append(f"{path}: the file is empty; expected one JSON object per line")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return TaskFile(name, path, rows, lines, check is not None and check is not _ours, digest), problems
+
+
+def _form(name: str, item: Any) -> Callable[[Any], dict[str, Any]]:
+    """How to read a file with this first line."""
+    columns = PAPER_TASKS.get(name, ())
+    given = item if isinstance(item, dict) else {}
+    hub_form = columns and set(columns) <= given.keys() and not isinstance(given.get("choices"), list)
+    return (lambda item: _of_the_hub(item, columns)) if hub_form else _ours
+
+
+def _of_the_hub(item: Any, columns: tuple[str, ...]) -> dict[str, Any]:
+    row = _object(item)
+    if missing := [name for name in columns if name not in row]:
+        raise Malformed(f"expected the columns {', '.join(columns)}; {', '.join(missing)} is missing")
+    return {name: row[name] for name in columns}
+
+
+def _ours(item: Any) -> dict[str, Any]:
+    row = _object(item)
+    fields = next((fields for fields in _TEXTS if set(fields) <= row.keys()), None)
+    if fields is None or not {"choices", "label"} <= row.keys():
+        found = ", ".join(map(str, row)) or "no field"
+        raise Malformed(
+            "expected question, or passage and question, or premise and hypothesis, with choices and label; "
+            f"found {found}"
+        )
+    choices, label = row["choices"], row["label"]
+    wrong = list(_wrong_texts(row, fields))
+    several = isinstance(choices, list) and len(choices) > 1
+    if not several or not all(isinstance(answer, str) and answer for answer in choices):
+        wrong.append(f"expected choices to be a list of two strings or more, none empty; found {show(choices)}")
+    elif not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
+        wrong.append(
+            f"expected label to be the index of the right choice, 0 to {len(choices) - 1}; found {show(label)}"
+        )
+    if wrong:
+        raise Malformed("; ".join(wrong))
+    return {name: row[name] for name in (*fields, "choices", "label")}
+
+
+def _wrong_texts(row: Mapping[str, Any], fields: tuple[str, ...]) -> Iterator[str]:
+    for name in fields:
+        if not isinstance(row[name], str) or not row[name].strip():
+            yield f"expected {name} to be a string that is not empty; found {show(row[name])}"
+
+
+def _object(item: Any) -> dict[str, Any]:
+    if isinstance(item, Malformed):
+        raise item
+    if not isinstance(item, dict):
+        raise Malformed(f"expected an object; found {show(item)}")
+    return item
