@@ -61,7 +61,10 @@ def _option_groups(parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if "--help" not in action.option_strings]
         if actions:
-            yield {"positional arguments": "Arguments", "options": ""}.get(group.title or "", group.title or ""), actions
+            yield (
+                {"positional arguments": "Arguments", "options": ""}.get(group.title or "", group.title or ""),
+                actions,
+            )
 
 
 def _group(title: str, actions: list[argparse.Action]) -> str:
@@ -91,9 +94,10 @@ def _fields(where: str) -> str:
     """Read, not imported: PEFT would take most of the time that a build takes."""
     path, name = where.split()
     tree = ast.parse((SOURCES / path).read_text(encoding="utf-8"))
-    [found] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
     rows = []
-    for line in found.body:
+    for line in (
+        line for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name for line in node.body
+    ):
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(line.value, ast.Call):
             given = {word.arg: word.value for word in line.value.keywords}
             default = f"`{ast.unparse(given['default'])}`" if "default" in given else "empty"
@@ -104,7 +108,9 @@ def _fields(where: str) -> str:
 
 def _table(where: str) -> str:
     name, page = where.split(" of ")
-    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    found = re.search(
+        rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL
+    )
     _require(found is not None, f"no table {name!r} in {page}")
     assert found is not None
     return found[1].strip()

@@ -1,0 +1,63 @@
+"""Every command and every block of Python that the README and the docs show is run, on a tiny model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from pages import PAGES, README, ROOT, Shown, shown
+from sandbox import examples_of_the_help, fill, run, run_python
+
+from spp.cli import COMMANDS
+
+SHOWN = {str(page.relative_to(ROOT)): shown(page.read_text()) for page in PAGES}
+SHOWN["spp COMMAND --help"] = [Shown("shell", example) for example in examples_of_the_help()]
+_done: set[Shown] = set()
+"""Pages repeat each other; what ran once need not run again."""
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
+    """Everything that pages mention, made once."""
+    folder, here = tmp_path_factory.mktemp("stock"), Path.cwd()
+    os.chdir(folder)
+    try:
+        fill(folder, tiny_model("llama", dtype=torch.bfloat16), tiny_tokenizer)
+    finally:
+        os.chdir(here)
+    return folder
+
+
+@pytest.mark.parametrize("page", [name for name, found in SHOWN.items() if found])
+def test_everything_that_a_page_shows_runs(page, stock, tmp_path, monkeypatch, capfd):
+    shutil.copytree(stock, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    problems = []
+    for one in SHOWN[page]:
+        if one in _done:
+            continue
+        _done.add(one)
+        if one.language == "python":
+            run_python(one.text, page)
+            continue
+        try:
+            outcome = run(one.text)
+        except SystemExit as stop:  # it does not parse
+            outcome = int(stop.code or 0)
+        said = capfd.readouterr().err
+        if outcome != 0:
+            problems.append(f"{one.text}\n    {outcome}: {said}")
+    assert not problems, "\n".join(problems)
+
+
+def test_every_command_is_shown():
+    words = {one.text.split()[1] for found in SHOWN.values() for one in found if one.text.startswith("spp ")}
+    assert words >= set(COMMANDS)
+
+
+def test_the_example_of_the_readme_is_short():
+    [example] = [one.text for one in SHOWN[README.name] if one.language == "python"]
+    assert len(example.strip().splitlines()) <= 12
