@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from pages import PAGES, README, ROOT, Shown, shown
-from sandbox import examples_of_the_help, fill, run, run_python
+from sandbox import SMALL, examples_of_the_help, fill, run, run_python
 
 from spp.cli import COMMANDS
 
@@ -51,6 +54,21 @@ def test_everything_that_a_page_shows_runs(page, stock, tmp_path, monkeypatch, c
         if outcome != 0:
             problems.append(f"{one.text}\n    {outcome}: {said}")
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.slow
+def test_a_documented_torchrun_command_runs_with_two_processes(stock, tmp_path, monkeypatch):
+    """As it is shown but for the number of processes; all others run as one process above."""
+    commands = [one.text for one in SHOWN["docs/distributed.md"] if one.text.startswith("torchrun --nproc-per-node 8 ")]
+    [sharded] = [command for command in commands if command.endswith("--sharding fsdp")]
+    shutil.copytree(stock, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.rmtree("adapter")
+    words = shlex.split(sharded.replace("--nproc-per-node 8", "--nproc-per-node 2"))[1:]
+    command = [sys.executable, "-m", "torch.distributed.run", *words, *SMALL["train"].split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path("adapter/adapter_model.safetensors").is_file()
 
 
 def test_every_command_is_shown():
