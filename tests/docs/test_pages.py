@@ -6,7 +6,6 @@ import ast
 import json
 import re
 from functools import cache
-from pathlib import Path
 
 import pytest
 from pages import DOCS, PAGES, README, ROOT, anchors, links
