@@ -3,7 +3,6 @@
 A page asks for it with a marker on a line of its own:
 
     <!-- options: prune -->                    the options of a command, from its parser
-    <!-- example: prune -->                    the example that `spp prune --help` ends with
     <!-- recipe: paper -->                     a shipped recipe, with its comments
     <!-- fields: tuner/config.py SppConfig --> the fields of a dataclass, from their metadata
     <!-- table: step of performance.md -->     a measured table of another page, which benchmarks/tables.py keeps
@@ -16,21 +15,20 @@ import argparse
 import ast
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mkdocs.exceptions import PluginError
-from mkdocs.plugins import event_priority
 
 from spp import recipes
 from spp.cli import COMMANDS, build_parser
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SOURCES = Path(recipes.__file__).resolve().parents[1]
-_MARKER = re.compile(r"^<!-- (options|example|recipe|fields|table|notebook): (.+?) -->$", re.MULTILINE)
+_MARKER = re.compile(r"^<!-- (options|recipe|fields|table|notebook): (.+?) -->$", re.MULTILINE)
 
 
-@event_priority(50)
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Fill the markers of one page; MkDocs calls this."""
     return filled(markdown)
@@ -47,9 +45,8 @@ def filled(markdown: str) -> str:
 
 def _options(command: str) -> str:
     _require(command in COMMANDS, f"no command {command!r}")
-    groups = [_group(title, actions) for title, actions in _option_groups(_parser(command))]
-    table = "\n\n".join(groups).replace("\n", "\n    ")
-    return f'??? abstract "Options of `spp {command}`"\n\n    {table}\n'.replace("\n    \n", "\n\n")
+    groups = "\n\n".join(_option_groups(_parser(command)))
+    return f'??? abstract "Options of `spp {command}`"\n\n{textwrap.indent(groups, "    ")}\n'
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -57,31 +54,18 @@ def _parser(command: str) -> argparse.ArgumentParser:
     return commands.choices[command]
 
 
-def _option_groups(parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[argparse.Action]]]:
+def _option_groups(parser: argparse.ArgumentParser) -> Iterator[str]:
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if "--help" not in action.option_strings]
-        if actions:
-            yield (
-                {"positional arguments": "Arguments", "options": ""}.get(group.title or "", group.title or ""),
-                actions,
-            )
-
-
-def _group(title: str, actions: list[argparse.Action]) -> str:
-    rows = [f"| `{_usage(action)}` | {_cell((action.help or '').replace('%%', '%'))} |" for action in actions]
-    heading = f"**{title}**\n\n" if title else ""
-    return heading + "\n".join(["| | |", "|---|---|", *rows])
+        rows = [f"| `{_usage(action)}` | {_cell((action.help or '').replace('%%', '%'))} |" for action in actions]
+        if rows:
+            yield "\n".join([f"**{str(group.title).capitalize()}**\n", "| option | meaning |", "|---|---|", *rows])
 
 
 def _usage(action: argparse.Action) -> str:
     flags = ", ".join(action.option_strings)
     value = action.metavar if isinstance(action.metavar, str) and action.nargs != 0 else ""
-    return _cell(f"{flags} {value}".strip())
-
-
-def _example(command: str) -> str:
-    _require(command in COMMANDS, f"no command {command!r}")
-    return f"    {COMMANDS[command].example}"
+    return f"{flags} {value}".strip()
 
 
 def _recipe(name: str) -> str:
@@ -128,8 +112,8 @@ def _notebook(path: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text for a cell of a table, where a bar would end it."""
-    return text.replace("|", "\\|")
+    """Text for a cell of a table, where a bar would end it, and `<` begin a tag."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def _require(condition: bool, problem: str) -> None:
@@ -139,7 +123,6 @@ def _require(condition: bool, problem: str) -> None:
 
 _MAKERS: dict[str, Callable[[str], str]] = {
     "options": _options,
-    "example": _example,
     "recipe": _recipe,
     "fields": _fields,
     "table": _table,

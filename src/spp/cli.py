@@ -226,6 +226,7 @@ def _metavar(name: str, kinds: tuple[Any, ...]) -> str:
         "device": "DEVICE",
         "model": "MODEL",
         "teacher": "MODEL",
+        "prompt": "TEXT",
         "target_modules": "NAMES",
         "report_to": "NAMES",
         "reconstruct": "PARTS",

@@ -45,7 +45,7 @@ def test_the_site_has_every_page(site):
 
 def test_no_marker_is_left(site):
     for page in site.glob("**/index.html"):
-        assert not re.search(r"<!-- (options|example|recipe|fields|notebook): ", page.read_text()), page
+        assert not re.search(r"<!-- (options|recipe|fields|notebook): ", page.read_text()), page
 
 
 def test_every_option_is_on_the_page_of_commands(site):
@@ -56,6 +56,7 @@ def test_every_option_is_on_the_page_of_commands(site):
         for option in command.options.model_fields:
             assert option.upper() in text if option in command.positional else f"--{option.replace('_', '-')}" in text
     assert str(TrainOptions.model_fields["warmup_ratio"].description) in text
+    assert "--criterion magnitude|magnitude-matrix|wanda" in text and "runs/<date-time>" in text
 
 
 def test_generated_parts_are_those_of_the_sources(site):
