@@ -58,8 +58,9 @@ def _option_groups(parser: argparse.ArgumentParser) -> Iterator[str]:
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if "--help" not in action.option_strings]
         rows = [f"| `{_usage(action)}` | {_cell((action.help or '').replace('%%', '%'))} |" for action in actions]
+        title = str(group.title).replace("*", "\\*")
         if rows:
-            yield "\n".join([f"**{str(group.title).capitalize()}**\n", "| option | meaning |", "|---|---|", *rows])
+            yield "\n".join([f"**{title[0].upper()}{title[1:]}**\n", "| option | meaning |", "|---|---|", *rows])
 
 
 def _usage(action: argparse.Action) -> str:
@@ -78,10 +79,9 @@ def _fields(where: str) -> str:
     """Read, not imported: PEFT would take most of the time that a build takes."""
     path, name = where.split()
     tree = ast.parse((SOURCES / path).read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
     rows = []
-    for line in (
-        line for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name for line in node.body
-    ):
+    for line in (line for found in classes for line in found.body):
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(line.value, ast.Call):
             given = {word.arg: word.value for word in line.value.keywords}
             default = f"`{ast.unparse(given['default'])}`" if "default" in given else "empty"

@@ -79,3 +79,50 @@ def test_every_command_is_shown():
 def test_the_example_of_the_readme_is_short():
     [example] = [one.text for one in SHOWN[README.name] if one.language == "python"]
     assert len(example.strip().splitlines()) <= 12
+
+
+def test_commands_are_told_from_formulas_and_python():
+    page = """
+    W' = W + Delta
+    spp prune a b \\
+        --pattern 2:4
+    other-tool --flag a
+
+```bash
+#!/bin/bash
+# a comment
+first=$(hostname)
+srun spp doctor
+some-tool a
+```
+
+```python
+import spp
+```
+
+    model.save("x")
+"""
+    found = [(one.language, one.text) for one in shown(page)]
+    assert found == [
+        ("shell", "spp prune a b --pattern 2:4"),
+        ("shell", "other-tool --flag a"),
+        ("shell", "srun spp doctor"),
+        ("shell", "some-tool a"),
+        ("python", "import spp\n"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "some-tool a",
+        "make nothing-of-the-kind",
+        'pip install "spp[nothing]"',
+        "python benchmarks/nothing.py",
+        ".venv/bin/python benchmarks/step.py --nothing",
+        "spp inspect nothing-there",
+    ],
+)
+def test_a_command_that_does_not_work_is_found(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(command) != 0

@@ -57,6 +57,7 @@ def test_every_option_is_on_the_page_of_commands(site):
             assert option.upper() in text if option in command.positional else f"--{option.replace('_', '-')}" in text
     assert str(TrainOptions.model_fields["warmup_ratio"].description) in text
     assert "--criterion magnitude|magnitude-matrix|wanda" in text and "runs/<date-time>" in text
+    assert "The SPP adapter: W' = W + scale * W * (A[group] B)" in text
 
 
 def test_generated_parts_are_those_of_the_sources(site):
