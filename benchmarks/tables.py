@@ -1,7 +1,7 @@
 """The rows in benchmarks/data as tables of a Markdown page, each between two markers.
 
 The markers are `<!-- operator -->` and `<!-- /operator -->`, and the same with step, decode, criteria, streaming,
-pruned, start and quality. A page has those that it wants.
+merging, pruned, start and quality. A page has those that it wants.
 
 python benchmarks/tables.py --write docs/performance.md
 python benchmarks/tables.py --check docs/pruning.md      # exit code 1 where the page is not up to date
@@ -78,6 +78,7 @@ def tables(folder: Path = DATA) -> dict[str, str]:
         "decode": decode_table(read_rows(folder / "decode.csv")),
         "criteria": criteria_table(read_rows(folder / "pruning.csv")),
         "streaming": streaming_table(read_rows(folder / "streaming.csv")),
+        "merging": merging_table(read_rows(folder / "merging.csv")),
         "pruned": pruned_table(pruned),
         "start": start_table(pruned),
         "quality": quality_table(read_rows(folder / "quality.csv")),
@@ -188,6 +189,29 @@ def streaming_table(rows: Sequence[Row]) -> str:
             *(_mebibytes(int(row[f"{key}_bytes"])) for key in ("predicted", "peak", "resumed_peak")),
             *(_number(row, key) for key in ("seconds", "forward_seconds", "criterion_seconds")),
             f"{float(row['overhead']):.0%}",
+        ]
+        for _, row in sorted(runs.items(), key=lambda item: _natural(item[0]))
+    ]
+    return _markdown(heads, lines) if rows else _NOTHING
+
+
+def merging_table(rows: Sequence[Row]) -> str:
+    """Merging a whole model, beside a plain copy of its files."""
+    case = ("disk_bytes", "files", "merged", "rounding", "dtype")
+    runs = {tuple(row[key] for key in (*_RUN, *case)): row for row in rows}  # the last of each
+    heads = ["hardware", "model, GB", "files", "matrices merged", "rounding", "dtype", "copy, s", "merge, s"]
+    heads += ["of the copy's speed", "peak MiB", "after a kill, s", "peak MiB, resumed", "verify, s"]
+    lines = [
+        [
+            _hardware(row),
+            f"{int(row['disk_bytes']) / 1e9:.3g}",
+            *(row[key] for key in ("files", "merged", "rounding", "dtype")),
+            *(_number(row, key) for key in ("copy_seconds", "merge_seconds")),
+            f"{float(row['of_copy_speed']):.0%}",
+            _mebibytes(int(row["peak_bytes"])),
+            _number(row, "resumed_seconds"),
+            _mebibytes(int(row["resumed_peak_bytes"])),
+            _number(row, "verify_seconds"),
         ]
         for _, row in sorted(runs.items(), key=lambda item: _natural(item[0]))
     ]

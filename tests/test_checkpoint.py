@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from spp.checkpoint import Checkpoint, resolve_model
 from spp.errors import SppError, UsageError
-from spp.folders import read_json, write_json
+from spp.folders import write_json
 from spp.values import canonical_zeros
 
 
@@ -73,12 +74,93 @@ def test_a_truncated_shard_is_named(tmp_path):
         Checkpoint.open(folder)
 
 
-def test_an_index_that_promises_too_much_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"c": "model-00001-of-00002.safetensors"}, "00001-of-00002.safetensors holds c, and it does not"),
+        ({"b": "model-00001-of-00002.safetensors"}, "00001-of-00002.safetensors holds b, and it does not"),
+        ({"a": None}, "00002-of-00002.safetensors holds a, which .* does not list there"),
+    ],
+)
+def test_an_index_and_shards_that_do_not_agree_are_an_error(tmp_path, changes, words):
     folder = sharded(tmp_path / "model")
-    index = read_json(folder / "model.safetensors.index.json")
-    index["weight_map"]["c"] = "model-00001-of-00002.safetensors"
+    save_file({"a": torch.ones(2, 3), "b": torch.zeros(4)}, folder / "model-00002-of-00002.safetensors")
+    path = folder / "model.safetensors.index.json"
+    index = {"a": "model-00002-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"} | changes
+    write_json(path, {"weight_map": {name: shard for name, shard in index.items() if shard}})
+    with pytest.raises(SppError, match=words):
+        Checkpoint.open(folder)
+
+
+def test_a_tensor_that_two_shards_hold_is_an_error(tmp_path):
+    folder = sharded(tmp_path / "model")
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4)}, folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(SppError, match="00002-of-00002.safetensors holds a, which .* does not list there"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["../secret.safetensors", "/etc/secret.safetensors", "sub/x.safetensors", "..\\x.safetensors", "C:x.safetensors"]
+    + ["x\0.safetensors", "model.bin", "..", ""],
+)
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path, shard):
+    """Even where such a file is there, and sound."""
+    folder = sharded(tmp_path / "model")
+    save_file({"b": torch.zeros(4)}, tmp_path / "secret.safetensors")
+    index = {"a": "model-00001-of-00002.safetensors", "b": shard}
+    write_json(folder / "model.safetensors.index.json", {"weight_map": index})
+    with pytest.raises(SppError, match="shards have to be .safetensors files in the folder itself"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("index", [[], {}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 3}}, "a"])
+def test_an_index_of_something_else_is_refused(tmp_path, index):
+    folder = sharded(tmp_path / "model")
     write_json(folder / "model.safetensors.index.json", index)
-    with pytest.raises(SppError, match="lists 1 tensors that no shard holds, e.g. c"):
+    with pytest.raises(SppError, match="no weight_map"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, '"x"', "{", b"\xff"])
+@pytest.mark.parametrize("name", ["config.json", "spp.json"])
+def test_side_files_of_something_else_are_refused(tmp_path, name, text):
+    folder = sharded(tmp_path / "model")
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    checkpoint = Checkpoint.open(folder)
+    with pytest.raises(SppError, match=f"{name}: (not valid JSON|a JSON object is expected)"):
+        _ = checkpoint.config if name == "config.json" else checkpoint.manifest
+
+
+def entry(first: int, last: int, shape: list[int], dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"not json",
+        b"[]",
+        b'{"a": 1}',
+        b"[" * 100_000,
+        json.dumps({"a": entry(0, 2**62, [2**60])}).encode(),
+        json.dumps({"a": entry(-16, 0, [4])}).encode(),
+        json.dumps({"a": entry(8, 24, [4])}).encode(),  # a hole
+        json.dumps({"a": entry(0, 16, [4]), "b": entry(0, 16, [4])}).encode(),  # one over the other
+        json.dumps({"a": entry(0, 16, [5])}).encode(),
+        json.dumps({"a": entry(0, 16, [2**32, 2**32])}).encode(),
+        json.dumps({"a": entry(0, 16, [4], "PICKLE")}).encode(),
+    ],
+    ids=range(12),
+)
+@pytest.mark.parametrize("length", [None, 0, 2**63, 2**64 - 1])
+def test_hostile_headers_are_refused_in_one_sentence(tmp_path, header, length):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    size = len(header) if length is None else length
+    (folder / "model.safetensors").write_bytes(size.to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(SppError, match="not a whole safetensors file"):
         Checkpoint.open(folder)
 
 

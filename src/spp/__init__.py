@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # explicit re-exports
         PruneOptions as PruneOptions,
     )
     from spp.options import (
+        PushOptions as PushOptions,
+    )
+    from spp.options import (
         RunOptions as RunOptions,
     )
     from spp.options import (
@@ -42,6 +45,7 @@ if TYPE_CHECKING:  # explicit re-exports
     from spp.stages.evaluate import evaluate as evaluate
     from spp.stages.merge import merge as merge
     from spp.stages.prune import prune as prune
+    from spp.stages.push import push_to_hub as push_to_hub
     from spp.stages.train import train as train
     from spp.stages.verify import verify as verify
     from spp.tuner import SppConfig as SppConfig
@@ -52,6 +56,7 @@ _HOMES = {
     "MergeOptions": "spp.options",
     "PackedLinear": "spp.packed_linear",
     "PruneOptions": "spp.options",
+    "PushOptions": "spp.options",
     "RunOptions": "spp.options",
     "SppConfig": "spp.tuner",
     "SppError": "spp.errors",
@@ -63,6 +68,7 @@ _HOMES = {
     "merge": "spp.stages.merge",
     "pack_": "spp.packing",
     "prune": "spp.stages.prune",
+    "push_to_hub": "spp.stages.push",
     "run": "spp.pipeline",
     "spp_linear": "spp.ops",
     "train": "spp.stages.train",

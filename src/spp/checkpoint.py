@@ -79,23 +79,17 @@ class Checkpoint:
 
         Raises:
             UsageError: the folder holds no safetensors model.
-            SppError: a shard is missing, truncated, or not what the index says.
+            SppError: a shard is missing, truncated, or not what the index says; or the index names files elsewhere.
         """
         if (folder / INDEX).is_file():
-            index = read_json(folder / INDEX).get("weight_map", {})
-            paths = [folder / name for name in sorted(set(index.values()))]
-        elif (folder / SINGLE).is_file():
-            index, paths = None, [folder / SINGLE]
-        elif paths := archive.archive_files(folder):
+            return cls(folder, _indexed_files(folder))
+        if (folder / SINGLE).is_file():
+            return cls(folder, dict.fromkeys(_header(folder / SINGLE)[0], folder / SINGLE))
+        if paths := archive.archive_files(folder):
             return cls._open_archive(folder, paths)
-        else:
-            pickles = " (there are .bin files: load and save the model with transformers to convert them)"
-            hint = pickles if any(folder.glob("*.bin")) else ""
-            raise UsageError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
-        files = {name: path for path in paths for name in _header(path)[0]}
-        if index is not None and (lacking := sorted(set(index) - set(files))):
-            raise SppError(f"{folder}: {INDEX} lists {len(lacking)} tensors that no shard holds, e.g. {lacking[0]}")
-        return cls(folder, files)
+        pickles = " (there are .bin files: load and save the model with transformers to convert them)"
+        hint = pickles if any(folder.glob("*.bin")) else ""
+        raise UsageError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
 
     @classmethod
     def _open_archive(cls, folder: Path, paths: list[Path]) -> Checkpoint:
@@ -123,14 +117,19 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The model's config.json."""
-        return read_json(self.folder / "config.json")
+        """The model's config.json.
+
+        Raises:
+            UsageError: there is none.
+            SppError: it is something else.
+        """
+        return _read_object(self.folder / "config.json")
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """Our side file, or an empty dict where someone else made the model."""
         path = self.folder / MANIFEST
-        return read_json(path) if path.is_file() else {}
+        return _read_object(path) if path.is_file() else {}
 
     def require_unquantised(self, remedy: str) -> None:
         """Raise for weights that are no floats any more.
@@ -211,6 +210,51 @@ class Checkpoint:
             return file.get_tensor(name)
         entry = self.packed[name]
         return archive.dense(archive.read_weight(file.get_tensor, name, entry), entry)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise SppError(f"{path}: a JSON object is expected, and this is {type(value).__name__}")
+    return value
+
+
+def _indexed_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index; it and the shards have to agree on every name."""
+    index = _index(folder / INDEX)
+    held = {shard: _header(folder / shard)[0] for shard in sorted(set(index.values()))}
+    found = {(name, shard) for shard, names in held.items() for name in names}
+    misplaced = [
+        f"{INDEX} says that {shard} holds {name}, and it does not" for name, shard in sorted(index.items() - found)
+    ]
+    unlisted = [
+        f"{shard} holds {name}, which {INDEX} does not list there" for name, shard in sorted(found - index.items())
+    ]
+    if problems := [*misplaced, *unlisted]:
+        raise SppError(
+            f"{folder}: the shards and the index do not belong together, for {len(problems)} tensors; first of them: "
+            f"{problems[0]}; copy or download the model again"
+        )
+    return {name: folder / shard for shard, names in held.items() for name in names}
+
+
+def _index(path: Path) -> dict[str, str]:
+    """Tensor name -> name of its shard, a file beside the index."""
+    content = read_json(path)
+    index = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(index, dict) or not index or not all(isinstance(shard, str) for shard in index.values()):
+        raise SppError(f"{path}: it has no weight_map of tensor names and file names; copy or download the model again")
+    if outside := sorted(shard for shard in set(index.values()) if not _is_plain_name(shard)):
+        raise SppError(
+            f"{path}: it names {outside[0]!r}, and shards have to be .safetensors files in the folder itself; do not "
+            "trust where this model came from"
+        )
+    return index
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether a name from a file can only be that of a weights file in the same folder, on any system."""
+    return name.endswith(".safetensors") and not any(character in name for character in "/\\:\0")
 
 
 def _header(path: Path) -> tuple[list[str], dict[str, str]]:

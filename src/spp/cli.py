@@ -104,6 +104,12 @@ COMMANDS: dict[str, Command] = {
         stage="spp.stages.inspection:inspect_model",
         example="spp inspect ./llama-2of4",
     ),
+    "push": Command(
+        options=opt.PushOptions,
+        positional=("model", "repo"),
+        stage="spp.stages.push:push_to_hub",
+        example="spp push ./llama-2of4-tuned user/llama-2of4-tuned --private",
+    ),
     "doctor": Command(options=opt.Options, stage="spp.stages.doctor:diagnose", example="spp doctor --json"),
 }
 

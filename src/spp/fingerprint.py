@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from spp.checkpoint import Checkpoint
+from spp.tensor_file import FLOATS
 
-# As safetensors names them.
-_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 _CONFIG = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
 
 
@@ -29,7 +28,7 @@ def base_fingerprint(folder: Path) -> str:
     checkpoint = Checkpoint.open(folder)
     tensors: dict[str, str] = {}
     for name, shape, row in checkpoint.heads():
-        tensors[name] = _sha256([name, list(shape), _DTYPES.get(row.dtype, str(row.dtype))], row)
+        tensors[name] = _sha256([name, list(shape), FLOATS.get(row.dtype, str(row.dtype))], row)
     config = [checkpoint.config.get(name) for name in _CONFIG]
     return _sha256([config, sorted(tensors.items())])
 

@@ -31,7 +31,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except ValueError as error:  # malformed JSON and malformed UTF-8
+    except (ValueError, RecursionError) as error:  # malformed JSON, malformed UTF-8, and brackets without end
         raise SppError(f"{path}: not valid JSON ({error})") from error
 
 

@@ -284,7 +284,7 @@ class WindowSettings(Options):
 class SeedSettings(Options):
     """Randomness."""
 
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of sampling, initialisation and order")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of sampling, initialisation, order and rounding")
 
 
 class ScoringSettings(Options):
@@ -323,12 +323,25 @@ class CacheTeacherOptions(ExampleSettings, WindowSettings, LoadingOptions, Outpu
     temperature: float = Field(1.0, gt=0, description="temperature of the distributions")
 
 
-class MergeOptions(OutputOptions):
+class MergingSettings(Options):
+    """Merging."""
+
+    rounding: Literal["nearest", "stochastic"] = Field(
+        "nearest",
+        description="how merged weights are rounded; stochastic keeps updates that the dtype is too coarse for, in the "
+        "mean, with the bits that --seed gives",
+    )
+
+
+class MergeOptions(MergingSettings, SeedSettings, OutputOptions):
     """`spp merge MODEL ADAPTER OUT`: fold an adapter into its model and prove that the zeros stayed."""
 
     model: str = Field(description="the sparse model that the adapter was trained on: a folder or a hub id")
     adapter: Path = Field(description="folder of the SPP adapter")
     out: Path = Field(description="folder for the merged model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the result; auto leaves every tensor its own"
+    )
 
 
 class VerifyOptions(Options):
@@ -383,8 +396,23 @@ class InspectOptions(Options):
     model: str = Field(description="a folder or a hub id")
 
 
+class PushOptions(Options):
+    """`spp push MODEL REPO`: upload a model to the hub, with a card that says what was proved."""
+
+    model: Path = Field(description="folder of a model that spp wrote: merged, pruned or packed")
+    repo: str = Field(description="where to on the hub: USER/NAME; made if it is not there")
+    private: bool = Field(False, description="make the repository private where it is new")
+
+
 class RunOptions(
-    PruningSettings, TrainingSettings, ScoringSettings, WindowSettings, SeedSettings, LoadingOptions, OutputOptions
+    PruningSettings,
+    TrainingSettings,
+    MergingSettings,
+    ScoringSettings,
+    WindowSettings,
+    SeedSettings,
+    LoadingOptions,
+    OutputOptions,
 ):
     """`spp run`: prune, fine-tune, merge, verify, evaluate, report."""
 

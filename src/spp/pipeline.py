@@ -18,6 +18,7 @@ from spp.checkpoint import MANIFEST, resolve_model
 from spp.errors import UsageError
 from spp.folders import check_output, read_json, write_json
 from spp.memory import peak_rss_bytes
+from spp.model_card import write_model_card
 from spp.options import (
     EvalOptions,
     MergeOptions,
@@ -93,7 +94,11 @@ def run(options: RunOptions) -> RunReport:
         "prune": lambda: prune(of(PruneOptions, model=model, out=pruned, calibration=calibration, **new)),
         "evaluate_pruned": lambda: evaluate(of(EvalOptions, model=str(pruned), text=options.eval)),
         "train": lambda: train(of(TrainOptions, model=str(pruned), out=adapter, data=options.train, **new)),
-        "merge": lambda: merge(of(MergeOptions, model=str(pruned), adapter=adapter, out=merged, **new)),
+        "merge": lambda: merge(
+            of(
+                MergeOptions, model=str(pruned), adapter=adapter, out=merged, dtype="auto", **new
+            )  # a run's dtype computes
+        ),
         "verify": lambda: verify(of(VerifyOptions, base=str(pruned), other=str(merged))),
         "evaluate_spp": lambda: evaluate(of(EvalOptions, model=str(merged), text=options.eval)),
     }
@@ -102,6 +107,8 @@ def run(options: RunOptions) -> RunReport:
 
     results = _results(options, model, records, read_json(pruned / MANIFEST))
     write_json(out / RESULTS, results)
+    figures = {"perplexity": results["perplexity"], "evaluation": results["protocol"]["evaluation"]}
+    write_model_card(merged, figures)
     write_report(results, out / REPORT)
     return RunReport(out, results)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
     from spp.stages.prediction import MemoryPrediction, TrainingPrediction
     from spp.stages.prune import PruneReport
     from spp.stages.pruning_prediction import PruningPrediction
+    from spp.stages.push import PushReport
     from spp.stages.teacher_cache import CacheTeacherReport
     from spp.stages.train import TrainReport
     from spp.stages.verify import VerifyReport
@@ -101,7 +102,9 @@ def _train_dry_run(report: TrainingPrediction) -> Iterable[RenderableType]:
 
 
 def _merge(report: MergeReport) -> Iterable[RenderableType]:
-    yield f"proved: all {report.zeros:,} zeros of {len(report.tensors)} merged matrices are +0.0"
+    yield f"proved: all {report.zeros:,} zeros of the base are +0.0; {len(report.tensors)} matrices were merged"
+    if report.converted:
+        yield f"{len(report.converted)} other tensors were converted, the rest copied byte for byte"
     yield f"{report.underflowed:,} survivors underflowed; rounding left {report.unchanged_share:.1%} of them unchanged"
     yield f"written to {report.out}"
 
@@ -152,6 +155,10 @@ def _generate(report: GenerateReport) -> Iterable[RenderableType]:
     )
 
 
+def _push(report: PushReport) -> Iterable[RenderableType]:
+    yield f"{report.repo} is on the hub{', with its card' if report.card else ''}: {report.url}"
+
+
 def _inspect(report: InspectReport) -> Iterable[RenderableType]:
     from spp.stages.inspection import inspection_table
 
@@ -177,6 +184,7 @@ _DESCRIPTIONS: dict[str, Callable[[Any], Iterable[RenderableType]]] = {
     "pack": _pack,
     "unpack": _unpack,
     "generate": _generate,
+    "push": _push,
     "inspect": _inspect,
     "doctor": _doctor,
 }

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from spp.archive import dense_name
 from spp.checkpoint import INDEX, MANIFEST, SINGLE, VERIFICATION, Checkpoint
 from spp.errors import SppError
 from spp.folders import sync, write_json
-from spp.tensor_file import TensorFile
+from spp.tensor_file import TensorFile, in_dtype
 from spp.values import canonical_zeros
 
 # What a model folder holds besides its weights and belongs to every model made from it.
@@ -38,25 +40,31 @@ class Rewriting:
     Args:
         checkpoint: the model to write again.
         folder: where; files that an earlier run laid out there are gone on with.
+        dtype: of all floats in the new model; None leaves each tensor's own.
+
+    Attributes:
+        layouts: tensor name -> layout in the new model.
 
     Raises:
         SppError: the disk has no room for them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
-        self._checkpoint, self._folder = checkpoint, folder
-        layouts = checkpoint.layouts
-        self._size = sum(layout.nbytes for layout in layouts.values())
+    def __init__(self, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None = None) -> None:
+        self._checkpoint, self._folder, self._dtype = checkpoint, folder, dtype
+        self.layouts = {
+            name: in_dtype(layout, dtype) if dtype else layout for name, layout in checkpoint.layouts.items()
+        }
+        self._size = sum(layout.nbytes for layout in self.layouts.values())
         self._files: dict[str, TensorFile] = {}
         try:
             for path, names in checkpoint.shards.items():
-                file = TensorFile(folder / dense_name(path.name), {name: layouts[name] for name in names})
+                file = TensorFile(folder / dense_name(path.name), {name: self.layouts[name] for name in names})
                 self._files |= dict.fromkeys(names, file)
         except OSError as error:
             raise SppError(f"{folder.parent}: no room for {self._size / 1e9:.3g} GB of weights ({error})") from error
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor of the shape and dtype that it had, with every zero as +0.0."""
+        """Write a tensor of the shape and dtype that `layouts` says, with every zero as +0.0."""
         self._files[name].write(name, canonical_zeros(tensor))
 
     def copy(self, name: str) -> None:
@@ -74,19 +82,30 @@ class Rewriting:
 
     def finish(self) -> None:
         """Add the index and what else belongs to the model (config, tokenizer)."""
-        write_companions(self._checkpoint, self._folder)
+        write_companions(self._checkpoint, self._folder, self._dtype)
         files = {name: file.path.name for name, file in self._files.items()}
         if set(files.values()) != {SINGLE}:
             write_json(self._folder / INDEX, {"metadata": {"total_size": self._size}, "weight_map": files})
 
 
-def write_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy what belongs to a model besides its weights; an announcement of a sparse format is left out."""
+def write_companions(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy what belongs to a model besides its weights.
+
+    Of its configuration, an announcement of a sparse format is left out, and another dtype is put in if there is one.
+    """
     for path in sorted(checkpoint.folder.iterdir()):
         kept = path.suffix in _COMPANIONS or path.name.upper().startswith(_LEGAL)
         weights_of_others = path.name.endswith(".bin.index.json")
         if path.is_file() and kept and path.name not in (MANIFEST, VERIFICATION, INDEX) and not weights_of_others:
             shutil.copyfile(path, folder / path.name)
-    if _ANNOUNCEMENTS & checkpoint.config.keys():
-        plain = {name: value for name, value in checkpoint.config.items() if name not in _ANNOUNCEMENTS}
-        write_json(folder / "config.json", plain)
+    config = {name: value for name, value in checkpoint.config.items() if name not in _ANNOUNCEMENTS}
+    if dtype is not None:
+        config = _with_dtype(config, str(dtype).removeprefix("torch."))
+    if config != checkpoint.config:
+        write_json(folder / "config.json", config)
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The configuration with another dtype, also where it is said of a part of the model, or in the old word."""
+    changed = {name: _with_dtype(value, dtype) if isinstance(value, dict) else value for name, value in config.items()}
+    return changed | {name: dtype for name in ("dtype", "torch_dtype") if isinstance(config.get(name), str)}

@@ -32,6 +32,17 @@ class Layout:
     nbytes: int
 
 
+FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+"""What safetensors calls the dtypes that weights are computed with."""
+
+
+def in_dtype(layout: Layout, dtype: torch.dtype) -> Layout:
+    """The layout of the same tensor in another float dtype; itself, where it holds no floats of 16 bits or more."""
+    if layout.dtype not in FLOATS.values():
+        return layout
+    return Layout(FLOATS[dtype], layout.shape, torch.Size(layout.shape).numel() * dtype.itemsize)
+
+
 def read_layouts(path: Path) -> dict[str, Layout]:
     """The layouts of all tensors in a sound file, from its header."""
     return {

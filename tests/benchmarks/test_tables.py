@@ -122,6 +122,19 @@ def test_streaming_table_has_the_last_run_of_a_case(data):
     ]
 
 
+def test_merging_table_has_the_last_run_of_a_case(data):
+    case = {**MACHINE, "rounding": "nearest", "dtype": "auto", "files": 20, "disk_bytes": 19_950_000_000, "merged": 336}
+    figures = {"copy_seconds": 60.0, "of_copy_speed": 0.75, "peak_bytes": 2**30, "resumed_peak_bytes": 2**29}
+    figures |= {"resumed_seconds": 44.0, "verify_seconds": 90.0}
+    for date, seconds in (("1", 999.0), ("2", 80.0)):
+        common.append_rows(data / "merging.csv", [{"date": date, **case, **figures, "merge_seconds": seconds}])
+    _, _, line = cells(tables.tables(data)["merging"])
+    assert line == [
+        *("A CPU (AVX2), 2 threads", "19.9", "20", "336", "nearest", "auto"),
+        *("60.0", "80.0", "75%", "1024", "44.0", "512", "90.0"),
+    ]
+
+
 def test_tables_of_pruned_models(data):
     case = {"date": "1", **MACHINE, "model": "small", "protocol": "a text", "dense": 10.0}
     for method, pattern, before, steps, after in (

@@ -261,6 +261,17 @@ def test_merging_nasty_numbers_has_the_bits_of_the_reference(dtype, held):
     assert not bits(merged)[weight == 0].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_merging_into_another_dtype_has_the_bits_of_the_reference(weight_dtype, dtype, held):
+    _, weight, A, B, _ = example(13, 33, 4, 2, dtype=weight_dtype)
+    merged = merged_weight(held(weight), A, B, 1.5, dtype)
+    assert merged.dtype == dtype
+    assert bits(merged).equal(bits(reference.merged_weight(weight, A, B, 1.5, dtype)))
+    wide = torch.promote_types(weight_dtype, torch.float32)
+    assert bits(merged).equal(bits(reference.merged_weight(weight, A, B, 1.5, wide).to(dtype)))
+
+
 def test_merging_a_transposed_weight(held):
     _, weight, A, B, _ = example(12, 8, 2, 2)
     assert bits(merged_weight(held(weight.T.contiguous().T), A, B, 2.0)).equal(

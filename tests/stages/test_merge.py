@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from spp.checkpoint import MANIFEST, VERIFICATION, Checkpoint
 from spp.errors import SppError, UsageError
 from spp.folders import read_json, write_json
+from spp.model_card import CARD
 from spp.options import MergeOptions, VerifyOptions
 from spp.patterns import NM
 from spp.rewriting import Rewriting
@@ -93,7 +94,8 @@ def test_numbers_are_the_formula_rounded_once(tmp_path, base, adapter):
 def test_the_result_is_a_plain_complete_model(tmp_path, base, adapter):
     out = tmp_path / "merged"
     report = merge(MergeOptions(model=str(base), adapter=adapter, out=out))
-    assert {path.name for path in out.iterdir()} == {path.name for path in base.iterdir()} | {MANIFEST, VERIFICATION}
+    ours = {MANIFEST, VERIFICATION, CARD}
+    assert {path.name for path in out.iterdir()} == {path.name for path in base.iterdir()} | ours
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
     manifest = read_json(out / MANIFEST)
     assert manifest["kind"] == "merged"
@@ -145,7 +147,107 @@ def test_negative_zeros_become_positive_where_something_is_merged(tmp_path, base
     assert verify(VerifyOptions(base=str(base), other=str(out))).verified
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float32])
+def test_the_result_may_have_another_dtype(tmp_path, tiny_model, base_dtype, dtype):
+    base = sparse_model(tmp_path / "base", tiny_model, dtype=base_dtype, max_shard_size="40KB")
+    adapter = adapter_for(tmp_path / "adapter", base, [f"model.layers.0.{name}" for name in MODULES])
+    out, wanted = tmp_path / "merged", getattr(torch, dtype)
+    report = merge(MergeOptions(model=str(base), adapter=adapter, out=out, dtype=dtype))
+    before, after = Checkpoint.open(base), Checkpoint.open(out)
+    assert {tensor.dtype for _, tensor in after.items()} == {wanted}
+    assert after.config == before.config | {"dtype": dtype}
+    for module, factor in read_adapter(adapter).items():
+        expected = naive_merge(before.tensor(f"{module}.weight"), factor.A, factor.B, factor.scale)
+        unit = torch.finfo(wanted).eps + torch.finfo(torch.float32).eps
+        torch.testing.assert_close(after.tensor(f"{module}.weight").double(), expected, rtol=unit, atol=1e-7)
+    same = base_dtype == wanted
+    assert set(report.tensors) | set(report.converted) == (set(report.tensors) if same else set(before.names))
+    assert all(
+        after.tensor(name).equal(before.tensor(name).to(wanted)) for name in set(before.names) - set(report.tensors)
+    )
+    assert read_json(out / VERIFICATION)["copied"] == len(before.names) - len(report.tensors) - len(report.converted)
+    assert verify(VerifyOptions(base=str(base), other=str(out))).verified
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == wanted
+
+
+def test_the_dtype_is_said_wherever_the_configuration_says_it(tmp_path, base, adapter):
+    config = read_json(base / "config.json")
+    config.pop("dtype")
+    write_json(base / "config.json", config | {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "n": 1}})
+    merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged", dtype="float32"))
+    expected = config | {"torch_dtype": "float32", "text_config": {"dtype": "float32", "n": 1}}
+    assert read_json(tmp_path / "merged" / "config.json") == expected
+
+
+def test_a_dtype_too_narrow_for_a_tensor_fails_and_leaves_nothing(tmp_path, tiny_model):
+    base = sparse_model(tmp_path / "base", tiny_model)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e30
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = adapter_for(tmp_path / "adapter", base, ["model.layers.0.mlp.up_proj"])
+    with pytest.raises(SppError, match=r"model\.norm\.weight: 1 entries turned NaN or infinite; nothing was written"):
+        merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged", dtype="float16"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_stochastic_rounding_keeps_small_updates_in_the_mean(tmp_path, tiny_model):
+    base = sparse_model(tmp_path / "base", tiny_model)
+    module = "model.layers.0.mlp.up_proj"
+    adapter = adapter_for(tmp_path / "adapter", base, [module], rank=1)
+    # The same small relative change in every weight, 2^-11, which bf16 cannot tell.
+    key = f"base_model.model.{module}"
+    factors = load_file(adapter / "adapter_model.safetensors")
+    factors[f"{key}.spp_A.weight"].fill_(2**-12)
+    factors[f"{key}.spp_B.weight"].fill_(1.0)
+    save_file(factors, adapter / "adapter_model.safetensors")
+    before = Checkpoint.open(base).tensor(f"{module}.weight").double()
+    gains = {}
+    for rounding, seed in (("nearest", 0), ("stochastic", 0), ("stochastic", 1)):
+        out = tmp_path / f"{rounding}-{seed}"
+        report = merge(MergeOptions(model=str(base), adapter=adapter, out=out, rounding=rounding, seed=seed))
+        after = Checkpoint.open(out).tensor(f"{module}.weight")
+        assert not after.view(torch.int16)[before == 0].any()
+        assert (report.unchanged_share == 1) == (rounding == "nearest")
+        gains[rounding, seed] = after.double() / before
+    found = [float(gains["stochastic", seed].nanmean() - 1) for seed in (0, 1)]
+    assert float(gains["nearest", 0].nanmean()) == 1
+    # About one of 12 weights jumps, of 768 that are not zero: 0.6 is five standard deviations of that share.
+    assert found == pytest.approx([2**-11] * 2, rel=0.6)
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "float16"])
+def test_stochastic_rounding_goes_on_to_the_same_bytes(tmp_path, tiny_model, wanted, monkeypatch):
+    base = sparse_model(tmp_path / "base", tiny_model, dtype=torch.float32 if wanted == "float16" else torch.bfloat16)
+    adapter = adapter_for(tmp_path / "adapter", base, [f"model.layers.{i}.{name}" for i in (0, 1) for name in MODULES])
+
+    def options(out: str, **more) -> MergeOptions:
+        values = {"model": str(base), "adapter": adapter, "dtype": wanted, "rounding": "stochastic", "seed": 3}
+        return MergeOptions(out=tmp_path / out, **{**values, **more})
+
+    merge(options("whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_stage, "_AT_ONCE", 1)
+        patch.setattr(Rewriting, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            merge(options("resumed"))
+        with pytest.raises(KeyboardInterrupt):
+            merge(options("other"))
+    merge(options("resumed"))
+    merge(options("other", seed=4))  # starts over
+    merge(options("fresh", seed=4))
+    whole, resumed, other, fresh = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed", "other", "fresh")
+    )
+    assert whole == resumed
+    assert other == fresh != whole
+
+
 MERGE = """
+from spp.model_card import CARD
 from spp.options import MergeOptions
 from spp.stages import merge
 

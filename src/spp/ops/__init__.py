@@ -92,8 +92,8 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, b
 
 
 @torch.no_grad()
-def merged_weight(weight: Weight, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W' = W + s * W * (A[g] B), the paper's eq. 5 where K = 1: rounded once to W's dtype; +0.0 where W is zero.
+def merged_weight(weight: Weight, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
+    """W' = W + s * W * (A[g] B), the paper's eq. 5 where K = 1: rounded once; +0.0 where W is zero.
 
     The bits are those of `reference.merged_weight`, but for which NaN it is; it needs no more memory than the result.
 
@@ -102,12 +102,13 @@ def merged_weight(weight: Weight, A: Tensor, B: Tensor, scale: float) -> Tensor:
         A: (R K, I).
         B: (O, K).
         scale: s.
+        dtype: of the result; W's by default.
 
     Returns:
-        (O, I) in W's dtype.
+        (O, I).
     """
     wide = reference.wide_dtype(weight, A, B)
-    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
     kernels = linear.kernels_of((_accelerated(weight, out) if wide == torch.float32 else None) or "torch")
     kernels.effective_weight(weight, A.to(wide).contiguous(), scale * B.to(wide), out, with_base=True)
     return out

@@ -72,14 +72,14 @@ def mixture(directions: Sequence[Tensor], B: Tensor) -> Tensor:
     return total
 
 
-def add_delta(weight: Tensor, delta: Tensor) -> Tensor:
-    """W + Delta, (O, I), rounded once to W's dtype; +0.0 where W is zero."""
-    return torch.where(weight == 0, 0.0, weight.to(delta.dtype) + delta).to(weight.dtype)
+def add_delta(weight: Tensor, delta: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """W + Delta, (O, I), rounded once to W's dtype, or to another; +0.0 where W is zero."""
+    return torch.where(weight == 0, 0.0, weight.to(delta.dtype) + delta).to(dtype or weight.dtype)
 
 
-def merged_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W' = W + s * W * (A[g] B), (O, I) in W's dtype. Arguments as for `delta_weight`."""
-    return add_delta(weight, delta_weight(weight, A, B, scale))
+def merged_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
+    """W' = W + s * W * (A[g] B), (O, I) in W's dtype, or in another. Arguments as for `delta_weight`."""
+    return add_delta(weight, delta_weight(weight, A, B, scale), dtype)
 
 
 def spp_linear(
@@ -104,9 +104,7 @@ def spp_linear(
     bias = None if bias is None else bias.to(x.dtype)
     if mode == "split":
         return F.linear(x, weight.to(x.dtype), bias) + adapter_linear(x, weight, A, B, scale)
-    delta = delta_weight(weight, A, B, scale)
-    merged = torch.where(weight == 0, 0.0, weight.to(delta.dtype) + delta)
-    return F.linear(x, merged.to(x.dtype), bias)
+    return F.linear(x, merged_weight(weight, A, B, scale, x.dtype), bias)
 
 
 def adapter_linear(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from spp.ahead import read_ahead
 from spp.checkpoint import Checkpoint, resolve_model
 from spp.errors import UsageError
 from spp.options import VerifyOptions
 from spp.patterns import Pattern, parse_pattern
-from spp.progress import track
+from spp.progress import track_bytes
 from spp.proof import TensorProof, compare
 from spp.values import is_float
 
@@ -41,7 +43,7 @@ class VerifyReport:
 
 
 def verify(options: VerifyOptions) -> VerifyReport:
-    """Compare two checkpoints, one tensor of each in memory at a time.
+    """Compare two checkpoints tensor by tensor, however large they are.
 
     Raises:
         UsageError: a model is missing, or the two have no tensor in common.
@@ -55,14 +57,13 @@ def verify(options: VerifyOptions) -> VerifyReport:
     tensors: dict[str, TensorProof] = {}
     problems: list[str] = []
     pruned = 0
-    for name, before in track(base.items(), "verifying", total=len(base.files)):
+    for name, (before, after) in _pairs(base, other):
         if not is_float(before):
             continue
-        if name not in other.files:
+        if after is None:
             if zeros := int((before == 0).count_nonzero()):
                 problems.append(f"{name}: missing, and BASE has {zeros} zeros in it")
             continue
-        after = other.tensor(name)
         if after.shape != before.shape or not is_float(after):
             problems.append(f"{name}: BASE has {_kind(before)}, OTHER has {_kind(after)}")
             continue
@@ -87,6 +88,19 @@ def verify(options: VerifyOptions) -> VerifyReport:
         tensors=tensors,
         problems=problems,
     )
+
+
+def _pairs(base: Checkpoint, other: Checkpoint) -> Iterator[tuple[str, tuple[Tensor, Tensor | None]]]:
+    """Every tensor of BASE with OTHER's, in the order of BASE's files; two pairs are in memory at once."""
+
+    def read(name: str) -> tuple[Tensor, Tensor | None]:
+        return base.tensor(name), other.tensor(name) if name in other.files else None
+
+    sizes = {name: layout.nbytes for name, layout in base.layouts.items()}
+    with track_bytes("verifying", sum(sizes.values())) as advance:
+        for name, pair in read_ahead(read, base.names):
+            yield name, pair
+            advance(sizes[name])
 
 
 def failures(name: str, proof: TensorProof) -> list[str]:
