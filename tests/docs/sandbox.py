@@ -50,7 +50,10 @@ LEFT_OUT = {"--sharding": "has no meaning for one process; tests/stages/test_dis
 # Parts of a command with which it only has to parse where a package is not installed ...
 NEEDS = {"--quantize": "bitsandbytes", "--sharding zero3": "deepspeed"}
 # ... or anywhere, and why.
-PARSED = {"--tasks": "lm-eval downloads the tasks' data; the tests of the stage have local ones"}
+PARSED = {
+    "spp push": "uploads; tests/stages/test_push.py has a hub of its own",
+    "--tasks": "lm-eval downloads the tasks' data; the tests of the stage have local ones",
+}
 # Commands that only have to be sound: a target, a script with such options, an extra that exist.
 NOT_RUN = {
     "make": "each target makes an environment, or takes minutes",
