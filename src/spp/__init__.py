@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # explicit re-exports
     from spp.errors import UsageError as UsageError
     from spp.ops import spp_linear as spp_linear
     from spp.options import (
+        ConvertOptions as ConvertOptions,
+    )
+    from spp.options import (
         EvalOptions as EvalOptions,
     )
     from spp.options import (
@@ -42,6 +45,8 @@ if TYPE_CHECKING:  # explicit re-exports
     from spp.packing import pack_ as pack_
     from spp.packing import unpack_ as unpack_
     from spp.pipeline import run as run
+    from spp.semi_structured import to_semi_structured as to_semi_structured
+    from spp.stages.convert import convert as convert
     from spp.stages.evaluate import evaluate as evaluate
     from spp.stages.merge import merge as merge
     from spp.stages.prune import prune as prune
@@ -52,6 +57,7 @@ if TYPE_CHECKING:  # explicit re-exports
     from spp.tuner import SppModel as SppModel
 
 _HOMES = {
+    "ConvertOptions": "spp.options",
     "EvalOptions": "spp.options",
     "MergeOptions": "spp.options",
     "PackedLinear": "spp.packed_linear",
@@ -64,6 +70,7 @@ _HOMES = {
     "TrainOptions": "spp.options",
     "UsageError": "spp.errors",
     "VerifyOptions": "spp.options",
+    "convert": "spp.stages.convert",
     "evaluate": "spp.stages.evaluate",
     "merge": "spp.stages.merge",
     "pack_": "spp.packing",
@@ -71,6 +78,7 @@ _HOMES = {
     "push_to_hub": "spp.stages.push",
     "run": "spp.pipeline",
     "spp_linear": "spp.ops",
+    "to_semi_structured": "spp.semi_structured",
     "train": "spp.stages.train",
     "unpack_": "spp.packing",
     "verify": "spp.stages.verify",

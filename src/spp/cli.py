@@ -68,6 +68,12 @@ COMMANDS: dict[str, Command] = {
         stage="spp.stages.merge:merge",
         example="spp merge ./llama-2of4 ./adapter ./llama-2of4-tuned",
     ),
+    "convert": Command(
+        options=opt.ConvertOptions,
+        positional=("adapter", "out"),
+        stage="spp.stages.convert:convert",
+        example="spp convert ./adapter ./adapter-hira --to hira",
+    ),
     "verify": Command(
         options=opt.VerifyOptions,
         positional=("base", "other"),
@@ -109,6 +115,12 @@ COMMANDS: dict[str, Command] = {
         positional=("model", "repo"),
         stage="spp.stages.push:push_to_hub",
         example="spp push ./llama-2of4-tuned user/llama-2of4-tuned --private",
+    ),
+    "report": Command(
+        options=opt.ReportOptions,
+        positional=("runs",),
+        stage="spp.stages.report:report",
+        example="spp report runs/wanda runs/sparsegpt --out comparison.html",
     ),
     "doctor": Command(options=opt.Options, stage="spp.stages.doctor:diagnose", example="spp doctor --json"),
 }
@@ -198,19 +210,21 @@ def _summary(options: type[opt.Options]) -> str:
 
 def _add_option(group: Any, name: str, field: Any, *, positional: bool) -> None:
     help_text = field.description.replace("%", "%%")
-    if not (field.is_required() or field.default is None or field.default is False):
+    if not (field.is_required() or field.default in (None, False, ())):
         help_text += f" (default: {field.default})".replace("%", "%%")
+    kinds = _kinds(field.annotation)
+    several: dict[str, Any] = {"nargs": "+"} if typing.get_origin(kinds[0]) is tuple else {}
     if positional:
-        group.add_argument(name, metavar=name.upper(), help=help_text)
+        metavar = name.upper().removesuffix("S") if several else name.upper()
+        group.add_argument(name, metavar=metavar, help=help_text, **several)
         return
     flag = "--" + name.replace("_", "-")
-    kinds = _kinds(field.annotation)
     if kinds == (bool,):
         # One that depends on the data unless it is given can be turned off as well as on.
         action = argparse.BooleanOptionalAction if field.default is None else "store_true"
         group.add_argument(flag, action=action, help=help_text)
     else:
-        group.add_argument(flag, metavar=_metavar(name, kinds), help=help_text, required=field.is_required())
+        group.add_argument(flag, metavar=_metavar(name, kinds), help=help_text, required=field.is_required(), **several)
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
@@ -226,11 +240,12 @@ def _metavar(name: str, kinds: tuple[Any, ...]) -> str:
     if kinds[0] in (int, float):
         return "N" if kinds[0] is int else "X"
     return {
-        "out": "DIR",
+        "out": "PATH",
         "adapter": "DIR",
         "pattern": "P",
         "device": "DEVICE",
         "model": "MODEL",
+        "base": "MODEL",
         "teacher": "MODEL",
         "prompt": "TEXT",
         "target_modules": "NAMES",

@@ -64,6 +64,20 @@ def check_output(out: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> Non
         raise UsageError(f"output folder {out} is not empty; name another one, or pass --overwrite to replace it")
 
 
+def check_output_file(out: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse, before any work, an output file that would cost the user something.
+
+    Raises:
+        UsageError: `out` is a folder, exists and `overwrite` is off, or is one of `inputs`.
+    """
+    if out.is_dir():
+        raise UsageError(f"output {out} is a folder; name a file")
+    if any(out.resolve() == source.resolve() for source in inputs):
+        raise UsageError(f"output {out} is an input; name another file")
+    if out.exists() and not overwrite:
+        raise UsageError(f"output {out} exists; name another file, or pass --overwrite to replace it")
+
+
 @contextmanager
 def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Make `out` whole or not at all: yields a hidden sibling that is synced and renamed when the block succeeds.

@@ -344,6 +344,19 @@ class MergeOptions(MergingSettings, SeedSettings, OutputOptions):
     )
 
 
+class ConvertOptions(OutputOptions):
+    """`spp convert ADAPTER OUT`: make an SPP adapter a HiRA adapter, which stock PEFT loads, or the other way round."""
+
+    adapter: Path = Field(description="folder of an SPP adapter, a HiRA adapter, or one of the published SPP code")
+    out: Path = Field(description="folder for the converted adapter")
+    to: Literal["spp", "hira"] | None = Field(
+        None, description="what to write (default: hira from an SPP adapter, spp from any other)"
+    )
+    base: str | None = Field(
+        None, description="the sparse model it belongs to, a folder or a hub id: shapes are checked, and the name noted"
+    )
+
+
 class VerifyOptions(Options):
     """`spp verify BASE OTHER`: prove that every zero of BASE is an exact +0.0 in OTHER."""
 
@@ -402,6 +415,17 @@ class PushOptions(Options):
     model: Path = Field(description="folder of a model that spp wrote: merged, pruned or packed")
     repo: str = Field(description="where to on the hub: USER/NAME; made if it is not there")
     private: bool = Field(False, description="make the repository private where it is new")
+
+
+class ReportOptions(Options):
+    """`spp report RUN [RUN ...]`: one page about the results of one run or of several."""
+
+    runs: tuple[Path, ...] = Field(min_length=1, description="folders that spp run wrote, or their results.json")
+    out: Path = Field(Path("report.html"), description="HTML file for the page")
+    benchmarks: tuple[Path, ...] = Field(
+        (), description="CSV files of benchmark rows, as the scripts in benchmarks/ write them, to show as well"
+    )
+    overwrite: bool = Field(False, description="replace the output file if it exists")
 
 
 class RunOptions(

@@ -33,14 +33,14 @@ from spp.stages.evaluate import evaluate
 from spp.stages.merge import merge
 from spp.stages.prune import prune
 from spp.stages.report import write_report
+from spp.stages.report_files import RECORDS, RESULTS, Run
 from spp.stages.train import train
 from spp.stages.verify import verify
 
 logger = logging.getLogger("spp")
 
-RESULTS, REPORT = "results.json", "report.html"
-_RUN, _RECORDS = "run.json", "stages"
-_WRITTEN = ("pruned", "adapter", "adapter.checkpoints", "merged", _RECORDS, _RUN, RESULTS, REPORT)
+_RUN, _REPORT = "run.json", "report.html"
+_WRITTEN = ("pruned", "adapter", "adapter.checkpoints", "merged", RECORDS, _RUN, RESULTS, _REPORT)
 # Options that may differ when a run is resumed: they say where and how, not what.
 _FREE_ON_RESUME = {"overwrite", "out", "device"}
 
@@ -79,7 +79,7 @@ def run(options: RunOptions) -> RunReport:
     out = options.out or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
     _open_run(out, options)
     logger.info("results go to %s", out)
-    records = _Records(out / _RECORDS)
+    records = _Records(out / RECORDS)
 
     def of(kind: type[StageOptions], **values: Any) -> StageOptions:
         shared = {name: value for name, value in options if name in kind.model_fields}
@@ -109,7 +109,7 @@ def run(options: RunOptions) -> RunReport:
     write_json(out / RESULTS, results)
     figures = {"perplexity": results["perplexity"], "evaluation": results["protocol"]["evaluation"]}
     write_model_card(merged, figures)
-    write_report(results, out / REPORT)
+    write_report([Run(out.name, results)], out / _REPORT)
     return RunReport(out, results)
 
 

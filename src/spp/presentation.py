@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
     from rich.console import RenderableType
 
     from spp.pipeline import RunReport
+    from spp.stages.convert import ConvertReport
     from spp.stages.doctor import DoctorReport
     from spp.stages.evaluate import EvalReport
     from spp.stages.generate import GenerateReport
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
     from spp.stages.prune import PruneReport
     from spp.stages.pruning_prediction import PruningPrediction
     from spp.stages.push import PushReport
+    from spp.stages.report import ReportReport
     from spp.stages.teacher_cache import CacheTeacherReport
     from spp.stages.train import TrainReport
     from spp.stages.verify import VerifyReport
@@ -35,7 +37,7 @@ def describe(command: str, report: Any) -> Iterable[RenderableType]:
 
 
 def _run(report: RunReport) -> Iterable[RenderableType]:
-    from spp.stages.report import summary_table
+    from spp.stages.run_summary import summary_table
 
     yield summary_table(report.results)
     yield f"everything is in {report.out}: open report.html, load merged/ with any engine"
@@ -109,6 +111,12 @@ def _merge(report: MergeReport) -> Iterable[RenderableType]:
     yield f"written to {report.out}"
 
 
+def _convert(report: ConvertReport) -> Iterable[RenderableType]:
+    yield f"{report.source} -> {report.target}: {report.modules} modules, rank {report.rank}"
+    loads = "without spp" if report.target == "HiRA" else "after import spp"
+    yield f"written to {report.out}; PeftModel.from_pretrained loads it {loads}"
+
+
 def _verify(report: VerifyReport) -> Iterable[RenderableType]:
     if report.verified:
         pattern = f", and the pattern {report.pattern} holds" if report.pattern else ""
@@ -165,6 +173,12 @@ def _inspect(report: InspectReport) -> Iterable[RenderableType]:
     yield inspection_table(report)
 
 
+def _report(report: ReportReport) -> Iterable[RenderableType]:
+    if report.differences:
+        yield f"perplexities do not compare: the runs differ in {', '.join(report.differences)}"
+    yield f"{', '.join(report.runs)}: written to {report.out}"
+
+
 def _doctor(report: DoctorReport) -> Iterable[RenderableType]:
     from spp.stages.doctor import doctor_table
 
@@ -179,6 +193,7 @@ _DESCRIPTIONS: dict[str, Callable[[Any], Iterable[RenderableType]]] = {
     "cache-teacher": _cache_teacher,
     "train --dry-run": _train_dry_run,
     "merge": _merge,
+    "convert": _convert,
     "verify": _verify,
     "eval": _eval,
     "pack": _pack,
@@ -186,5 +201,6 @@ _DESCRIPTIONS: dict[str, Callable[[Any], Iterable[RenderableType]]] = {
     "generate": _generate,
     "push": _push,
     "inspect": _inspect,
+    "report": _report,
     "doctor": _doctor,
 }

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import torch
 from pages import ROOT
 from torch.distributed.run import get_args_parser
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ MODELS = {
     "packed": ["llama-2of4-packed"],
     "adapter": ["adapter"],
     "answers": ["answers"],
+    "run": ["runs/wanda", "runs/sparsegpt", "runs/magnitude"],
 }
 TEXTS = ["wiki.txt", "wikitext2_test.txt"]
 RECORDS = ["c4.jsonl"]
@@ -83,13 +85,29 @@ def fill(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         "merge pruned adapter merged",
         "pack merged llama-2of4-packed",
         "cache-teacher llama answers --data alpaca.json",
+        "run --model llama --train alpaca.json --eval wiki.txt --out runs/wanda",
     ):
         assert main(_small(shlex.split(command))) == 0
     for first, *others in MODELS.values():
         for name in others:
             shutil.copytree(folder / first, folder / name)
+    _save_published(folder / "published-adapter", model)
+    shutil.copytree(ROOT / "benchmarks" / "data", folder / "benchmarks" / "data")
     recipe = "model: ./llama\npattern: 50%\ntrain: alpaca.json\neval: wiki.txt\n"
     (folder / "recipe.yaml").write_text(recipe)
+
+
+def _save_published(folder: Path, model: PreTrainedModel) -> None:
+    """An adapter as the published code saves it, before its first step."""
+    folder.mkdir()
+    layers = {name: layer for name, layer in model.named_modules() if name.endswith("_proj")}
+    tensors = {}
+    for name, layer in layers.items():
+        out_features, in_features = layer.get_parameter("weight").shape
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.zeros(16, in_features)
+        tensors[f"base_model.model.{name}.lora_A.weight_col"] = torch.zeros(out_features, 1)
+    torch.save(tensors, folder / "adapter_model.bin")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
 
 
 def run(command: str) -> int | str:

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from spp.stages.charts import Axis, Bar, Cell, bar_chart, heat_map, line_chart, running_mean, shade, ticks
+from spp.stages.charts import Axis, Bar, Cell, bar_chart, heat_map, shade, ticks
 
 
 def elements(svg: str, kind: str) -> list[dict[str, str]]:
@@ -35,11 +35,6 @@ def test_ticks_are_round_numbers_inside_the_range(low, high, count, expected):
     assert ticks(low, high, count) == pytest.approx(expected)
 
 
-def test_running_mean_by_hand():
-    assert running_mean([1, 2, 6, 4], 3) == pytest.approx([1.5, 3, 4, 5])
-    assert running_mean([1, 2, 6, 4], 1) == [1, 2, 6, 4]
-
-
 def test_bars_start_at_zero_and_keep_their_ratio():
     bars = [Bar("dense", 10, "10.0", "dense"), Bar("pruned", 40, "40.0", "pruned"), Bar("none", 0, "0")]
     svg = bar_chart("b", "Bars", bars)
@@ -56,20 +51,6 @@ def test_a_bar_of_infinity_is_full_and_one_of_nan_is_empty():
     svg = bar_chart("b", "Bars", [Bar("a", math.inf, "infinite"), Bar("b", math.nan, "?"), Bar("c", 5, "5")])
     widths = [bar["width"] for bar in elements(svg, "rect") if bar["class"] != "track"]
     assert widths == ["520.0", "0.0", "520.0"]
-
-
-def test_a_line_runs_from_corner_to_corner():
-    # x: 64 to 500; y: 16 at 4.2 to 228 at 1.8, five per cent of 2 beyond the values 2 and 4.
-    svg = line_chart("l", "Line", [(0, 4), (50, 2), (100, 3)], "step", "loss")
-    [line] = elements(svg, "polyline")
-    middle = 16 + (4.1 - 3) / 2.2 * 212
-    assert line["points"] == f"64.0,{16 + 0.1 / 2.2 * 212:.1f} 282.0,{228 - 0.1 / 2.2 * 212:.1f} 500.0,{middle:.1f}"
-
-
-def test_many_points_get_a_running_mean_and_one_point_a_dot():
-    noisy = line_chart("l", "Line", [(i, i % 2) for i in range(100)], "step", "loss")
-    assert [line["class"] for line in elements(noisy, "polyline")] == ["raw", "line"]
-    assert len(elements(line_chart("l", "Line", [(1, 2.5)], "step", "loss"), "circle")) == 1
 
 
 def test_a_heat_map_has_a_rectangle_and_a_tooltip_for_every_cell():
@@ -95,7 +76,6 @@ def test_text_is_escaped():
     evil = "<script>alert(1)</script>"
     for svg in (
         bar_chart("b", evil, [Bar(evil, 1, evil)]),
-        line_chart("l", evil, [(0, 1), (1, 2)], evil, evil),
         heat_map("h", evil, {(evil, 0): Cell(1, evil, evil)}, 1, evil),
     ):
         assert "<script" not in svg and "&lt;script&gt;" in svg

@@ -10,6 +10,7 @@ import torch
 from killing import run_killed
 from safetensors.torch import load_file, save_file
 
+from spp.adapters.own import read_adapter
 from spp.checkpoint import MANIFEST, VERIFICATION, Checkpoint
 from spp.errors import SppError, UsageError
 from spp.folders import read_json, write_json
@@ -18,7 +19,7 @@ from spp.options import MergeOptions, VerifyOptions
 from spp.patterns import NM
 from spp.rewriting import Rewriting
 from spp.stages import merge as merge_stage
-from spp.stages.merge import merge, read_adapter
+from spp.stages.merge import merge
 from spp.stages.verify import verify
 
 MODULES = ("self_attn.q_proj", "mlp.down_proj")
@@ -352,7 +353,7 @@ def test_a_merge_that_loses_a_zero_is_caught(tmp_path, base, adapter, monkeypatc
     def leaky(weight, *_):
         return weight + 1e-3
 
-    monkeypatch.setattr(merge_stage, "merged_weight", leaky)
+    monkeypatch.setattr("spp.adapters.files.merged_weight", leaky)
     with pytest.raises(SppError, match=r"q_proj\.weight: \d+ of \d+ zeros of BASE are not \+0\.0"):
         merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()

@@ -32,6 +32,7 @@ from spp.stages.quantities import duration, figure, share, size
         (duration(200), "3 min 20 s"),
         (duration(3599.8), "1 h 00 min"),
         (duration(7500), "2 h 05 min"),
+        (duration(math.nan), "not a number"),
     ],
 )
 def test_quantities(written, expected):

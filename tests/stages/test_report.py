@@ -4,68 +4,19 @@ from __future__ import annotations
 
 import io
 import math
-import shutil
-import subprocess
-from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from realistic_results import MODULES, failed, realistic
+from report_page import Page
 from rich.console import Console
 
 from spp.errors import SppError
-from spp.stages.report import facts, summary_table, verdict, write_report
+from spp.stages.facts import facts
+from spp.stages.report import write_report
+from spp.stages.report_files import Run
+from spp.stages.run_summary import summary_table, verdict
 
-_VOID = {"meta", "link", "br", "img", "hr", "input"}
 _EVIL = "<script>alert('x')</script>\" onload=\"alert(1)"
-
-
-class Page(HTMLParser):
-    """What tests ask of a page: tags with attributes, text, ids, and rows of the sortable table."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.rows: list[list[str]] = []
-        self._sortable = False
-        self.feed(html)
-        self.close()
-        assert self.open == [], "every tag is closed"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in _VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self._sortable = dict(attrs).get("class") == "sortable"
-        if tag == "tr" and self._sortable:
-            self.rows.append([])
-        if tag in ("th", "td") and self._sortable:
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        if tag == "table":
-            self._sortable = False
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("script", "style"):
-            return
-        self.text.append(data)
-        if self._sortable and self.rows and {"th", "td"} & set(self.open):
-            self.rows[-1][-1] += data
-
-    def values(self, attribute: str) -> list[str]:
-        return [attributes[attribute] or "" for _, attributes in self.tags if attribute in attributes]
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
 
 
 @pytest.fixture
@@ -73,7 +24,7 @@ def page(tmp_path):
     """Write the report of some results and parse it."""
 
     def make(results) -> Page:
-        write_report(results, tmp_path / "report.html")
+        write_report([Run("run", results)], tmp_path / "report.html")
         return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
     return make
@@ -87,7 +38,7 @@ def table_text(results) -> str:
 
 def test_the_table_has_every_tensor_with_its_figures(page):
     results = realistic()
-    rows = page(results).rows
+    rows = page(results).rows("42 tensors")
     assert rows[0][:4] == ["Tensor", "Sparsity", "Zeros", "Offenders"]
     assert [row[0] for row in rows[1:-1]] == list(results["sparsity"]["tensors"])
     name = "model.layers.2.self_attn.k_proj.weight"
@@ -154,8 +105,8 @@ def test_a_failed_verification_is_shown(page):
     assert "Sparsity kept" not in found.words
     banner = next(attributes for tag, attributes in found.tags if tag == "section")
     assert banner["class"] == "verdict bad" and banner["role"] == "alert"
-    assert [row[0] for row in found.rows if row[0].endswith(" failed")] == [f"{name} failed"]
-    assert [row[3] for row in found.rows if row[0].startswith(name)] == ["3"]
+    assert [row[0] for row in found.rows("42 tensors") if row[0].endswith(" failed")] == [f"{name} failed"]
+    assert [row[3] for row in found.rows("42 tensors") if row[0].startswith(name)] == ["3"]
     assert "FAILED" in table_text(failed())
 
 
@@ -265,7 +216,7 @@ def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
 
     monkeypatch.setattr("spp.folders.sync", full_disk)
     with pytest.raises(SppError, match="disk full"):
-        write_report(realistic(1), path)
+        write_report([Run("run", realistic(1))], path)
     assert path.read_text() == "old"
 
 
@@ -284,30 +235,3 @@ def test_the_summary_for_the_terminal():
     text = table_text(realistic())
     for part in ("dense perplexity", "16.42", "72.6%", "Proved: all 2,654,208 zeros", "50.0%", "5 min 21 s", "1.80"):
         assert part in text
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium on PATH")
-def test_a_browser_runs_the_page_without_complaint(tmp_path):
-    path = tmp_path / "report.html"
-    write_report(failed(), path)
-    click = (
-        "<script>[...document.querySelectorAll('th button')].find(b => b.textContent === 'Offenders').click()</script>"
-    )
-    path.write_text(path.read_text().replace("</body>", f"{click}</body>"))
-    dom, log = browse(path, tmp_path)
-    assert "CONSOLE" not in log
-    found = Page(dom)
-    assert found.rows[1][0] == "model.layers.1.mlp.up_proj.weight failed"
-    headings = [attributes for tag, attributes in found.tags if tag == "th" and "aria-sort" in attributes]
-    assert headings == [{"scope": "col", "class": "number", "aria-sort": "descending"}]
-    assert [tag for tag, _ in found.tags].count("button") == 10 + 1  # columns, and copy
-
-
-def browse(path: Path, folder: Path) -> tuple[str, str]:
-    """A page's DOM after its script ran, and the browser's log."""
-    quiet = ["background-networking", "component-update", "sync", "gpu", "quic"]
-    words = ["chromium", "--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{part}" for part in quiet)]
-    words += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--v=0", "--dump-dom"]
-    done = subprocess.run([*words, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout, done.stderr

@@ -36,6 +36,12 @@ def row_groups(out_features: int, groups: int, device: torch.device | None = Non
     return torch.arange(out_features, device=device) * groups // out_features
 
 
+def fitting_groups(out_features: int, groups: int, directions: int) -> tuple[int, int]:
+    """R and K of a layer: what was asked for, or less where it has fewer rows than that, as a router may."""
+    groups = min(groups, out_features)
+    return groups, min(directions, out_features // groups)
+
+
 def wide_dtype(*tensors: Weight) -> torch.dtype:
     """The dtype that the formula is computed in: fp32, or fp64 where any argument is fp64."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-_WIDTH = 520
+WIDTH = 520
 _BAR_ROW, _BAR_HEIGHT = 50, 12
-_LINE_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 280, 64, 20, 16, 52
 _HEAT_ROW, _WIDE_CELL, _NARROW_CELL = 26, 44, 12
-_SMOOTHING_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -65,27 +63,21 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean of each value and its neighbours, `width` (odd) of them where the ends do not cut some off."""
-    half = width // 2
-    windows = (values[max(index - half, 0) : index + half + 1] for index in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
-
-
-def bar_chart(name: str, title: str, bars: Sequence[Bar]) -> Markup:
+def bar_chart(name: str, title: str, bars: Sequence[Bar], full: float = 0) -> Markup:
     """Horizontal bars from zero, each under a line with its label and its text.
 
     Args:
         name: unique in the page, for ids.
         title: what is shown.
         bars: finite values are drawn to scale, an infinite one at full length; a NaN has no bar.
+        full: the value of the full length, unless one is larger.
     """
     finite = [bar.value for bar in bars if math.isfinite(bar.value)]
-    axis = Axis(0, max(finite, default=0) or 1, 0, _WIDTH)
+    axis = Axis(0, max([full, *finite]) or 1, 0, WIDTH)
     rows = []
     for index, bar in enumerate(bars):
         top = index * _BAR_ROW
-        length = _WIDTH if bar.value == math.inf else axis.at(bar.value) if math.isfinite(bar.value) else 0
+        length = WIDTH if bar.value == math.inf else axis.at(bar.value) if math.isfinite(bar.value) else 0
         rows.append(
             Markup(
                 '<text x="0" y="{y}">{label}</text>'
@@ -99,74 +91,12 @@ def bar_chart(name: str, title: str, bars: Sequence[Bar]) -> Markup:
                 text=bar.text,
                 kind=bar.kind,
                 length=max(length, 0),
-                width=_WIDTH,
+                width=WIDTH,
                 height=_BAR_HEIGHT,
             )  # fmt: skip
         )
     description = "; ".join(f"{bar.label}: {bar.text}" for bar in bars)
-    return _svg(name, title, description, _WIDTH, max(len(bars) * _BAR_ROW - 6, 1), rows)
-
-
-def line_chart(name: str, title: str, points: Sequence[tuple[float, float]], x_label: str, y_label: str) -> Markup:
-    """A line over finite points in the order of x, which is a count; with a running mean where there are many."""
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    x_axis = Axis(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT)
-    margin = (max(ys) - min(ys)) * 0.05
-    y_axis = Axis(min(ys) - margin, max(ys) + margin, _LINE_HEIGHT - _BOTTOM, _TOP)
-    body = [_y_ticks(y_axis), _x_ticks(x_axis)]
-    body.append(
-        Markup(
-            '<text class="label" x="{right}" y="{bottom}" text-anchor="end">{x_label}</text>'
-            '<text class="label" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
-            "{y_label}</text>"
-        ).format(
-            right=_WIDTH - _RIGHT,
-            bottom=_LINE_HEIGHT - 6,
-            middle=(_TOP + _LINE_HEIGHT - _BOTTOM) // 2,
-            x_label=x_label,
-            y_label=y_label,
-        )  # fmt: skip
-    )
-    width = int(len(ys) * _SMOOTHING_SHARE) | 1
-    smooth = running_mean(ys, width)
-    if width > 1:
-        body.append(_polyline("raw", x_axis, y_axis, zip(xs, ys, strict=True)))
-    body.append(_polyline("line", x_axis, y_axis, zip(xs, smooth, strict=True)))
-    if len(points) == 1:
-        body.append(Markup('<circle class="accent" cx="{:.1f}" cy="{:.1f}" r="4"/>').format(
-            x_axis.at(xs[0]), y_axis.at(ys[0])
-        ))  # fmt: skip
-    description = f"{len(points)} points, from {ys[0]:.4g} at {xs[0]:g} to {ys[-1]:.4g} at {xs[-1]:g}."
-    if width > 1:
-        description += f" The strong line is the mean of {width} neighbouring points."
-    return _svg(name, title, description, _WIDTH, _LINE_HEIGHT, body)
-
-
-def _polyline(kind: str, x_axis: Axis, y_axis: Axis, points: zip[tuple[float, float]]) -> Markup:
-    path = " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in points)
-    return Markup('<polyline class="{}" points="{}"/>').format(kind, path)
-
-
-def _y_ticks(axis: Axis) -> Markup:
-    template = Markup(
-        '<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        '<text class="label" x="{text}" y="{baseline:.1f}" text-anchor="end">{value:.6g}</text>'
-    )
-    return Markup("").join(
-        template.format(
-            left=_LEFT, right=_WIDTH - _RIGHT, text=_LEFT - 8, y=axis.at(tick), baseline=axis.at(tick) + 5, value=tick
-        )
-        for tick in ticks(axis.low, axis.high)
-    )
-
-
-def _x_ticks(axis: Axis) -> Markup:
-    template = Markup('<text class="label" x="{:.1f}" y="{}" text-anchor="middle">{:g}</text>')
-    return Markup("").join(
-        template.format(axis.at(tick), _LINE_HEIGHT - _BOTTOM + 20, tick)
-        for tick in ticks(axis.low, axis.high, 4)
-        if tick.is_integer()
-    )
+    return svg(name, title, description, WIDTH, max(len(bars) * _BAR_ROW - 6, 1), rows)
 
 
 def heat_map(
@@ -214,7 +144,7 @@ def heat_map(
     lowest, highest = (pick(values, key=lambda cell: cell.value) for pick in (min, max))
     description = f"{len(rows)} kinds of matrices in {len(columns)} layers. "
     description += f"Lowest: {lowest.text}. Highest: {highest.text}. All values are in the table of tensors."
-    return _svg(name, title, description, width, bottom + 8, body, kind="heat")
+    return svg(name, title, description, width, bottom + 8, body, kind="heat")
 
 
 def shade(value: float, high: float) -> float:
@@ -235,7 +165,7 @@ def _heat_cell(cell: Cell, left: float, top: float, width: float, high: float) -
     ).format(cell.text, left + 1, top + 1, width - 2, _HEAT_ROW - 2, shade(cell.value, high), label)
 
 
-def _svg(
+def svg(
     name: str, title: str, description: str, width: int, height: int, body: Sequence[Markup], kind: str = "plot"
 ) -> Markup:
     return Markup(

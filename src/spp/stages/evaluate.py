@@ -192,7 +192,9 @@ def check_adapter(adapter: Path, model: str) -> None:
         raise UsageError(f"adapter {adapter}: no adapter_config.json there; give the folder that spp train wrote")
     if not (adapter / MANIFEST).is_file():
         return
-    base = read_json(adapter / MANIFEST).get("base", {})
+    base = read_json(adapter / MANIFEST).get("base")
+    if base is None:  # one that was converted without its base
+        return
     if base.get("fingerprint") != base_fingerprint(resolve_model(model)):
         logger.warning("the adapter %s was trained on other weights (%s) than %s", adapter, base.get("model"), model)
 

@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from spp import __version__
+from spp.adapters.files import WEIGHTS, Factors
+from spp.adapters.own import read_adapter
 from spp.ahead import read_ahead
 from spp.checkpoint import MANIFEST, VERIFICATION, Checkpoint, resolve_model
-from spp.errors import SppError, UsageError, raise_problems
+from spp.errors import SppError, raise_problems
 from spp.fingerprint import base_fingerprint
 from spp.folders import WORK, check_output, read_json, resumable_folder, write_json
 from spp.model_card import read_licence, write_model_card
-from spp.ops import merged_weight
 from spp.ops.reference import wide_dtype
 from spp.options import MergeOptions
 from spp.progress import track_bytes
@@ -40,25 +39,9 @@ from spp.values import canonical_zeros
 
 logger = logging.getLogger("spp")
 
-_KEY_PREFIX = "base_model.model."
 _UNCHANGED_WORTH_A_WARNING = 0.5
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 RECORD = "merged.json"
 _AT_ONCE = 2**30  # bytes that are written before a record says so
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The trained factors of one weight: `A` (R K, I), `B` (O, K) and the scale s."""
-
-    A: Tensor
-    B: Tensor
-    scale: float
-
-    def stored_shape(self, transposed: bool) -> tuple[int, int]:
-        """The shape of the weight that they fit, (O, I), or (I, O) where it is stored transposed."""
-        out_features, in_features = self.B.shape[0], self.A.shape[1]
-        return (in_features, out_features) if transposed else (out_features, in_features)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +78,7 @@ def merge(options: MergeOptions) -> MergeReport:
     base = Checkpoint.open(resolve_model(options.model))
     check_output(options.out, options.overwrite, inputs=(base.folder, options.adapter))
     base.require_unquantised("merge into the sparse model before quantisation")
-    factors = _match(base, read_adapter(options.adapter), options.adapter)
+    factors = match_adapter(base, read_adapter(options.adapter), options.adapter)
 
     with resumable_folder(options.out, _request(base, factors, options), overwrite=options.overwrite) as folder:
         proofs = _write(base, factors, options, folder)
@@ -116,7 +99,7 @@ def _request(base: Checkpoint, factors: Mapping[str, Factors], options: MergeOpt
         "version": __version__,
         "base": base_fingerprint(base.folder),
         "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in base.shards},
-        "adapter": hashlib.sha256((options.adapter / _ADAPTER_WEIGHTS).read_bytes()).hexdigest(),
+        "adapter": hashlib.sha256((options.adapter / WEIGHTS).read_bytes()).hexdigest(),
         "scales": {name: one.scale for name, one in factors.items()},
         **options.model_dump(include={"dtype", "rounding", "seed"}),
     }
@@ -169,12 +152,12 @@ def _new(
     """W' = W + s * W * (A[g] B) (paper, eq. 5), rounded once; or W itself in another dtype. Zeros are +0.0."""
     if factors is None:
         return canonical_zeros(weight.to(dtype))
-    A, B, scale = factors.A, factors.B, factors.scale
     weight = weight.T if transposed else weight
     if options.rounding == "stochastic":
-        merged = _rounded(merged_weight(weight, A, B, scale, wide_dtype(weight, A, B)), dtype, options.seed, name)
+        wide = factors.merge(weight, wide_dtype(weight, factors.A, factors.B))
+        merged = _rounded(wide, dtype, options.seed, name)
     else:
-        merged = merged_weight(weight, A, B, scale, dtype)
+        merged = factors.merge(weight, dtype)
     return merged.T.contiguous() if transposed else merged
 
 
@@ -186,49 +169,12 @@ def _rounded(weight: Tensor, dtype: torch.dtype, seed: int, name: str) -> Tensor
     return round_stochastically(weight, dtype, torch.Generator().manual_seed(int.from_bytes(digest[:7])))
 
 
-def read_adapter(folder: Path) -> dict[str, Factors]:
-    """Read a saved SPP adapter: module name -> factors.
+def match_adapter(base: Checkpoint, adapter: dict[str, Factors], folder: Path) -> dict[str, Factors]:
+    """Tensor name in the checkpoint -> factors.
 
     Raises:
-        UsageError: no adapter is there, or it is of another method.
-        SppError: the file is damaged or holds more than SPP factors.
+        SppError: some do not fit, so that the adapter belongs to another model.
     """
-    if not folder.is_dir():
-        raise UsageError(f"adapter {folder}: no such folder")
-    config = read_json(folder / "adapter_config.json")
-    if config.get("peft_type") != "SPP":
-        raise UsageError(f"adapter {folder} is of type {config.get('peft_type')!r}, and only SPP adapters merge here")
-    tensors = _adapter_tensors(folder)
-    modules = {name.removesuffix(".spp_A.weight") for name in tensors if name.endswith(".spp_A.weight")}
-    wanted = {f"{module}.spp_{factor}.weight" for module in modules for factor in "AB"}
-    if not modules or wanted != set(tensors):
-        odd = sorted(wanted.symmetric_difference(tensors)) or ["no factors at all"]
-        raise SppError(
-            f"adapter {folder} does not consist of pairs of SPP factors ({odd[0]}); if it trained other modules as "
-            "well, merge it with PeftModel.merge_and_unload"
-        )
-    return {
-        module.removeprefix(_KEY_PREFIX): Factors(
-            A=tensors[f"{module}.spp_A.weight"],
-            B=tensors[f"{module}.spp_B.weight"],
-            scale=config["scale"],
-        )
-        for module in sorted(modules)
-    }
-
-
-def _adapter_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / _ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise UsageError(f"adapter {folder}: {_ADAPTER_WEIGHTS} is missing")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise SppError(f"{path}: not a whole safetensors file ({error}); it is truncated or damaged") from error
-
-
-def _match(base: Checkpoint, adapter: dict[str, Factors], folder: Path) -> dict[str, Factors]:
-    """Tensor name in the checkpoint -> factors; every one must fit."""
     matched: dict[str, Factors] = {}
     problems = []
     for module, factors in adapter.items():

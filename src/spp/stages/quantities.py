@@ -29,6 +29,8 @@ def size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """`0.42 s`, `59.9 s`, `3 min 20 s`, `2 h 05 min`."""
+    if not math.isfinite(seconds):
+        return figure(seconds)
     if seconds < 10:
         return f"{seconds:.2f} s"
     if seconds < 59.95:

@@ -22,10 +22,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell: its text, and the number that it is sorted by (empty where there is none)."""
+    """A cell: its text, and the number that it is sorted by: empty where that is not known, None where it is words."""
 
     text: str
-    key: str
+    key: str | None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 "use strict";
-// Sort buttons and the copy button; the page is complete without them.
+// Sort buttons and copy buttons; the page is complete without them.
 for (const table of document.querySelectorAll("table.sortable")) {
   const headings = [...table.tHead.rows[0].cells];
   headings.forEach((heading, column) => {
@@ -8,9 +8,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
     button.textContent = heading.textContent;
     heading.replaceChildren(button);
     button.addEventListener("click", () => {
-      // Names go up first, numbers down: the largest are what one looks for.
+      // Words go up first, numbers down: the largest are what one looks for.
       const before = heading.getAttribute("aria-sort");
-      const ascending = before ? before === "descending" : column === 0;
+      const words = !("key" in table.tBodies[0].rows[0].cells[column].dataset);
+      const ascending = before ? before === "descending" : words;
       headings.forEach((other) => other.removeAttribute("aria-sort"));
       heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
       const sign = ascending ? 1 : -1;
@@ -33,11 +34,12 @@ function number(key) {
   return key === "" || key === "nan" ? -Number.MAX_VALUE : Number(key);
 }
 
-const command = document.querySelector(".command pre");
-if (command) {
+for (const command of document.querySelectorAll(".command pre")) {
   const button = document.createElement("button");
   button.type = "button";
   button.textContent = "Copy";
+  button.setAttribute("aria-live", "polite");
+  button.setAttribute("aria-description", command.getAttribute("aria-label"));
   command.after(button);
   button.addEventListener("click", async () => {
     try {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spp.errors import SppError
 from spp.models import is_transposed, shape_oi
 from spp.ops import Mode, adapter_linear, spp_linear, unpack
-from spp.ops.reference import add_delta, delta_weight, row_groups
+from spp.ops.reference import add_delta, delta_weight, fitting_groups, row_groups
 from spp.packed import PackedWeight, Weight
 from spp.packed_linear import PackedLinear
 from spp.proof import lost_zeros
@@ -82,9 +82,8 @@ class SppLinear(nn.Module, SppLayer):
 
     def update_layer(self, adapter_name: str, r: int, config: SppConfig) -> None:
         """Add an adapter, or replace the one of this name."""
-        # A router may have fewer rows than there are groups, or a group fewer than directions.
-        groups = self.r[adapter_name] = min(r, self.out_features)
-        directions = min(config.directions, self.out_features // groups)
+        groups, directions = fitting_groups(self.out_features, r, config.directions)
+        self.r[adapter_name] = groups
         self.scale[adapter_name] = config.scale
         self.mode[adapter_name] = config.mode
         self.spp_A[adapter_name] = Factor(groups * directions, self.in_features)
