@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow test-peft test-sanitized lint clean
+.PHONY: help install demo docs test test-slow test-peft test-sanitized lint clean
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -17,6 +17,10 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard src/spp/ops/nat
 
 demo: $(INSTALLED)  ## run the main job on the bundled model: prune, SPP fine-tune, merge, verify, evaluate, report
 	$(BIN)/spp run --out runs/demo
+
+# The theme's banner about its end of life is answered in docs/dependencies.md.
+docs: $(INSTALLED)  ## build the documentation into build/site; a broken link or anchor stops it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 test: $(INSTALLED)  ## run the test-suite
 	$(BIN)/python -m pytest

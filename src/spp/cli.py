@@ -249,6 +249,7 @@ def _metavar(name: str, kinds: tuple[Any, ...]) -> str:
         "model": "MODEL",
         "base": "MODEL",
         "teacher": "MODEL",
+        "prompt": "TEXT",
         "target_modules": "NAMES",
         "report_to": "NAMES",
         "tasks": "NAMES",
