@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spp.tensor_file import Layout, TensorFile, read_layouts
+from spp.tensor_file import Layout, TensorFile, read_floats, read_layouts, read_offsets
 
 TENSORS = {
     "odd": torch.arange(7, dtype=torch.uint8),
@@ -71,3 +71,26 @@ def test_a_full_disk_is_noticed_before_anything_is_there(
     with pytest.raises(OSError, match="No space left"):
         TensorFile(tmp_path / "new.safetensors", layouts)
     assert not (tmp_path / "new.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (3, 7)])
+def test_floats_are_read_to_the_bit(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    bits = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8)
+    tensor = bits.view(dtype).reshape(shape)
+    path = tmp_path / "x.safetensors"
+    save_file({"before": torch.ones(3), "tensor": tensor, "count": torch.tensor([7])}, path)
+    layouts, offsets = read_layouts(path), read_offsets(path)
+    found = read_floats(path, offsets["tensor"], layouts["tensor"])
+    assert found is not None and found.dtype == dtype and found.shape == shape
+    assert found.reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
+    assert read_floats(path, offsets["count"], layouts["count"]) is None
+
+
+def test_floats_that_end_too_early_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"tensor": torch.ones(8)}, path)
+    layout, offset = read_layouts(path)["tensor"], read_offsets(path)["tensor"]
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(OSError, match="ends 3 bytes too early"):
+        read_floats(path, offset, layout)

@@ -18,7 +18,7 @@ from spp import archive
 from spp.errors import SppError, UsageError
 from spp.folders import read_json
 from spp.layout import stores_transposed
-from spp.tensor_file import Layout, read_layouts, read_offsets
+from spp.tensor_file import Layout, read_floats, read_layouts, read_offsets
 
 MANIFEST = "spp.json"
 """Side file in every folder that we write: what made it and from what. Never part of `config.json`."""
@@ -150,6 +150,10 @@ class Checkpoint:
         Raises:
             SppError: a packed weight is damaged.
         """
+        if name not in self.packed:
+            tensor = read_floats(self.files[name], self.offsets[name], self.layouts[name])
+            if tensor is not None:
+                return tensor
         with safe_open(self.files[name], framework="pt") as file:
             return self._read(file, name)
 

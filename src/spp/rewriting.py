@@ -17,8 +17,9 @@ from spp.archive import dense_name
 from spp.checkpoint import INDEX, MANIFEST, SINGLE, VERIFICATION, Checkpoint
 from spp.errors import SppError
 from spp.folders import sync, write_json
+from spp.proof import compare
 from spp.tensor_file import TensorFile, in_dtype
-from spp.values import canonical_zeros
+from spp.values import canonical_zeros, is_float
 
 # What a model folder holds besides its weights and belongs to every model made from it.
 _COMPANIONS = {".json", ".model", ".txt", ".jinja", ".py", ".tiktoken"}
@@ -65,7 +66,9 @@ class Rewriting:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor of the shape and dtype that `layouts` says, with every zero as +0.0."""
-        self._files[name].write(name, canonical_zeros(tensor))
+        # To count them takes a tenth of the time of writing the tensor again, and there is seldom one.
+        signed = is_float(tensor) and compare(tensor, tensor).negative_zeros
+        self._files[name].write(name, canonical_zeros(tensor) if signed else tensor)
 
     def copy(self, name: str) -> None:
         """Write a tensor with the bytes that it had; one that was packed is expanded."""

@@ -36,6 +36,9 @@ FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", to
 """What safetensors calls the dtypes that weights are computed with."""
 
 
+_DTYPES = {name: dtype for dtype, name in FLOATS.items()}
+
+
 def in_dtype(layout: Layout, dtype: torch.dtype) -> Layout:
     """The layout of the same tensor in another float dtype; itself, where it holds no floats of 16 bits or more."""
     if layout.dtype not in FLOATS.values():
@@ -55,6 +58,30 @@ def read_offsets(path: Path) -> dict[str, int]:
     """Where each tensor of a sound file begins in it, in bytes."""
     first, entries = _read_header(path)
     return {name: first + entry["data_offsets"][0] for name, entry in entries.items()}
+
+
+def read_floats(path: Path, offset: int, layout: Layout) -> Tensor | None:
+    """A tensor whose bytes begin at `offset`, read as a whole; None where it holds no floats of 16 bits or more.
+
+    Into memory of its own: what safetensors gives is a map of the file, whose pages are read where they are used, and
+    that is not where one waits for a disk.
+
+    Raises:
+        OSError: the file ends too early.
+    """
+    if layout.dtype not in _DTYPES:
+        return None
+    tensor = torch.empty(layout.nbytes, dtype=torch.uint8)
+    array: Any = tensor.numpy()
+    left = memoryview(array)
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise OSError(f"{path} ends {len(left)} bytes too early")
+            left = left[count:]
+    return tensor.view(_DTYPES[layout.dtype]).view(layout.shape)
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, Any]]:

@@ -270,14 +270,14 @@ merge.merge(MergeOptions(model={model!r}, adapter={adapter!r}, out={out!r}))
 def test_a_killed_merge_goes_on_to_the_same_bytes(tmp_path, tiny_model, module, owner, function, call, at_once):
     base = sparse_model(tmp_path / "base", tiny_model, max_shard_size="20KB")
     adapter = adapter_for(tmp_path / "adapter", base, [f"model.layers.{i}.{name}" for i in (0, 1) for name in MODULES])
-    whole = merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "whole"))
+    whole = merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "whole" / "merged"))
     out = tmp_path / "merged"
     where = {"model": str(base), "adapter": str(adapter), "out": str(out)}
     run_killed(MERGE.format(at_once=at_once, **where), module, owner, function, call)
     assert not out.exists()
     resumed = merge(MergeOptions(model=str(base), adapter=adapter, out=out))
     assert resumed.tensors == whole.tensors
-    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "merged").iterdir()}
     assert {path.name: path.read_bytes() for path in out.iterdir()} == files
 
 

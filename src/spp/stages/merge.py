@@ -41,7 +41,7 @@ logger = logging.getLogger("spp")
 
 _UNCHANGED_WORTH_A_WARNING = 0.5
 RECORD = "merged.json"
-_AT_ONCE = 2**30  # bytes that are written before a record says so
+_AT_ONCE = 2**28  # bytes that are written before they are saved, while the next ones are written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def _write(
 ) -> dict[str, TensorProof]:
     """Write every tensor that no earlier run has; the proofs of those that are not copied.
 
-    While one tensor is worked on, the next one is read and the one before it is written.
+    While one tensor is worked on, the next one is read, the one before is written, and earlier ones go to the disk.
     """
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     files, record = Rewriting(base, folder, dtype), folder / WORK / RECORD
@@ -119,12 +119,17 @@ def _write(
     sizes = {name: layout.nbytes for name, layout in base.layouts.items()}
     left = [name for name in base.names if name not in finished]
     total, unsaved = sum(sizes.values()), 0
+
+    def save(record_of: dict[str, Any]) -> None:
+        files.sync()
+        write_json(record, record_of)
+
     with (
         ThreadPoolExecutor(1) as writer,
+        ThreadPoolExecutor(1) as saver,
         track_bytes("merging", total, done=total - sum(sizes[name] for name in left)) as advance,
     ):
-        writing: Future[None] = Future()
-        writing.set_result(None)
+        writing = saving = _done()
         for name, before in read_ahead(lambda name: base.tensor(name) if name in rewritten else None, left):
             writing.result()
             if before is None:
@@ -139,11 +144,19 @@ def _write(
             unsaved += sizes[name]
             if unsaved >= _AT_ONCE or name == left[-1]:
                 writing.result()
-                files.sync()
-                write_json(record, finished)
+                saving.result()
+                saving = saver.submit(save, dict(finished))
                 unsaved = 0
+        saving.result()
     files.finish()
     return {name: TensorProof(**finished[name]) for name in base.names if finished[name] is not None}
+
+
+def _done() -> Future[None]:
+    """A future that is over."""
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
 
 
 def _new(
