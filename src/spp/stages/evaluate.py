@@ -18,7 +18,6 @@ from spp.errors import SppError, UsageError, raise_problems
 from spp.fingerprint import base_fingerprint, warn_of_other_base
 from spp.loading import brief, context_window, load_config, load_model, load_tokenizer
 from spp.options import EvalOptions
-from spp.packing import unpack_
 from spp.stages.comparison import Comparison, check_plot, write_plot
 from spp.stages.perplexity import perplexity_of, read_windows
 from spp.stages.task_loading import TaskSet, load_tasks
@@ -171,8 +170,6 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     Raises:
         SppError: it is damaged, or was made for another model.
     """
-    if read_settings(adapter).get("peft_type") != "SPP":
-        unpack_(model)  # PEFT's other methods know dense layers only
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
