@@ -59,6 +59,13 @@ def test_sharded_checkpoint_is_read_lazily_and_completely(tmp_path):
     assert checkpoint.manifest == {}
 
 
+def test_of_a_file_beside_an_index_the_file_counts_as_in_transformers(tmp_path):
+    folder = sharded(tmp_path / "model")
+    save_file({"a": torch.full((2, 3), 7.0)}, folder / "model.safetensors")
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.names == ["a"] and checkpoint.tensor("a").eq(7).all()
+
+
 def test_a_missing_shard_is_named(tmp_path):
     folder = sharded(tmp_path / "model")
     (folder / "model-00002-of-00002.safetensors").unlink()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from spp.errors import UsageError
+from spp.errors import SppError, UsageError
 from spp.folders import write_json
 from spp.model_card import CARD, as_code, model_card, read_licence, write_model_card
 
@@ -104,3 +104,34 @@ def test_the_licence_is_the_bases(tmp_path):
 def test_what_is_no_merged_model_has_no_card(tmp_path):
     with pytest.raises(UsageError, match="only what spp merge wrote has a card"):
         model_card(tmp_path)
+
+
+def test_the_licence_of_a_model_without_a_card_is_in_its_side_file(tmp_path):
+    write_json(tmp_path / "spp.json", {"licence": {"license": "mit", "tags": ["a"]}})
+    assert read_licence(tmp_path) == {"license": "mit"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pattern": "2:4\n\n<script>alert(1)</script>"},
+        {"pattern": ["2:4"], "sparsity": "half"},
+        {"training": ["a"]},
+        {"training": {"data": "a", "settings": "b"}},
+    ],
+    ids=["HTML", "other kinds", "a list", "no settings"],
+)
+def test_a_base_may_say_anything_of_itself(tmp_path, changes):
+    text = model_card(merged(tmp_path / "tuned", **changes))
+    assert "<script>" not in text and "1,234,567" in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("spp.json", {}), ("verification.json", {"verified": True}), ("verification.json", []), ("spp.json", [])],
+)
+def test_side_files_of_something_else_are_one_error(tmp_path, file, content):
+    folder = merged(tmp_path / "tuned")
+    write_json(folder / file, content)
+    with pytest.raises(SppError, match=r"merge it again|a JSON object is expected"):
+        model_card(folder)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spp import archive
 from spp.errors import SppError, UsageError
-from spp.folders import read_json
+from spp.folders import read_json, read_object
 from spp.layout import stores_transposed
 from spp.tensor_file import Layout, read_floats, read_layouts, read_offsets
 
@@ -27,8 +27,8 @@ VERIFICATION = "verification.json"
 """Side file of a merged model: the proof of every merged tensor."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What a checkpoint needs besides its weights; never pickles, never code that was not asked for.
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# What a checkpoint needs, and what says under which licence it is; never pickles, never code that was not asked for.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[CS]E*", "NOTICE*"]
 
 
 def resolve_model(model: str) -> Path:
@@ -81,10 +81,10 @@ class Checkpoint:
             UsageError: the folder holds no safetensors model.
             SppError: a shard is missing, truncated, or not what the index says; or the index names files elsewhere.
         """
+        if (folder / SINGLE).is_file():  # first, as in transformers: where both are there, both read the same weights
+            return cls(folder, dict.fromkeys(_header(folder / SINGLE)[0], folder / SINGLE))
         if (folder / INDEX).is_file():
             return cls(folder, _indexed_files(folder))
-        if (folder / SINGLE).is_file():
-            return cls(folder, dict.fromkeys(_header(folder / SINGLE)[0], folder / SINGLE))
         if paths := archive.archive_files(folder):
             return cls._open_archive(folder, paths)
         pickles = " (there are .bin files: load and save the model with transformers to convert them)"
@@ -123,13 +123,13 @@ class Checkpoint:
             UsageError: there is none.
             SppError: it is something else.
         """
-        return _read_object(self.folder / "config.json")
+        return read_object(self.folder / "config.json")
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """Our side file, or an empty dict where someone else made the model."""
         path = self.folder / MANIFEST
-        return _read_object(path) if path.is_file() else {}
+        return read_object(path) if path.is_file() else {}
 
     def require_unquantised(self, remedy: str) -> None:
         """Raise for weights that are no floats any more.
@@ -214,13 +214,6 @@ class Checkpoint:
             return file.get_tensor(name)
         entry = self.packed[name]
         return archive.dense(archive.read_weight(file.get_tensor, name, entry), entry)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise SppError(f"{path}: a JSON object is expected, and this is {type(value).__name__}")
-    return value
 
 
 def _indexed_files(folder: Path) -> dict[str, Path]:

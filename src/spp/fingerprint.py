@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from spp.checkpoint import Checkpoint
+from spp.checkpoint import MANIFEST, Checkpoint
+from spp.folders import read_object
 from spp.tensor_file import FLOATS
+
+logger = logging.getLogger("spp")
 
 _CONFIG = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
 
@@ -31,6 +35,20 @@ def base_fingerprint(folder: Path) -> str:
         tensors[name] = _sha256([name, list(shape), FLOATS.get(row.dtype, str(row.dtype))], row)
     config = [checkpoint.config.get(name) for name in _CONFIG]
     return _sha256([config, sorted(tensors.items())])
+
+
+def warn_of_other_base(adapter: Path, model: str, fingerprint: str) -> None:
+    """Warn where an adapter's side file says that it was trained on other weights than those of this fingerprint.
+
+    Args:
+        adapter: its folder; one without a side file, or converted without its base, says nothing.
+        model: what the user calls the model.
+        fingerprint: the model's.
+    """
+    manifest = read_object(adapter / MANIFEST) if (adapter / MANIFEST).is_file() else {}
+    base = manifest.get("base")
+    if isinstance(base, dict) and base.get("fingerprint") != fingerprint:
+        logger.warning("the adapter %s was trained on other weights (%s) than %s", adapter, base.get("model"), model)
 
 
 def _sha256(facts: list, tensor: Tensor | None = None) -> str:

@@ -35,6 +35,19 @@ def read_json(path: Path) -> Any:
         raise SppError(f"{path}: not valid JSON ({error})") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        UsageError: there is no such file.
+        SppError: it is not JSON, or something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise SppError(f"{path}: a JSON object is expected, and this is {type(value).__name__}")
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside `path` and rename it into place, so that a reader never sees half a file."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")

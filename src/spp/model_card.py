@@ -14,8 +14,9 @@ from huggingface_hub.repocard import metadata_load
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spp.checkpoint import MANIFEST, VERIFICATION
-from spp.errors import UsageError
-from spp.folders import read_json, write_json, write_text
+from spp.errors import SppError, UsageError
+from spp.folders import read_object, write_json, write_text
+from spp.patterns import parse_pattern
 
 CARD = "README.md"
 _TEMPLATE = "model_card.md.j2"
@@ -34,7 +35,7 @@ def write_model_card(folder: Path, figures: Mapping[str, Any] | None = None) -> 
         UsageError: it is no merged model.
     """
     if figures:
-        write_json(folder / MANIFEST, read_json(folder / MANIFEST) | {"figures": figures})
+        write_json(folder / MANIFEST, read_object(folder / MANIFEST) | {"figures": figures})
     write_text(folder / CARD, model_card(folder))
 
 
@@ -43,20 +44,29 @@ def model_card(folder: Path, name: str | None = None) -> str:
 
     Raises:
         UsageError: it is no merged model.
+        SppError: its side files are damaged.
     """
     if not (folder / VERIFICATION).is_file():
         raise UsageError(f"{folder}: no {VERIFICATION} is there; only what spp merge wrote has a card")
-    manifest, verification = read_json(folder / MANIFEST), read_json(folder / VERIFICATION)
+    manifest, verification = read_object(folder / MANIFEST), read_object(folder / VERIFICATION)
+    try:
+        return _rendered(manifest, verification, name or manifest["name"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SppError(
+            f"{folder}: its {MANIFEST} and {VERIFICATION} are not as spp merge writes them ({error!r}); merge it again"
+        ) from error
+
+
+def _rendered(manifest: Mapping[str, Any], verification: Mapping[str, Any], name: str) -> str:
     environment = Environment(
         loader=PackageLoader("spp"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["code"] = as_code
-    name = name or manifest["name"]
     figures = manifest.get("figures") or {}
     return environment.get_template(_TEMPLATE).render(
         card_data=_metadata(manifest).to_yaml(),
         name=name,
-        pattern=manifest.get("pattern"),
+        pattern=_pattern(manifest),
         facts=[(label, value) for label, value in _facts(manifest, verification) if value not in (None, "")],
         perplexity=_perplexities(figures),
         protocol=_protocol(figures),
@@ -69,10 +79,13 @@ def model_card(folder: Path, name: str | None = None) -> str:
 
 
 def read_licence(folder: Path) -> dict[str, Any]:
-    """What a model's card says of its licence and language; nothing where it has none, or none that can be read."""
-    card = folder / CARD
+    """What a model's card says of its licence and language, or its `spp.json` where it has no card, as a pruned one.
+
+    Nothing where neither can be read.
+    """
+    card, manifest = folder / CARD, folder / MANIFEST
     try:
-        known = metadata_load(card) if card.is_file() else None
+        known = metadata_load(card) if card.is_file() else read_object(manifest).get("licence")
     except Exception:  # whatever YAML can be wrong about; the card is not ours, and nothing depends on it
         known = None
     return {key: known[key] for key in _OF_THE_BASE if key in known} if isinstance(known, dict) else {}
@@ -85,7 +98,8 @@ def as_code(value: Any) -> str:
 
 def _metadata(manifest: Mapping[str, Any]) -> ModelCardData:
     """What the hub reads."""
-    tags = ["spp", "sparse", "pruned", *([manifest["pattern"]] if manifest.get("pattern") else [])]
+    pattern = _pattern(manifest)
+    tags = ["spp", "sparse", "pruned", *([pattern] if pattern else [])]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -95,14 +109,22 @@ def _metadata(manifest: Mapping[str, Any]) -> ModelCardData:
     )
 
 
+def _pattern(manifest: Mapping[str, Any]) -> str | None:
+    """The pattern, if it is one: the base's `spp.json` may be anybody's."""
+    try:
+        return str(parse_pattern(str(manifest.get("pattern"))))
+    except UsageError:
+        return None
+
+
 def _facts(manifest: Mapping[str, Any], verification: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    training = manifest.get("training") or {}
-    settings = training.get("settings") or {}
+    training = _object(manifest.get("training"))
+    settings = _object(training.get("settings"))
     sparsity = manifest.get("sparsity")
     return [
         ("sparse base", manifest["base"]),
-        ("pattern", manifest.get("pattern")),
-        ("sparsity of the pruned matrices", None if sparsity is None else f"{sparsity:.2%}"),
+        ("pattern", _pattern(manifest)),
+        ("sparsity of the pruned matrices", f"{sparsity:.2%}" if isinstance(sparsity, float) else None),
         ("criterion", manifest.get("criterion")),
         ("training data", training.get("data")),
         ("steps", training.get("steps")),
@@ -112,6 +134,10 @@ def _facts(manifest: Mapping[str, Any], verification: Mapping[str, Any]) -> list
         ("dtype, rounding", f"{verification['dtype']}, {verification['rounding']}"),
         ("spp", manifest["version"]),
     ]
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _perplexities(figures: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 from peft import get_peft_model
@@ -53,6 +54,16 @@ def test_perplexities_side_by_side(models, stories, tmp_path, monkeypatch, capsy
     assert labels[::2] == ["perplexity: dense", "perplexity: copy", "perplexity: adapter"]
 
 
+def test_perplexities_of_other_windows_are_called_out(models, stories, capsys):
+    config = Path(models[1]) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 32}))
+    words = ["eval", *models[:2], "--text", str(stories), "--limit", "3", "--no-per-document"]
+    assert cli.main(words) == 0
+    assert "these perplexities do not compare" in capsys.readouterr().err
+    assert cli.main([*words, "--window", "32"]) == 0
+    assert "do not compare" not in capsys.readouterr().err
+
+
 def test_nothing_is_overwritten_unless_asked(models, stories, tmp_path, capsys):
     plot = tmp_path / "mine.svg"
     plot.write_text("years of work")
@@ -70,6 +81,10 @@ def test_requests_that_cannot_be_met(models, stories, tmp_path, capsys):
     assert "is named twice" in fails(capsys, first, first, *words)
     assert "adapter goes with one model" in fails(capsys, first, second, *words, "--adapter", adapter)
     assert "name a file that ends in .svg" in fails(capsys, first, second, *words, "--plot", tmp_path / "plot.png")
+    (tmp_path / "folder.svg").mkdir()
+    assert "is a folder; name a file" in fails(
+        capsys, first, second, *words, "--plot", tmp_path / "folder.svg", "--overwrite"
+    )
     assert "there is no folder" in fails(capsys, first, second, *words, "--plot", tmp_path / "no" / "plot.svg")
     assert "plot is where --compare draws" in fails(capsys, first, second, "--plot", tmp_path / "plot.svg")
     message = fails(capsys, first, tmp_path / "a", tmp_path / "b", *words)
@@ -83,3 +98,15 @@ def test_an_adapter_whose_model_is_elsewhere(models, stories, tmp_path, capsys):
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}))
     assert "does not say which model it is for" in fails(capsys, models[2], "--text", stories)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": ["a"]}))
+    assert "does not say which model it is for" in fails(capsys, models[2], "--text", stories)
+
+
+def test_settings_that_are_none(models, stories, tmp_path, capsys):
+    (tmp_path / "adapter" / "spp.json").write_text("[]")
+    words = ["eval", "--text", str(stories)]
+    assert cli.main([*words, models[2]]) == 1
+    assert "spp.json: a JSON object is expected" in capsys.readouterr().err
+    (tmp_path / "adapter" / "adapter_config.json").write_text("[]")
+    assert cli.main([*words, models[2]]) == 1
+    assert "adapter_config.json: a JSON object is expected" in capsys.readouterr().err

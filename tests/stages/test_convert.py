@@ -243,7 +243,11 @@ BROKEN = {
     "unknown settings": (lambda folder: edit_settings(folder, directions="many"), "many"),
     "other method": (lambda folder: edit_settings(folder, peft_type="OFT"), "is of type 'OFT'; only SPP"),
     "no settings": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json: no such file"),
-    "a list": (lambda folder: write_json(folder / "adapter_config.json", []), "not a JSON object"),
+    "a list": (lambda folder: write_json(folder / "adapter_config.json", []), "a JSON object is expected"),
+    "a list as manifest": (lambda folder: write_json(folder / MANIFEST, []), "a JSON object is expected"),
+    "a list as method": (lambda folder: edit_settings(folder, peft_type=[]), r"is of type \[\]; only SPP"),
+    "unknown task": (lambda folder: edit_settings(folder, task_type="TEA"), "adapter_config.json: .*TEA"),
+    "no expression": (lambda folder: edit_settings(folder, rank_pattern={"(": 2}), r"rank_pattern has '\('"),
 }
 
 

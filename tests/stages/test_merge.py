@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from spp.adapters.own import read_adapter
 from spp.checkpoint import MANIFEST, VERIFICATION, Checkpoint
 from spp.errors import SppError, UsageError
+from spp.fingerprint import base_fingerprint
 from spp.folders import read_json, write_json
 from spp.model_card import CARD
-from spp.options import MergeOptions, VerifyOptions
+from spp.options import MergeOptions, PruneOptions, VerifyOptions
 from spp.patterns import NM
 from spp.rewriting import Rewriting
 from spp.stages import merge as merge_stage
 from spp.stages.merge import merge
+from spp.stages.prune import prune
 from spp.stages.verify import verify
 
 MODULES = ("self_attn.q_proj", "mlp.down_proj")
@@ -374,6 +376,34 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, base, tiny_model):
     adapter = adapter_for(tmp_path / "adapter-deeper", deeper, ["model.layers.2.mlp.up_proj"])
     with pytest.raises(SppError, match=r"no weight for model\.layers\.2\.mlp\.up_proj"):
         merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
+
+
+def test_other_weights_than_the_adapter_was_trained_on_are_a_warning(tmp_path, tiny_model, base, adapter, caplog):
+    """Above all the dense model, into which it would merge as well."""
+    write_json(adapter / MANIFEST, {"base": {"model": "the pruned one", "fingerprint": base_fingerprint(base)}})
+    merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
+    assert "other weights" not in caplog.text
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    merge(MergeOptions(model=str(tmp_path / "dense"), adapter=adapter, out=tmp_path / "wrong"))
+    assert "was trained on other weights (the pruned one) than" in caplog.text
+
+
+def test_factors_for_one_weight_under_two_names_are_refused(tmp_path, base):
+    adapter = adapter_for(tmp_path / "adapter", base, ["model.layers.0.mlp.up_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    again = {name.replace("base_model.", "base_model.model."): value + 1 for name, value in tensors.items()}
+    save_file(tensors | again, adapter / "adapter_model.safetensors")
+    with pytest.raises(SppError, match=r"model\.layers\.0\.mlp\.up_proj, and for another module as well"):
+        merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
+
+
+def test_the_licence_of_the_dense_model_reaches_the_card(tmp_path, tiny_checkpoint):
+    (tiny_checkpoint / CARD).write_text("---\nlicense: apache-2.0\n---\nA model.\n")
+    pruned = tmp_path / "pruned"
+    prune(PruneOptions(model=str(tiny_checkpoint), out=pruned, criterion="magnitude"))
+    adapter = adapter_for(tmp_path / "adapter", pruned, ["model.layers.0.mlp.up_proj"])
+    merge(MergeOptions(model=str(pruned), adapter=adapter, out=tmp_path / "merged"))
+    assert "license: apache-2.0" in (tmp_path / "merged" / CARD).read_text()
 
 
 def kw_dtype(kw):

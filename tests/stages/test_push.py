@@ -46,7 +46,7 @@ def hub(monkeypatch) -> dict[str, str]:
         names = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
         for name in filter_repo_objects(names, ignore_patterns=ignore_patterns):
             data = (Path(folder_path) / name).read_bytes()
-            there[name] = "weights" if name.endswith(".safetensors") else data.decode()
+            there[name] = "weights" if name.endswith(".safetensors") else data.decode(errors="replace")
         return SimpleNamespace(commit_url=f"https://hub.example/{repo_id}/commit/1")
 
     def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, commit_message):
@@ -60,10 +60,12 @@ def hub(monkeypatch) -> dict[str, str]:
 
 def test_the_whole_model_goes_up_with_a_card_of_its_new_name(merged, hub, capsys):
     (merged / ".partial").touch()
+    (merged / "more").mkdir()
+    (merged / "more" / ".hidden").touch()
     assert main(["push", str(merged), "someone/sparse", "--private"]) == 0
     assert "someone/sparse is on the hub, with its card" in capsys.readouterr().out
     assert hub.pop("private") == "True"
-    assert set(hub) == {path.name for path in merged.iterdir()} - {".partial"}
+    assert set(hub) == {path.name for path in merged.iterdir()} - {".partial", "more"}
     assert "# `someone/sparse`" in hub[CARD] and 'from_pretrained("someone/sparse")' in hub[CARD]
     assert "# `merged`" in (merged / CARD).read_text()
 
@@ -72,6 +74,8 @@ def test_a_card_that_somebody_changed_goes_up_as_it_is(merged, hub):
     (merged / CARD).write_text("mine")
     assert not push_to_hub(PushOptions(model=merged, repo="someone/sparse")).card
     assert hub[CARD] == "mine"
+    (merged / CARD).write_bytes(b"no UTF-8: \xff")
+    assert not push_to_hub(PushOptions(model=merged, repo="someone/sparse")).card
 
 
 def test_what_should_not_be_found_there_is_not_uploaded(merged, hub, tmp_path):

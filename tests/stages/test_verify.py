@@ -79,6 +79,17 @@ def test_negative_zeros_in_the_base_count_as_zeros(base):
     assert not check(other, base).verified
 
 
+def test_numbers_without_dimensions_are_compared_like_any_other(tmp_path):
+    for name, zero, scale in (("base", -0.0, 0.0), ("same", -0.0, 0.0), ("other", -0.0, 1.0)):
+        (tmp_path / name).mkdir()
+        save_file({"zero": torch.tensor(zero), "scale": torch.tensor(scale)}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text("{}")
+    assert check(tmp_path / "base", tmp_path / "same").verified
+    assert check(tmp_path / "base", tmp_path / "other").problems == [
+        "scale: 1 of 1 zeros of BASE are not +0.0 in OTHER"
+    ]
+
+
 def test_missing_and_misshapen_tensors_are_named(base):
     def edit(tensors):
         del tensors[WEIGHT]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spp.errors import SppError, UsageError, raise_problems
-from spp.folders import read_json
+from spp.folders import read_object
 from spp.ops import merged_weight
 from spp.ops.reference import MOST_DIRECTIONS
 from spp.values import is_float
@@ -83,10 +83,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise UsageError(f"adapter {folder}: no such folder")
-    settings = read_json(folder / SETTINGS)
-    if not isinstance(settings, dict):
-        raise SppError(f"{folder / SETTINGS}: not a JSON object")
-    return settings
+    return read_object(folder / SETTINGS)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -34,13 +34,15 @@ def check_plot(path: Path, overwrite: bool) -> None:
     """Refuse, before any work, a file for a chart that cannot be one, or that would cost the user another.
 
     Raises:
-        UsageError: it is no .svg, its folder is missing, or it exists and `overwrite` is off.
+        UsageError: it is no .svg, its folder is missing, it is a folder itself, or it exists and `overwrite` is off.
     """
     if path.suffix != ".svg":
         raise UsageError(f"plot {path}: charts are SVG; name a file that ends in .svg")
     if not path.parent.is_dir():
         raise UsageError(f"plot {path}: there is no folder {path.parent}")
-    if path.is_dir() or (path.exists() and not overwrite):
+    if path.is_dir():
+        raise UsageError(f"plot {path} is a folder; name a file with --plot")
+    if path.exists() and not overwrite:
         raise UsageError(f"plot {path} exists; name another file with --plot, or pass --overwrite")
 
 

@@ -23,7 +23,7 @@ from spp.adapters.published import read_published
 from spp.checkpoint import MANIFEST, Checkpoint, resolve_model
 from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
-from spp.folders import check_output, new_folder, read_json, write_json
+from spp.folders import check_output, new_folder, read_object, write_json
 from spp.ops.reference import fitting_groups
 from spp.options import ConvertOptions
 from spp.stages.evaluate import check_adapter
@@ -32,7 +32,7 @@ from spp.tuner import SppConfig
 
 Layout = Literal["SPP", "HiRA", "published"]
 
-_LAYOUTS: dict[Any, Layout] = {"SPP": "SPP", "HIRA": "HiRA", "LORA": "published"}  # by PEFT's type
+_LAYOUTS: dict[str, Layout] = {"SPP": "SPP", "HIRA": "HiRA", "LORA": "published"}  # by PEFT's type
 _TARGETS: dict[str, Layout] = {"spp": "SPP", "hira": "HiRA"}
 _SHARED = ("task_type", "base_model_name_or_path", "revision")
 _ORIGINAL = "spp_settings"
@@ -86,7 +86,10 @@ def convert(options: ConvertOptions) -> ConvertReport:
     source = _read(options.adapter, layout, settings)
     base = _fitting_base(source, options)
 
-    config: Any = _hira_config(source, base) if target == "HiRA" else _spp_config(source)
+    try:
+        config: Any = _hira_config(source, base) if target == "HiRA" else _spp_config(source)
+    except (TypeError, ValueError) as error:  # a dropout of 2, a task that PEFT does not know
+        raise SppError(f"{options.adapter / SETTINGS}: {error}") from error
     if options.base:
         config.base_model_name_or_path, config.revision = options.base, None
     with new_folder(options.out, overwrite=options.overwrite) as folder:
@@ -105,7 +108,7 @@ def convert(options: ConvertOptions) -> ConvertReport:
 
 def _layout(settings: Mapping[str, Any], folder: Path) -> Layout:
     kind = settings.get("peft_type")
-    if kind not in _LAYOUTS:
+    if not isinstance(kind, str) or kind not in _LAYOUTS:
         raise UsageError(
             f"adapter {folder} is of type {kind!r}; only SPP adapters, HiRA adapters, and those of the published SPP "
             "code (which call themselves LORA) can be converted"
@@ -122,7 +125,7 @@ def _target(layout: Layout, settings: Mapping[str, Any], options: ConvertOptions
 
 
 def _read(folder: Path, layout: Layout, settings: dict[str, Any]) -> _Source:
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     original = None
     if layout == "SPP":
         factors = read_adapter(folder)

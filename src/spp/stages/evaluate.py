@@ -12,10 +12,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 import spp.tuner  # noqa: F401 (makes PEFT know SPP adapters)
+from spp.adapters.files import SETTINGS, read_settings
 from spp.checkpoint import MANIFEST, resolve_model
 from spp.errors import SppError, UsageError, raise_problems
-from spp.fingerprint import base_fingerprint
-from spp.folders import read_json
+from spp.fingerprint import base_fingerprint, warn_of_other_base
 from spp.loading import brief, context_window, load_config, load_model, load_tokenizer
 from spp.options import EvalOptions
 from spp.stages.comparison import Comparison, check_plot, write_plot
@@ -24,8 +24,6 @@ from spp.stages.task_loading import TaskSet, load_tasks
 from spp.stages.tasks import TasksReport, score_tasks
 
 logger = logging.getLogger("spp")
-
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +77,8 @@ def evaluate(options: EvalOptions) -> EvalReport | TasksReport | Comparison:
         reports[name] = _perplexity(subject) if tasks is None else _scores(subject, tasks)
     if len(reports) == 1:
         return reports[options.model]
+    if len({(one.tokens, one.windows) for one in reports.values() if isinstance(one, EvalReport)}) > 1:
+        logger.warning("these perplexities do not compare: tokenizers or windows of the models differ")
     comparison = Comparison(reports, options.plot if options.compare else None)
     write_plot(comparison)
     return comparison
@@ -101,10 +101,10 @@ def _subjects(options: EvalOptions) -> dict[str, EvalOptions]:
 
 def _subject(name: str, options: EvalOptions) -> EvalOptions:
     model, adapter = name, options.adapter
-    if adapter is None and (Path(name) / _ADAPTER_CONFIG).is_file():
+    if adapter is None and (Path(name) / SETTINGS).is_file():
         adapter = Path(name)
-        model = read_json(adapter / _ADAPTER_CONFIG).get("base_model_name_or_path")
-        if model is None:
+        model = read_settings(adapter).get("base_model_name_or_path")
+        if not isinstance(model, str) or not model:
             raise UsageError(f"adapter {name} does not say which model it is for; pass the model, and --adapter {name}")
         try:
             resolve_model(model)
@@ -158,15 +158,10 @@ def _loaded(options: EvalOptions) -> tuple[PreTrainedModel | PeftModel, str]:
 
 def check_adapter(adapter: Path, model: str) -> None:
     """Refuse what is no adapter; warn where ours was trained on other weights than the model's."""
-    if not (adapter / _ADAPTER_CONFIG).is_file():
-        raise UsageError(f"adapter {adapter}: no adapter_config.json there; give the folder that spp train wrote")
-    if not (adapter / MANIFEST).is_file():
-        return
-    base = read_json(adapter / MANIFEST).get("base")
-    if base is None:  # one that was converted without its base
-        return
-    if base.get("fingerprint") != base_fingerprint(resolve_model(model)):
-        logger.warning("the adapter %s was trained on other weights (%s) than %s", adapter, base.get("model"), model)
+    if not (adapter / SETTINGS).is_file():
+        raise UsageError(f"adapter {adapter}: no {SETTINGS} there; give the folder that spp train wrote")
+    if (adapter / MANIFEST).is_file():
+        warn_of_other_base(adapter, model, base_fingerprint(resolve_model(model)))
 
 
 def with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:

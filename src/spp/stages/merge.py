@@ -25,8 +25,8 @@ from spp.adapters.own import read_adapter
 from spp.ahead import read_ahead
 from spp.checkpoint import MANIFEST, VERIFICATION, Checkpoint, resolve_model
 from spp.errors import SppError, raise_problems
-from spp.fingerprint import base_fingerprint
-from spp.folders import WORK, check_output, read_json, resumable_folder, write_json
+from spp.fingerprint import base_fingerprint, warn_of_other_base
+from spp.folders import WORK, check_output, read_json, read_object, resumable_folder, write_json
 from spp.model_card import read_licence, write_model_card
 from spp.ops.reference import wide_dtype
 from spp.options import MergeOptions
@@ -79,8 +79,10 @@ def merge(options: MergeOptions) -> MergeReport:
     check_output(options.out, options.overwrite, inputs=(base.folder, options.adapter))
     base.require_unquantised("merge into the sparse model before quantisation")
     factors = match_adapter(base, read_adapter(options.adapter), options.adapter)
+    request = _request(base, factors, options)
+    warn_of_other_base(options.adapter, options.model, request["base"])
 
-    with resumable_folder(options.out, _request(base, factors, options), overwrite=options.overwrite) as folder:
+    with resumable_folder(options.out, request, overwrite=options.overwrite) as folder:
         proofs = _write(base, factors, options, folder)
         problems = [problem for name, proof in proofs.items() for problem in failures(name, proof)]
         raise_problems([f"{problem}; nothing was written" for problem in problems], SppError)
@@ -196,6 +198,8 @@ def match_adapter(base: Checkpoint, adapter: dict[str, Factors], folder: Path) -
             problems.append(f"it has no weight for {module}")
         elif base.shape(name) != (wanted := factors.stored_shape(base.transposed(name))):
             problems.append(f"its {name} is {base.shape(name)}, the adapter's {wanted}")
+        elif name in matched:
+            problems.append(f"it has {name} for {module}, and for another module as well")
         else:
             matched[name] = factors
     if problems:
@@ -224,7 +228,7 @@ def _report(out: Path, proofs: dict[str, TensorProof], factors: Container[str], 
 def _manifest(base: Checkpoint, options: MergeOptions, report: MergeReport) -> dict[str, Any]:
     inherited = {key: base.manifest[key] for key in ("pattern", "criterion", "sparsity") if key in base.manifest}
     trained = options.adapter / MANIFEST
-    training = read_json(trained) if trained.is_file() else {}
+    training = read_object(trained) if trained.is_file() else {}
     return {
         "tool": "spp",
         "version": __version__,

@@ -28,6 +28,7 @@ from spp.fingerprint import base_fingerprint
 from spp.folders import WORK, check_output, partial_folder, resumable_folder, write_json
 from spp.loading import compute_dtype, context_window, load_tokenizer, pick_device, skeleton
 from spp.memory import return_freed_memory
+from spp.model_card import read_licence
 from spp.models import unreached_weights
 from spp.options import BlockPart, PruneOptions, PruningSettings
 from spp.patterns import Unstructured
@@ -152,7 +153,7 @@ def _prune(options: PruneOptions, device: torch.device) -> PruneReport:
         report = _report(options, results, tensors, skipped, calibration, time.perf_counter() - start)
         if files:
             files.finish()
-            write_json(folder / MANIFEST, _manifest(report, options))
+            write_json(folder / MANIFEST, _manifest(report, options, source))
     _speak(report, tensors, model)
     return report
 
@@ -242,9 +243,10 @@ def _found_pattern(tensors: dict[str, TensorFacts], sparsity: float) -> str:
     return found.pop() if len(found) == 1 else str(Unstructured(round(sparsity, 4)))
 
 
-def _manifest(report: PruneReport, options: PruneOptions) -> dict[str, Any]:
+def _manifest(report: PruneReport, options: PruneOptions, source: Checkpoint) -> dict[str, Any]:
     facts = {name: value for name, value in asdict(report).items() if name not in ("out", "seconds")}
-    return {"tool": "spp", "version": __version__, "kind": "pruned", "base": options.model, **facts}
+    base = {"base": options.model, "licence": read_licence(source.folder)}
+    return {"tool": "spp", "version": __version__, "kind": "pruned", **base, **facts}
 
 
 def _speak(report: PruneReport, tensors: dict[str, TensorFacts], model: PreTrainedModel) -> None:

@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from spp.checkpoint import VERIFICATION, Checkpoint
 from spp.errors import SppError, UsageError
-from spp.folders import read_json
+from spp.folders import read_object
 from spp.model_card import CARD, model_card
 from spp.options import PushOptions
 
@@ -35,7 +35,7 @@ class PushReport:
 
 
 def push_to_hub(options: PushOptions) -> PushReport:
-    """Upload a merged or pruned model or an archive, in one commit.
+    """Upload a merged or pruned model or an archive: its files in one commit, and then the card that we wrote for it.
 
     Raises:
         UsageError: there is no model, the name is none that the hub allows, or nobody is logged in.
@@ -53,7 +53,7 @@ def push_to_hub(options: PushOptions) -> PushReport:
         repo = api.create_repo(options.repo, private=options.private, exist_ok=True).repo_id
         # Its own commit, and the last: whoever finds the card finds the model that it is of.
         commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, ignore_patterns=[".*", *([CARD] if ours else [])],
+            repo_id=repo, folder_path=folder, ignore_patterns=[".*", "*/.*", *([CARD] if ours else [])],
             commit_message="Upload a sparse model made with spp",
         )  # fmt: skip
         if ours:
@@ -81,11 +81,13 @@ def _require_sound(folder: Path) -> None:
     if not folder.is_dir():
         raise UsageError(f"model {folder}: no such folder")
     Checkpoint.open(folder)
-    if (folder / VERIFICATION).is_file() and not read_json(folder / VERIFICATION).get("verified"):
+    if (folder / VERIFICATION).is_file() and not read_object(folder / VERIFICATION).get("verified"):
         raise SppError(f"{folder}: its {VERIFICATION} says that zeros were lost; merge it again")
 
 
 def _card_is_ours(folder: Path) -> bool:
     """Whether the folder has the card that spp wrote, unchanged."""
     card = folder / CARD
-    return (folder / VERIFICATION).is_file() and card.is_file() and card.read_text("utf-8") == model_card(folder)
+    if not ((folder / VERIFICATION).is_file() and card.is_file()):
+        return False
+    return card.read_bytes() == model_card(folder).encode()

@@ -115,7 +115,10 @@ def failures(name: str, proof: TensorProof) -> list[str]:
 
 
 def _same_bytes(before: Tensor, after: Tensor) -> bool:
-    return before.dtype == after.dtype and before.view(torch.uint8).equal(after.view(torch.uint8))
+    if before.dtype != after.dtype:
+        return False
+    # Flat, because a tensor without dimensions has no bytes to be viewed as.
+    return before.reshape(-1).view(torch.uint8).equal(after.reshape(-1).view(torch.uint8))
 
 
 def _kind(tensor: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -81,6 +82,11 @@ class SppConfig(PeftConfig):
         for name, rank in ranks.items():
             if not isinstance(rank, int) or rank < 1:
                 yield f"{name} must be a positive integer, but it is {rank!r}"
+        for key in self.rank_pattern:
+            try:
+                re.compile(key)
+            except (re.error, TypeError) as error:
+                yield f"rank_pattern has {key!r}, which is no name or regular expression ({error})"
         if not isinstance(self.directions, int) or not 1 <= self.directions <= MOST_DIRECTIONS:
             yield f"directions must be an integer from 1 to {MOST_DIRECTIONS}, but it is {self.directions!r}"
         if not self.scale > 0:
