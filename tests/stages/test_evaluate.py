@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_CONFIGS
-from peft import LoraConfig, get_peft_model
+from peft import HiraConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,8 +20,11 @@ from spp.checkpoint import MANIFEST
 from spp.errors import SppError, UsageError
 from spp.fingerprint import base_fingerprint
 from spp.folders import write_json
-from spp.options import EvalOptions
+from spp.models import prunable_linears
+from spp.options import EvalOptions, PackOptions
+from spp.patterns import NM
 from spp.stages.evaluate import evaluate
+from spp.stages.pack import pack
 from spp.stages.perplexity import Score, perplexity_of
 from spp.tuner import SppConfig
 
@@ -232,6 +235,24 @@ def test_an_adapter_scores_like_the_merged_model(tiny_checkpoint, tiny_tokenizer
     tiny_tokenizer.save_pretrained(tmp_path / "merged")
     assert report.nll == pytest.approx(measure(tmp_path / "merged", texts["jsonl"]).nll, rel=1e-5)
     assert abs(report.nll - measure(tiny_checkpoint, texts["jsonl"]).nll) > 0.01
+
+
+@pytest.mark.parametrize("config", [LoraConfig, HiraConfig], ids=["lora", "hira"])
+def test_a_packed_model_takes_adapters_of_other_methods(tiny_model, tiny_tokenizer, texts, tmp_path, config):
+    """Its layers are bf16 there, and the model computes in fp32."""
+    pruned, packed = tmp_path / "pruned", tmp_path / "packed"
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    for layer in prunable_linears(model).values():
+        layer.weight.data.masked_fill_(~NM(1, 4).keep_mask(layer.weight.float().abs()), 0.0)
+    model.save_pretrained(pruned)
+    tiny_tokenizer.save_pretrained(pruned)
+    pack(PackOptions(model=str(pruned), out=packed))
+    adapter = save_adapter(model, tmp_path / "adapter", config(r=2, target_modules=["up_proj", "q_proj"]))
+    expected = measure(pruned, texts["jsonl"], adapter=adapter)
+    found = measure(packed, texts["jsonl"], adapter=adapter)
+    assert found.dtype == "float32"
+    assert found.nll == pytest.approx(expected.nll, rel=1e-6)
+    assert abs(found.nll - measure(packed, texts["jsonl"]).nll) > 5e-5  # ten times the tolerance
 
 
 @pytest.mark.parametrize(
