@@ -57,7 +57,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 def _option_groups(parser: argparse.ArgumentParser) -> Iterator[str]:
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if "--help" not in action.option_strings]
-        rows = [f"| `{_usage(action)}` | {_cell((action.help or '').replace('%%', '%'))} |" for action in actions]
+        rows = [f"| `{_usage(action)}` | {_cell(_meaning(action))} |" for action in actions]
         title = str(group.title).replace("*", "\\*")
         if rows:
             yield "\n".join([f"**{title[0].upper()}{title[1:]}**\n", "| option | meaning |", "|---|---|", *rows])
@@ -66,7 +66,13 @@ def _option_groups(parser: argparse.ArgumentParser) -> Iterator[str]:
 def _usage(action: argparse.Action) -> str:
     flags = ", ".join(action.option_strings)
     value = action.metavar if isinstance(action.metavar, str) and action.nargs != 0 else ""
-    return f"{flags} {value}".strip()
+    several = {"+": f"{value} [{value} ...]", "*": f"[{value} ...]", "?": f"[{value}]"}
+    return f"{flags} {several.get(str(action.nargs), value)}".strip()
+
+
+def _meaning(action: argparse.Action) -> str:
+    required = " (required)" if action.required and action.option_strings else ""
+    return (action.help or "").replace("%%", "%") + required
 
 
 def _recipe(name: str) -> str:
@@ -95,9 +101,8 @@ def _table(where: str) -> str:
     found = re.search(
         rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL
     )
-    _require(found is not None, f"no table {name!r} in {page}")
-    assert found is not None
-    return found[1].strip()
+    _require(bool(found), f"no table {name!r} in {page}")
+    return found[1].strip() if found else ""
 
 
 def _notebook(path: str) -> str:
