@@ -107,7 +107,7 @@ class PruningSettings(Options):
     reconstruct_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="peak learning rate of reconstruction (default: 0.1 for spp; for weights 0.05, relative to their size)",
+        description="peak learning rate of reconstruction (default: 0.1 for spp; 0.05 for weights, times their size)",
     )
     keep_zeros: bool = Field(
         False, description="prune nothing, and adopt the zeros that the model has; pattern and criterion do not count"
@@ -349,8 +349,8 @@ class MergingSettings(Options):
 
     rounding: Literal["nearest", "stochastic"] = Field(
         "nearest",
-        description="how merged weights are rounded; stochastic keeps, in the mean, updates that the dtype is too coarse "
-        "for; seed fixes its bits",
+        description="how merged weights are rounded; stochastic keeps, in the mean, updates that the dtype is too "
+        "coarse for; the seed fixes its bits",
     )
 
 
