@@ -26,12 +26,18 @@ from spp.cli import COMMANDS, build_parser
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SOURCES = Path(recipes.__file__).resolve().parents[1]
+_OPTION = re.compile(r"(?<=[\s>])(--[a-z][\w-]*)(?=[\s<,])")
 _MARKER = re.compile(r"^<!-- (options|recipe|fields|table|notebook): (.+?) -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Fill the markers of one page; MkDocs calls this."""
     return filled(markdown)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Keep options in one piece, which browsers break after a hyphen; MkDocs calls this."""
+    return _OPTION.sub(r'<span class="option">\1</span>', html)
 
 
 def filled(markdown: str) -> str:
