@@ -26,12 +26,18 @@ from spp.cli import COMMANDS, build_parser
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SOURCES = Path(recipes.__file__).resolve().parents[1]
+_OPTION = re.compile(r"(?<=[\s>])(--[a-z][\w-]*)(?=[\s<,])")
 _MARKER = re.compile(r"^<!-- (options|recipe|fields|table|notebook): (.+?) -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Fill the markers of one page; MkDocs calls this."""
     return filled(markdown)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Keep options in one piece, which browsers break after a hyphen; MkDocs calls this."""
+    return _OPTION.sub(r'<span class="option">\1</span>', html)
 
 
 def filled(markdown: str) -> str:
@@ -57,7 +63,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 def _option_groups(parser: argparse.ArgumentParser) -> Iterator[str]:
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if "--help" not in action.option_strings]
-        rows = [f"| `{_usage(action)}` | {_cell((action.help or '').replace('%%', '%'))} |" for action in actions]
+        rows = [f"| `{_usage(action)}` | {_cell(_meaning(action))} |" for action in actions]
         title = str(group.title).replace("*", "\\*")
         if rows:
             yield "\n".join([f"**{title[0].upper()}{title[1:]}**\n", "| option | meaning |", "|---|---|", *rows])
@@ -66,7 +72,13 @@ def _option_groups(parser: argparse.ArgumentParser) -> Iterator[str]:
 def _usage(action: argparse.Action) -> str:
     flags = ", ".join(action.option_strings)
     value = action.metavar if isinstance(action.metavar, str) and action.nargs != 0 else ""
-    return f"{flags} {value}".strip()
+    several = {"+": f"{value} [{value} ...]", "*": f"[{value} ...]", "?": f"[{value}]"}
+    return f"{flags} {several.get(str(action.nargs), value)}".strip()
+
+
+def _meaning(action: argparse.Action) -> str:
+    required = " (required)" if action.required and action.option_strings else ""
+    return (action.help or "").replace("%%", "%") + required
 
 
 def _recipe(name: str) -> str:
@@ -95,9 +107,8 @@ def _table(where: str) -> str:
     found = re.search(
         rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL
     )
-    _require(found is not None, f"no table {name!r} in {page}")
-    assert found is not None
-    return found[1].strip()
+    _require(bool(found), f"no table {name!r} in {page}")
+    return found[1].strip() if found else ""
 
 
 def _notebook(path: str) -> str:

@@ -36,9 +36,19 @@ def test_every_option_is_in_the_help(command, capsys):
     text = " ".join(capsys.readouterr().out.split())
     options: type[Options] = cli.COMMANDS[command].options
     for name, field in options.model_fields.items():
-        assert name.upper().removesuffix("S") in text or f"--{name.replace('_', '-')}" in text
+        shown = name.upper().removesuffix("S") if name in cli.COMMANDS[command].positional else f"--{name}"
+        assert shown.replace("_", "-") in text, name
         assert field.description, name
-    assert f"example: {cli.COMMANDS[command].example}".split()[1] in text
+    # Wrapped at spaces and hyphens.
+    assert "".join(f"example: {cli.COMMANDS[command].example}".split()) in "".join(text.split())
+
+
+def test_the_help_shows_defaults_of_zero(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "draw at this temperature (default: 0.0)" in text and "rounding (default: 0)" in text
+    assert "(default: False)" not in text and "(default: None)" not in text
 
 
 def test_choices_that_depend_on_the_data_can_be_turned_off():

@@ -112,6 +112,16 @@ def test_adopted_zeros_are_reported_as_they_were_found(finished, tmp_path, stori
     assert "pruned 2:4, fine-tuned with SPP" in page
 
 
+def test_zeros_that_matrices_have_in_different_shares_are_verified(tmp_path, tiny_checkpoint, stories):
+    """OWL's ratio is a mean over blocks, and so is that of zeros which are adopted from it."""
+    settings = {"pattern": "60%", "allocation": "owl", "owl_threshold": 2.0}
+    owl = run(options(tiny_checkpoint, stories, tmp_path / "owl", **settings))
+    assert len({round(one["sparsity"], 2) for one in owl.results["sparsity"]["tensors"].values()}) > 1
+    assert owl.verified, owl.results["verification"]["problems"]
+    adopted = run(options(owl.out / "pruned", stories, tmp_path / "adopted", keep_zeros=True))
+    assert adopted.verified, adopted.results["verification"]["problems"]
+
+
 def test_gap_closed_by_hand():
     assert gap_closed(dense=math.e, pruned=math.e**3, spp=math.e**2) == pytest.approx(0.5)
     assert gap_closed(dense=10.0, pruned=20.0, spp=20.0) == 0

@@ -210,7 +210,7 @@ def _summary(options: type[opt.Options]) -> str:
 
 def _add_option(group: Any, name: str, field: Any, *, positional: bool) -> None:
     help_text = field.description.replace("%", "%%")
-    if not (field.is_required() or field.default in (None, False, ())):
+    if not (field.is_required() or field.default is None or field.default is False or field.default == ()):
         help_text += f" (default: {field.default})".replace("%", "%%")
     kinds = _kinds(field.annotation)
     several: dict[str, Any] = {}
@@ -264,8 +264,7 @@ def _execute(command: Command, given: dict[str, Any], *, dry_run: bool) -> Any:
         recipe = "demo"  # the embedded default: the bundled model and a few minutes of training
     values = {**load_recipe(recipe, command.options), **given} if recipe else given
     options = command.options.build(values)
-    stage = command.dry_run if dry_run and command.dry_run else command.stage
-    module, function = stage.split(":")
+    module, function = (command.dry_run if dry_run and command.dry_run else command.stage).split(":")
     stage = getattr(importlib.import_module(module), function)
     return stage() if command.options is opt.Options else stage(options)
 

@@ -91,7 +91,7 @@ class PruningSettings(Options):
         description="sparsity of blocks: uniform, or less where there are more outliers (not for N:M)",
     )
     owl_limit: float = Field(0.08, gt=0, lt=0.5, description="owl: how far a block's sparsity may be from the mean")
-    owl_threshold: float = Field(5.0, gt=1, description="owl: an outlier's Wanda score is so many times the mean score")
+    owl_threshold: float = Field(5.0, gt=1, description="owl: above so many times the mean Wanda score is an outlier")
     refine: Literal["dsnot"] | None = Field(
         None, description="afterwards exchange removed and kept weights, without training (not for sparsegpt)"
     )
@@ -107,8 +107,7 @@ class PruningSettings(Options):
     reconstruct_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="peak learning rate of reconstruction of A and B for spp (default: 0.1), "
-        "relative to the weights' size for weights (default: 0.05)",
+        description="peak learning rate of reconstruction (default: 0.1 for spp; 0.05 for weights, times their size)",
     )
     keep_zeros: bool = Field(
         False, description="prune nothing, and adopt the zeros that the model has; pattern and criterion do not count"
@@ -246,7 +245,7 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
     )
     quantize: Literal["none", "nf4", "int8"] = Field(
         "none",
-        description="keep the base in 4 or 8 bits while training (bitsandbytes); merging takes it as it was before",
+        description="keep the base in 4 or 8 bits while training (bitsandbytes); merge into the model as it was before",
     )
     save_steps: int = Field(100, ge=1, description="optimiser steps between checkpoints to resume from")
     keep: int = Field(2, ge=1, description="checkpoints to keep while training; the best adapter is kept besides")
@@ -254,7 +253,7 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
         0, ge=0, description="hold out so many examples, and take the adapter that has the lowest loss on them"
     )
     eval_steps: int | None = Field(
-        None, ge=1, description="optimiser steps between evaluations on them (default: save-steps)"
+        None, ge=1, description="optimiser steps between evaluations on the held-out examples (default: save-steps)"
     )
     sharding: Literal["none", "fsdp", "zero3"] = Field(
         "none",
@@ -295,7 +294,7 @@ class ScoringSettings(Options):
         description="score each document by itself instead of windows over the joined text "
         "(default: for .jsonl, .json, .parquet and datasets ids)",
     )
-    limit: int | None = Field(None, ge=1, description="use the first so many documents only")
+    limit: int | None = Field(None, ge=1, description="score only the first so many documents, or items of each task")
 
 
 class TaskSettings(Options):
@@ -310,7 +309,7 @@ class TaskSettings(Options):
         None, description="take every task NAME from the file NAME.jsonl in this folder, and nothing from the hub"
     )
     num_fewshot: int | None = Field(
-        None, ge=0, description="solved examples in front of each (default: the task's own)"
+        None, ge=0, description="solved examples in front of each item (default: the task's own)"
     )
     batch_size: int = Field(8, ge=1, description="answers that are scored at once")
 
@@ -350,8 +349,8 @@ class MergingSettings(Options):
 
     rounding: Literal["nearest", "stochastic"] = Field(
         "nearest",
-        description="how merged weights are rounded; stochastic keeps updates that the dtype is too coarse for, in the "
-        "mean, with the bits that --seed gives",
+        description="how merged weights are rounded; stochastic keeps, in the mean, updates that the dtype is too "
+        "coarse for; the seed fixes its bits",
     )
 
 

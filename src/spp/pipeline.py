@@ -94,12 +94,11 @@ def run(options: RunOptions) -> RunReport:
         "prune": lambda: prune(of(PruneOptions, model=model, out=pruned, calibration=calibration, **new)),
         "evaluate_pruned": lambda: evaluate(of(EvalOptions, model=str(pruned), text=options.eval)),
         "train": lambda: train(of(TrainOptions, model=str(pruned), out=adapter, data=options.train, **new)),
-        "merge": lambda: merge(
-            of(
-                MergeOptions, model=str(pruned), adapter=adapter, out=merged, dtype="auto", **new
-            )  # a run's dtype computes
+        # A run's dtype is what it computes in; what it writes keeps the model's own.
+        "merge": lambda: merge(of(MergeOptions, model=str(pruned), adapter=adapter, out=merged, dtype="auto", **new)),
+        "verify": lambda: verify(
+            VerifyOptions(base=str(pruned), other=str(merged), pattern=_pattern_of_every_matrix(options, pruned))
         ),
-        "verify": lambda: verify(of(VerifyOptions, base=str(pruned), other=str(merged))),
         "evaluate_spp": lambda: evaluate(of(EvalOptions, model=str(merged), text=options.eval)),
     }
     for name, stage in stages.items():
@@ -111,6 +110,13 @@ def run(options: RunOptions) -> RunReport:
     write_model_card(merged, figures)
     write_report([Run(out.name, results)], out / _REPORT)
     return RunReport(out, results)
+
+
+def _pattern_of_every_matrix(options: RunOptions, pruned: Path) -> str | None:
+    """What can be asked of each pruned matrix: not a ratio that is a mean over matrices, as OWL's and adopted ones."""
+    pattern = read_json(pruned / MANIFEST)["pattern"]
+    is_mean = ":" not in pattern and (options.keep_zeros or options.allocation == "owl")
+    return None if is_mean else pattern
 
 
 class _Records:

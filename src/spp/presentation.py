@@ -109,8 +109,8 @@ def _merge(report: MergeReport) -> Iterable[RenderableType]:
     yield f"proved: all {report.zeros:,} zeros of the base are +0.0; {len(report.tensors)} matrices were merged"
     if report.converted:
         yield f"{len(report.converted)} other tensors were converted, the rest copied byte for byte"
-    yield f"{report.underflowed:,} survivors underflowed; rounding left {report.unchanged_share:.1%} of them unchanged"
-    yield f"written to {report.out}"
+    yield f"rounding left {report.unchanged_share:.1%} of the survivors unchanged, and made {report.underflowed:,} zero"
+    yield f"written to {report.out}, with verification.json and a model card, README.md"
 
 
 def _convert(report: ConvertReport) -> Iterable[RenderableType]:

@@ -6,6 +6,7 @@ enough by itself: add options to `SMALL`. One that cannot run at all is named, w
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import re
@@ -20,6 +21,7 @@ from torch.distributed.run import get_args_parser
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spp.cli import COMMANDS, build_parser, main
+from spp.errors import UsageError
 
 # What stands for what; the first name is the one that the others are copies of.
 MODELS = {
@@ -55,6 +57,7 @@ NEEDS = {"--quantize": "bitsandbytes", "--sharding zero3": "deepspeed"}
 PARSED = {
     "spp push": "uploads; tests/stages/test_push.py has a hub of its own",
     "load_dataset(": "downloads",
+    "to_semi_structured(": "needs CUDA; tests/test_semi_structured.py has what does not",
     "--tasks": "lm-eval downloads the tasks' data; the tests of the stage have local ones",
 }
 # Commands that only have to be sound: a target, a script with such options, an extra that exist.
@@ -125,10 +128,20 @@ def run(command: str) -> int | str:
     arguments = build_parser().parse_args(words[1:])
     lacking = [part for part, package in NEEDS.items() if importlib.util.find_spec(package) is None]
     if any(part in command for part in [*lacking, *PARSED]):
-        return 0  # it parses
+        return _refusal(words[1], arguments)
     if not getattr(arguments, "dry_run", False) and (out := getattr(arguments, "out", None)):
         shutil.rmtree(out, ignore_errors=True)  # the stock has the results of most commands, too
     return main(_small(words[1:]))
+
+
+def _refusal(name: str, arguments: argparse.Namespace) -> int | str:
+    """0 for options that go together; otherwise what is wrong with them."""
+    options = COMMANDS[name].options
+    try:
+        options.build({key: value for key, value in vars(arguments).items() if key in options.model_fields})
+    except UsageError as error:
+        return str(error)
+    return 0
 
 
 def run_python(code: str, page: str) -> None:

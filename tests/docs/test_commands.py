@@ -121,6 +121,7 @@ import spp
         "python benchmarks/nothing.py",
         ".venv/bin/python benchmarks/step.py --nothing",
         "spp inspect nothing-there",
+        "spp eval a --tasks paper --compare",
     ],
 )
 def test_a_command_that_does_not_work_is_found(command, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def test_every_recipe_and_every_public_name_has_its_place():
 def test_the_tree_in_the_readme_is_the_tree():
     readme = README.read_text()
     for path in (ROOT / "src" / "spp").iterdir():
-        if path.name.startswith("_") or path.name in {"py.typed", "templates"}:
+        if path.name.startswith("_") or path.name == "py.typed":
             continue
         name = f"{path.name}/" if path.is_dir() else path.name
         assert name in readme, f"the README's tree does not show {name}"
@@ -87,7 +87,7 @@ def test_every_message_of_the_troubleshooting_page_is_one_of_ours(message):
 def test_the_troubleshooting_page_explains_many_messages_of_every_command_that_has_its_own():
     text = (DOCS / "troubleshooting.md").read_text()
     assert len(troubles()) == len(set(troubles())) >= 60
-    for command in ("prune", "train", "merge", "verify", "eval", "generate", "run"):
+    for command in COMMANDS.keys() - {"cache-teacher", "unpack", "inspect", "doctor"}:
         assert re.search(rf"^## .*spp {command}", text, re.MULTILINE)
 
 
@@ -98,6 +98,11 @@ def test_the_places_of_equations_exist():
         assert (ROOT / path).is_file(), path
         for name in re.findall(r"\w+", names):
             assert re.search(rf"^\s*(def|class) {name}\b", (ROOT / path).read_text(), re.MULTILINE), f"{path}: {name}"
+
+
+def test_the_citation_and_the_changelog_have_the_version():
+    assert f"\nversion: {spp.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {spp.__version__} (" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_images_say_what_is_on_them():

@@ -45,7 +45,7 @@ def test_the_site_has_every_page(site):
 
 def test_no_marker_is_left(site):
     for page in site.glob("**/index.html"):
-        assert not re.search(r"<!-- (options|recipe|fields|notebook): ", page.read_text()), page
+        assert not re.search(r"<!-- (options|recipe|fields|table|notebook): ", page.read_text()), page
 
 
 def test_every_option_is_on_the_page_of_commands(site):
@@ -61,6 +61,8 @@ def test_every_option_is_on_the_page_of_commands(site):
             )
     assert str(TrainOptions.model_fields["warmup_ratio"].description) in text
     assert "--criterion magnitude|magnitude-matrix|wanda" in text and "runs/<date-time>" in text
+    assert "--prompt TEXT text to continue (required)" in text
+    assert "--benchmarks FILE [FILE ...]" in text and "RUN [RUN ...]" in text and "--seed N" in text
     assert "The SPP adapter: W' = W + scale * W * (A[group] B)" in text
 
 

@@ -132,6 +132,17 @@ def test_runs_of_which_little_is_known(page):
     assert found.rows("3 runs")[1][:2] == ["1 a", "a model"] and "not defined" in found.rows("3 runs")[1]
 
 
+@pytest.mark.parametrize("closed", [None, float("nan"), float("inf"), float("-inf")])
+def test_a_gap_that_is_not_defined_is_no_number(page, tmp_path, closed):
+    """Neither in the order of rows nor as a bar."""
+    found = page({"a": realistic(1), "b": realistic(1) | {"gap_closed": closed}})
+    assert found.rows("2 runs")[2][8] == "not defined"
+    html = (tmp_path / "report.html").read_text()
+    assert '<td class="number" data-key="">not defined</td>' in html
+    gaps = html[html.index('id="gaps-title"') :].split("</svg>")[0]
+    assert gaps.split("<rect")[-1].count('width="0.0"') == 1
+
+
 def test_structure_that_assistive_technology_needs(page):
     found = page({"a": realistic(2), "b": other(window=1), "c": failed(2)}, [read_benchmark(_DATA / "step.csv")])
     tags = [tag for tag, _ in found.tags]

@@ -186,7 +186,7 @@ def doctor_table(report: DoctorReport) -> Table:
 
 
 def _absent(name: str) -> str:
-    remedy = f"spp[{_OPTIONAL[name]}]" if name in _OPTIONAL else name
+    remedy = f'"spp[{_OPTIONAL[name]}]"' if name in _OPTIONAL else name
     return f"not installed (pip install {remedy})"
 
 

@@ -14,7 +14,7 @@ from spp.stages.line_chart import Line, line_chart, swatch
 from spp.stages.quantities import duration, figure, share, size
 from spp.stages.report_files import Run
 from spp.stages.run_sections import finite_points
-from spp.stages.run_summary import gap, perplexities, subject, verdict
+from spp.stages.run_summary import gap, gap_value, perplexities, subject, verdict
 from spp.stages.tensor_table import Entry
 
 _MISSING = "none"
@@ -61,7 +61,7 @@ def _quality(results: Mapping[str, Any]) -> list[Entry]:
     models, about = perplexities(results), subject(results)
     seconds = results.get("seconds") or {}
     training = results.get("training") or {}
-    closed = results.get("gap_closed")
+    closed = gap_value(results)
     return [
         *(Entry(about[name] or "", None) for name in ("model", "pattern", "criterion")),
         _entry((results.get("sparsity") or {}).get("overall"), share),
@@ -149,7 +149,7 @@ def gap_chart(runs: Sequence[Run]) -> Markup:
     """A bar for the gap that each run closed; one that is not defined has none."""
     bars = []
     for number, run in enumerate(runs, 1):
-        closed = run.results.get("gap_closed")
+        closed = gap_value(run.results)
         label = f"{number} {run.name}"
         label = label if len(label) <= _LABEL else label[: _LABEL - 1] + "…"
         bars.append(Bar(label, math.nan if closed is None else closed, gap(run.results)[0]))

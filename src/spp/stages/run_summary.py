@@ -92,12 +92,18 @@ def headline(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def gap(results: Mapping[str, Any]) -> tuple[str, str]:
     """The gap closed, or that it is not defined, and what that means."""
-    value = results.get("gap_closed")
-    if value is None or not math.isfinite(value):
+    value = gap_value(results)
+    if value is None:
         return "not defined", _why_no_gap(perplexities(results))
     if value < 0:
         return share(value), "fine-tuning made the model worse"
     return share(value), "of the loss that pruning cost"
+
+
+def gap_value(results: Mapping[str, Any]) -> float | None:
+    """The gap closed, where it is defined."""
+    value = results.get("gap_closed")
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _why_no_gap(models: Mapping[str, float]) -> str:
