@@ -188,3 +188,17 @@ def test_a_file_is_no_model(tmp_path):
     file.touch()
     with pytest.raises(UsageError, match="is a file"):
         resolve_model(str(file))
+
+
+@pytest.mark.parametrize("code", [False, True])
+def test_code_comes_from_the_hub_only_where_it_is_asked_for(tmp_path, monkeypatch, code):
+    from fnmatch import fnmatch
+
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda model, allow_patterns: asked.extend(allow_patterns) or str(tmp_path)
+    )
+    assert resolve_model("someone/model", code=code) == tmp_path
+    assert any(fnmatch("modeling_own.py", pattern) for pattern in asked) == code
+    assert any(fnmatch("model.safetensors", pattern) for pattern in asked)
+    assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in asked)

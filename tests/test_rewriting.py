@@ -140,6 +140,7 @@ def test_companions_come_along_and_nothing_else(tiny_checkpoint, written):
         "pytorch_model.bin",
         "pytorch_model.bin.index.json",
         "training_args.bin",
+        "adapter_config.json",
         "README.md",
         "old.gguf",
     ]

@@ -28,11 +28,16 @@ VERIFICATION = "verification.json"
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a checkpoint needs, and what says under which licence it is; never pickles, never code that was not asked for.
+_HUB_CODE = ["*.py", "*.tiktoken"]
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[CS]E*", "NOTICE*"]
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, *, code: bool = False) -> Path:
     """The folder of a model given as a local folder or as a hub id (downloaded through huggingface_hub).
+
+    Args:
+        model: the folder or id.
+        code: whether Python files come along from the hub (`--trust-remote-code`).
 
     Raises:
         UsageError: there is no such folder, and the hub does not have it or cannot be reached.
@@ -49,7 +54,7 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=[*_HUB_FILES, *(_HUB_CODE if code else [])]))
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise UsageError(f"model {model!r}: no such folder, and the hub has no such model") from error
     except Exception as error:  # whatever the network stack raises, the user can do the same thing about it

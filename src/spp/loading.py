@@ -79,7 +79,7 @@ def load_model(
         UsageError: no such model, no weights, or not a causal LM.
         SppError: damaged or incomplete weights.
     """
-    folder = resolve_model(model)
+    folder = resolve_model(model, code=options.trust_remote_code)
     checkpoint = Checkpoint.open(folder)  # names a truncated shard, which transformers reports without its file name
     target = pick_device(device or options.device)
     config = load_config(model, options)
@@ -201,7 +201,7 @@ def load_tokenizer(model: str, options: LoadingOptions) -> PreTrainedTokenizerBa
     Raises:
         UsageError: there is none, or it cannot be read.
     """
-    folder = resolve_model(model)
+    folder = resolve_model(model, code=options.trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # tokenizers raises bare exceptions
@@ -218,7 +218,7 @@ def load_config(model: str, options: LoadingOptions) -> Any:
     Raises:
         UsageError: there is none, or it cannot be read.
     """
-    folder = resolve_model(model)
+    folder = resolve_model(model, code=options.trust_remote_code)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # every family checks its values with exceptions of its own

@@ -98,8 +98,8 @@ def write_companions(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | 
     """
     for path in sorted(checkpoint.folder.iterdir()):
         kept = path.suffix in _COMPANIONS or path.name.upper().startswith(_LEGAL)
-        weights_of_others = path.name.endswith(".bin.index.json")
-        if path.is_file() and kept and path.name not in (MANIFEST, VERIFICATION, INDEX) and not weights_of_others:
+        of_others = path.name.endswith(".bin.index.json") or path.name == "adapter_config.json"
+        if path.is_file() and kept and path.name not in (MANIFEST, VERIFICATION, INDEX) and not of_others:
             shutil.copyfile(path, folder / path.name)
     config = {name: value for name, value in checkpoint.config.items() if name not in _ANNOUNCEMENTS}
     if dtype is not None:

@@ -16,7 +16,7 @@ from spp.checkpoint import MANIFEST, resolve_model
 from spp.data.examples import IGNORED, Example, digest
 from spp.divergence import divergence, divergence_of_top
 from spp.errors import UsageError
-from spp.folders import read_json
+from spp.folders import read_object
 from spp.loading import compute_dtype, load_model
 from spp.options import TrainOptions
 from spp.stages.sharding import divide
@@ -160,7 +160,7 @@ def teacher_dtype(asked: str, device: torch.device) -> torch.dtype:
 
 def cache_manifest(folder: Path) -> dict[str, Any] | None:
     """What a cache says of itself; None for any other folder."""
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     return manifest if manifest.get("kind") == CACHE_KIND else None
 
 
