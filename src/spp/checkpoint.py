@@ -155,12 +155,19 @@ class Checkpoint:
         Raises:
             SppError: a packed weight is damaged.
         """
-        if name not in self.packed:
-            tensor = read_floats(self.files[name], self.offsets[name], self.layouts[name])
-            if tensor is not None:
-                return tensor
         with safe_open(self.files[name], framework="pt") as file:
             return self._read(file, name)
+
+    def read(self, name: str) -> Tensor:
+        """As `tensor`, but in memory when it is returned: floats that are not packed are no map of the file.
+
+        Raises:
+            OSError: the file has become shorter.
+        """
+        if name in self.packed:
+            return self.tensor(name)
+        found = read_floats(self.files[name], self.offsets[name], self.layouts[name])
+        return self.tensor(name) if found is None else found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""

@@ -282,7 +282,8 @@ def test_batches_are_padded_on_the_right():
 def test_a_dense_model_is_warned_about(options, tiny_checkpoint, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("spp"), "propagate", True)
     train(options(model=str(tiny_checkpoint), max_steps=1))
-    [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    ours = [record for record in caplog.records if record.name == "spp" and record.levelno == logging.WARNING]
+    [warning] = {record.getMessage() for record in ours}
     assert "IS DENSE: 0.00 %" in warning and "spp prune" in warning
 
 
@@ -448,7 +449,7 @@ def test_the_tokenizer_of_another_model(options, pruned, tiny_model, tmp_path):
 
 def test_a_hub_id_is_kept_and_not_looked_up(options, pruned, monkeypatch, tmp_path):
     for module in ("spp.stages.train", "spp.loading"):
-        monkeypatch.setattr(f"{module}.resolve_model", lambda _: pruned)
+        monkeypatch.setattr(f"{module}.resolve_model", lambda *_, **__: pruned)
     monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_, **__: pytest.fail("asked"))
     train(options(model="someone/llama-2of4", max_steps=3, save_steps=1))
     assert read_json(tmp_path / "adapter" / "adapter_config.json")["base_model_name_or_path"] == "someone/llama-2of4"

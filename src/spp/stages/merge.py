@@ -132,7 +132,7 @@ def _write(
         track_bytes("merging", total, done=total - sum(sizes[name] for name in left)) as advance,
     ):
         writing = saving = _done()
-        for name, before in read_ahead(lambda name: base.tensor(name) if name in rewritten else None, left):
+        for name, before in read_ahead(lambda name: base.read(name) if name in rewritten else None, left):
             writing.result()
             if before is None:
                 finished[name] = None

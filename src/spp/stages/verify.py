@@ -94,7 +94,7 @@ def _pairs(base: Checkpoint, other: Checkpoint) -> Iterator[tuple[str, tuple[Ten
     """Every tensor of BASE with OTHER's, in the order of BASE's files; two pairs are in memory at once."""
 
     def read(name: str) -> tuple[Tensor, Tensor | None]:
-        return base.tensor(name), other.tensor(name) if name in other.files else None
+        return base.read(name), other.read(name) if name in other.files else None
 
     sizes = {name: layout.nbytes for name, layout in base.layouts.items()}
     with track_bytes("verifying", sum(sizes.values())) as advance:
