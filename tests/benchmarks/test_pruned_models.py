@@ -32,6 +32,7 @@ def test_streaming_prints_one_object(dense: Path, capsys: pytest.CaptureFixture[
     assert [path.name for path in dense.parent.iterdir()] == ["dense"]  # no result is left
 
 
+@pytest.mark.slow
 def test_streaming_notices_other_bits(
     dense: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
