@@ -23,6 +23,7 @@ def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [str(model), str(adapter), "--threads", "1", "--repeats", "1", "--work", str(tmp_path), "--json"]
 
 
+@pytest.mark.slow
 def test_merging_prints_one_object(case: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     merging.main(case)
     row = json.loads(capsys.readouterr().out)

@@ -22,6 +22,7 @@ def dense(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_streaming_prints_one_object(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     streaming.main([str(dense), *CASE, "--json"])
     row = json.loads(capsys.readouterr().out)
