@@ -58,6 +58,12 @@ def compare(base: Tensor, other: Tensor) -> TensorProof:
     return TensorProof(**native.compare(base, other))  # pyright: ignore[reportArgumentType]
 
 
+def may_hold_negative_zeros(tensor: Tensor) -> bool:
+    """False where our kernels counted no -0.0 in a float tensor; without them, counting costs more than rewriting."""
+    flat = tensor.contiguous().reshape(-1)
+    return bool(native.why_not(flat)) or compare(flat, flat).negative_zeros > 0
+
+
 def compare_in_torch(base: Tensor, other: Tensor) -> TensorProof:
     """`compare`, to be read: needs several times the memory of the tensors."""
     zero = base == 0

@@ -17,7 +17,7 @@ from spp.archive import dense_name
 from spp.checkpoint import INDEX, MANIFEST, SINGLE, VERIFICATION, Checkpoint
 from spp.errors import SppError
 from spp.folders import sync, write_json
-from spp.proof import compare
+from spp.proof import may_hold_negative_zeros
 from spp.tensor_file import TensorFile, in_dtype
 from spp.values import canonical_zeros, is_float
 
@@ -66,8 +66,7 @@ class Rewriting:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor of the shape and dtype that `layouts` says, with every zero as +0.0."""
-        # To count them takes a tenth of the time of writing the tensor again, and there is seldom one.
-        signed = is_float(tensor) and compare(tensor, tensor).negative_zeros
+        signed = is_float(tensor) and may_hold_negative_zeros(tensor)
         self._files[name].write(name, canonical_zeros(tensor) if signed else tensor)
 
     def copy(self, name: str) -> None:
