@@ -34,13 +34,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import DATA, append_rows, machine_columns, print_table
+from benchmarks.common import add_run_arguments, append_rows, machine_columns, print_table
 from spp.checkpoint import VERIFICATION, Checkpoint
 from spp.folders import WORK, partial_folder, read_json, sync
 from spp.stages.merge import RECORD
 
 _LOOK_EVERY = 0.05  # seconds
-_PIECE = 2**24
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -191,11 +190,8 @@ def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file."""
     digests = {}
     for path in sorted(folder.iterdir()):
-        digest = hashlib.sha256()
         with path.open("rb") as file:
-            while piece := file.read(_PIECE):
-                digest.update(piece)
-        digests[path.name] = digest.hexdigest()
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
 
@@ -205,11 +201,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("adapter", type=Path, help="folder of an SPP adapter for it")
     parser.add_argument("--rounding", choices=("nearest", "stochastic"), default="nearest")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--repeats", type=int, default=3, help="copies and merges (default: %(default)s)")
     parser.add_argument("--work", type=Path, help="folder for the results while it runs (default: beside the model)")
-    parser.add_argument("--threads", type=int, help="default: what torch takes")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, and write no CSV")
-    parser.add_argument("--csv", type=Path, default=DATA / "merging.csv", help="default: %(default)s")
+    add_run_arguments(parser, repeats=3, csv_name="merging.csv")
     return parser
 
 

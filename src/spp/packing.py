@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -60,8 +61,12 @@ def packed_layer(module: nn.Module) -> PackedLinear:
     return layer.train(module.training)
 
 
-def unpack_(model: Model) -> Model:
+def unpack_(model: Model, dtype: torch.dtype | None = None) -> Model:
     """Replace every `PackedLinear` by an `nn.Linear` or `Conv1D` with the same bits (zeros are +0.0), one by one.
+
+    Args:
+        model: any module.
+        dtype: of the new layers, rounded once; None leaves each its own.
 
     Returns:
         The model itself.
@@ -72,7 +77,7 @@ def unpack_(model: Model) -> Model:
     for name in [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]:
         module = model.get_submodule(name)
         assert isinstance(module, PackedLinear)
-        model.set_submodule(name, _dense_layer(module))
+        model.set_submodule(name, _dense_layer(module).to(dtype=dtype))
     return model
 
 

@@ -18,7 +18,6 @@ from spp.errors import SppError, UsageError, raise_problems
 from spp.fingerprint import base_fingerprint, warn_of_other_base
 from spp.loading import brief, context_window, load_config, load_model, load_tokenizer
 from spp.options import EvalOptions
-from spp.packed_linear import PackedLinear
 from spp.packing import unpack_
 from spp.stages.comparison import Comparison, check_plot, write_plot
 from spp.stages.perplexity import perplexity_of, read_windows
@@ -173,7 +172,7 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
         SppError: it is damaged, or was made for another model.
     """
     if read_settings(adapter).get("peft_type") != "SPP":
-        _unpack(model)
+        unpack_(model, model.dtype)  # other methods know no packed layers, nor layers of another dtype than x
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
@@ -188,12 +187,3 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
             f"adapter {adapter} was made for another model: {len(odd)} of its tensors do not match, e.g. {odd[0]}"
         )
     return adapted
-
-
-def _unpack(model: PreTrainedModel) -> None:
-    """Make packed layers plain ones in the dtype that the model computes in: other methods know no packed layers."""
-    dtype = model.dtype
-    packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
-    unpack_(model)
-    for name in packed:
-        model.get_submodule(name).to(dtype)
