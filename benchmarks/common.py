@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from spp.stages.doctor import environment, versions
+from spp.runtime.environment import environment, versions
 
 DATA = Path(__file__).resolve().parent / "data"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

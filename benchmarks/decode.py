@@ -40,7 +40,7 @@ from benchmarks.common import (
 )
 from spp import ops
 from spp.ops import native
-from spp.packed import PackedWeight
+from spp.ops.packed import PackedWeight
 
 _SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 _TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from benchmarks.baselines import published, stock_peft
 from benchmarks.common import DTYPES, Step, sparse_weight
 from spp import ops
-from spp.packed import PackedWeight, Weight
+from spp.ops.packed import PackedWeight, Weight
 
 RANK = 16
 SCALE = 2.0

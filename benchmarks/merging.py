@@ -35,9 +35,10 @@ from typing import Any
 import torch
 
 from benchmarks.common import add_run_arguments, append_rows, machine_columns, print_table
-from spp.checkpoint import VERIFICATION, Checkpoint
-from spp.folders import WORK, partial_folder, read_json, sync
-from spp.stages.merge import RECORD
+from spp.adapters.merge import RECORD
+from spp.checkpoints.atomic_folder import WORK, partial_folder
+from spp.checkpoints.checkpoint import VERIFICATION, Checkpoint
+from spp.checkpoints.json_files import read_json, sync
 
 _LOOK_EVERY = 0.05  # seconds
 

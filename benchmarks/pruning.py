@@ -36,8 +36,9 @@ from benchmarks.common import (
     shape_argument,
 )
 from spp.patterns import NM, Pattern, parse_pattern
-from spp.pruning import dsnot, magnitude, ria, sparsegpt, wanda
-from spp.pruning.statistics import Gram, Moments
+from spp.pruning import dsnot
+from spp.pruning.calibration.input_statistics import Gram, Moments
+from spp.pruning.criteria import magnitude, ria, sparsegpt, wanda
 
 _SHAPES = [(4096, 4096)]
 _PATTERNS = ["50%", "2:4"]

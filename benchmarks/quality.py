@@ -40,16 +40,17 @@ import spp
 from benchmarks.baselines.finetuning import Lora, MaskedLora, MaskedWeight, replace_linears
 from benchmarks.common import append_rows, machine_columns, read_rows
 from benchmarks.subjects import Subject, add_subject_arguments, subjects
+from spp.adapters.options import AdapterSettings
 from spp.data.examples import Example, collate
-from spp.divergence import divergence
-from spp.loading import load_model
-from spp.models import prunable_linears
-from spp.options import AdapterSettings, LoadingOptions
-from spp.pipeline import gap_closed
-from spp.stages.adapting import target_layers, with_new_adapter
-from spp.stages.perplexity import perplexity_of, read_windows
-from spp.stages.teaching import predicted
-from spp.stages.training_data import hold_out, training_examples
+from spp.evaluation.perplexity import perplexity_of, read_windows
+from spp.models.architecture import prunable_linears
+from spp.models.loading import load_model
+from spp.options import LoadingOptions
+from spp.pipeline.run import gap_closed
+from spp.training.distillation_loss import divergence
+from spp.training.new_adapter import target_layers, with_new_adapter
+from spp.training.teacher import predicted
+from spp.training.training_data import hold_out, training_examples
 
 PATTERNS = ("2:4", "50%", "75%")
 SAMPLES = 128

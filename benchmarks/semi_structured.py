@@ -37,8 +37,8 @@ from benchmarks.common import (
     shape_argument,
 )
 from spp.errors import UsageError
+from spp.models.semi_structured import to_semi_structured
 from spp.patterns import NM
-from spp.semi_structured import to_semi_structured
 
 _SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)]
 _TOKENS = [1, 16, 256, 4096, 16384]

@@ -32,11 +32,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from benchmarks.baselines.finetuning import MaskedLora, MaskedWeight, replace_linears
 from benchmarks.common import sparse_weight
-from spp.memory import peak_rss_bytes
-from spp.models import prunable_linears
-from spp.options import AdapterSettings
-from spp.packing import packed_layer
-from spp.stages.adapting import target_layers, with_new_adapter
+from spp.adapters.options import AdapterSettings
+from spp.models.architecture import prunable_linears
+from spp.models.pack_model import packed_layer
+from spp.runtime.memory import peak_rss_bytes
+from spp.training.new_adapter import target_layers, with_new_adapter
 
 RANK = 16
 SIZES: dict[str, dict[str, int]] = {

@@ -29,7 +29,7 @@ from typing import Any
 
 import spp
 from benchmarks.common import DATA, append_rows, machine_columns, print_table
-from spp.stages.pruning_prediction import predict_pruning
+from spp.pruning.memory_estimate import predict_pruning
 
 _WORKER = Path(__file__).with_name("streaming_worker.py")
 _CASE = ("criterion", "pattern", "samples", "window")

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 import spp
-from spp.loading import pick_device
-from spp.memory import peak_memory_bytes
-from spp.pruning.blocks import BlockCalls
-from spp.pruning.criteria import CRITERIA
-from spp.pruning.streaming import StreamedBlocks
+from spp.pruning.calibration.block_calls import BlockCalls
+from spp.pruning.criteria.table import CRITERIA
+from spp.pruning.streamed_blocks import StreamedBlocks
+from spp.runtime.devices import pick_device
+from spp.runtime.memory import peak_memory_bytes
 
 
 class Stopwatch:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import DATA
-from spp.pipeline import bundled_model
+from spp.pipeline.bundled import bundled_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,11 +28,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from spp.checkpoint import INDEX
+from spp.checkpoints.atomic_folder import check_output, new_folder
+from spp.checkpoints.checkpoint import INDEX
+from spp.checkpoints.json_files import write_json
+from spp.checkpoints.safetensors_file import Layout, TensorFile
 from spp.errors import SppError, UsageError, raise_problems
-from spp.folders import check_output, new_folder, write_json
 from spp.patterns import Pattern, parse_pattern
-from spp.tensor_file import Layout, TensorFile
 
 GIGABYTE = 10**9
 CONTEXT = 2048

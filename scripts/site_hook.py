@@ -4,7 +4,7 @@ A page asks for it with a marker on a line of its own:
 
     <!-- options: prune -->                    the options of a command, from its parser
     <!-- recipe: paper -->                     a shipped recipe, with its comments
-    <!-- fields: tuner/config.py SppConfig --> the fields of a dataclass, from their metadata
+    <!-- fields: adapters/tuner/config.py SppConfig --> the fields of a dataclass, from their metadata
     <!-- table: step of performance.md -->     a measured table of another page, which benchmarks/tables.py keeps
     <!-- notebook: notebooks/fine-tune.ipynb -->
 """
@@ -21,11 +21,13 @@ from pathlib import Path
 
 from mkdocs.exceptions import PluginError
 
-from spp import recipes
-from spp.cli import COMMANDS, build_parser
+import spp
+from spp.cli.commands import COMMANDS
+from spp.cli.parser import build_parser
+from spp.pipeline import recipes
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-SOURCES = Path(recipes.__file__).resolve().parents[1]
+SOURCES = Path(spp.__file__).resolve().parent
 _OPTION = re.compile(r"(?<=[\s>])(--[a-z][\w-]*)(?=[\s<,])")
 _MARKER = re.compile(r"^<!-- (options|recipe|fields|table|notebook): (.+?) -->$", re.MULTILINE)
 

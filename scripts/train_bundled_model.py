@@ -1,6 +1,6 @@
 """Train the small Llama that `spp` carries, from scratch, on Python source found where this runs.
 
-    python scripts/train_bundled_model.py --work build/bundled --out src/spp/bundled/model
+    python scripts/train_bundled_model.py --work build/bundled --out src/spp/pipeline/bundled_model
 
 Data: the standard library's `train` part (twice) and installed packages up to `--package-bytes`, in a seeded
 order. The standard library's evaluation and calibration parts are held out, and package files that repeat the

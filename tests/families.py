@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from spp.models import auto_class
+from spp.models.architecture import auto_class
 
 _TOKENS = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _DECODER = {

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from spp.errors import SppError
-from spp.options import Criterion, PruneOptions, PruningSettings, RunOptions
 from spp.patterns import parse_pattern
-from spp.pipeline import run
+from spp.pipeline.options import RunOptions
+from spp.pipeline.run import run
 from spp.pruning.engine import prune_model
 from spp.pruning.journal import FolderJournal
-from spp.stages.prune import prune
-from spp.stages.pruning_prediction import predict_pruning
+from spp.pruning.memory_estimate import predict_pruning
+from spp.pruning.options import Criterion, PruneOptions, PruningSettings
+from spp.pruning.prune import prune
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

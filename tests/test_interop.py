@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from spp import SppConfig
-from spp.checkpoint import Checkpoint
-from spp.options import MergeOptions, PruneOptions
+from spp.adapters.merge import merge
+from spp.adapters.options import MergeOptions
+from spp.checkpoints.checkpoint import Checkpoint
 from spp.patterns import NM
-from spp.stages.merge import merge
-from spp.stages.prune import prune
+from spp.pruning.options import PruneOptions
+from spp.pruning.prune import prune
 
 LLAMA_CPP = "SPP_LLAMA_CPP"
 """Folder of a llama.cpp checkout, with convert_hf_to_gguf.py and gguf-py in it."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from spp.errors import UsageError
-from spp.options import PruneOptions, RunOptions
-from spp.recipes import load_recipe, shipped_recipes
+from spp.pipeline.options import RunOptions
+from spp.pipeline.recipes import load_recipe, shipped_recipes
+from spp.pruning.options import PruneOptions
 
 
 def test_all_problems_are_reported_at_once_with_the_values_seen():

@@ -17,9 +17,11 @@ import spp
 
 ROOT = Path(__file__).resolve().parents[1]
 RESOURCES = {
-    *("spp/py.typed", "spp/recipes/demo.yaml", "spp/recipes/paper.yaml", "spp/bundled/model/model.safetensors"),
-    *("spp/templates/report.html.j2", "spp/templates/report.css", "spp/templates/report.js"),
-    "spp/templates/model_card.md.j2",
+    "spp/py.typed",
+    "spp/checkpoints/templates/model_card.md.j2",
+    "spp/pipeline/bundled_model/model.safetensors",
+    *(f"spp/pipeline/recipes/{name}.yaml" for name in ("demo", "paper")),
+    *(f"spp/reporting/templates/report.{kind}" for kind in ("css", "html.j2", "js")),
 }
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from spp.models import prunable_linears, weight_oi
+from spp.models.architecture import prunable_linears, weight_oi
 
 
 class Replaced(nn.Module, ABC):

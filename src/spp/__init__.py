@@ -11,77 +11,61 @@ from typing import TYPE_CHECKING, Any
 
 from wrapt import register_post_import_hook
 
-__version__ = "0.1.0"
+from spp._version import __version__ as __version__
 
 if TYPE_CHECKING:  # explicit re-exports
+    from spp.adapters.convert import convert as convert
+    from spp.adapters.merge import merge as merge
+    from spp.adapters.options import ConvertOptions as ConvertOptions
+    from spp.adapters.options import MergeOptions as MergeOptions
+    from spp.adapters.tuner import SppConfig as SppConfig
+    from spp.adapters.tuner import SppModel as SppModel
+    from spp.checkpoints.options import PushOptions as PushOptions
+    from spp.checkpoints.options import VerifyOptions as VerifyOptions
+    from spp.checkpoints.push import push_to_hub as push_to_hub
+    from spp.checkpoints.verify import verify as verify
     from spp.errors import SppError as SppError
     from spp.errors import UsageError as UsageError
+    from spp.evaluation.evaluate import evaluate as evaluate
+    from spp.evaluation.options import EvalOptions as EvalOptions
+    from spp.models.pack_model import pack_ as pack_
+    from spp.models.pack_model import unpack_ as unpack_
+    from spp.models.packed_linear import PackedLinear as PackedLinear
+    from spp.models.semi_structured import to_semi_structured as to_semi_structured
     from spp.ops import spp_linear as spp_linear
-    from spp.options import (
-        ConvertOptions as ConvertOptions,
-    )
-    from spp.options import (
-        EvalOptions as EvalOptions,
-    )
-    from spp.options import (
-        MergeOptions as MergeOptions,
-    )
-    from spp.options import (
-        PruneOptions as PruneOptions,
-    )
-    from spp.options import (
-        PushOptions as PushOptions,
-    )
-    from spp.options import (
-        RunOptions as RunOptions,
-    )
-    from spp.options import (
-        TrainOptions as TrainOptions,
-    )
-    from spp.options import (
-        VerifyOptions as VerifyOptions,
-    )
-    from spp.packed_linear import PackedLinear as PackedLinear
-    from spp.packing import pack_ as pack_
-    from spp.packing import unpack_ as unpack_
-    from spp.pipeline import run as run
-    from spp.semi_structured import to_semi_structured as to_semi_structured
-    from spp.stages.convert import convert as convert
-    from spp.stages.evaluate import evaluate as evaluate
-    from spp.stages.merge import merge as merge
-    from spp.stages.prune import prune as prune
-    from spp.stages.push import push_to_hub as push_to_hub
-    from spp.stages.train import train as train
-    from spp.stages.verify import verify as verify
-    from spp.tuner import SppConfig as SppConfig
-    from spp.tuner import SppModel as SppModel
+    from spp.pipeline.options import RunOptions as RunOptions
+    from spp.pipeline.run import run as run
+    from spp.pruning.options import PruneOptions as PruneOptions
+    from spp.pruning.prune import prune as prune
+    from spp.training.options import TrainOptions as TrainOptions
+    from spp.training.train import train as train
 
 _HOMES = {
     "ConvertOptions": "spp.options",
     "EvalOptions": "spp.options",
     "MergeOptions": "spp.options",
-    "PackedLinear": "spp.packed_linear",
+    "PackedLinear": "spp.models.packed_linear",
     "PruneOptions": "spp.options",
     "PushOptions": "spp.options",
     "RunOptions": "spp.options",
-    "SppConfig": "spp.tuner",
+    "SppConfig": "spp.adapters.tuner",
     "SppError": "spp.errors",
-    "SppModel": "spp.tuner",
+    "SppModel": "spp.adapters.tuner",
     "TrainOptions": "spp.options",
     "UsageError": "spp.errors",
     "VerifyOptions": "spp.options",
-    "convert": "spp.stages.convert",
-    "evaluate": "spp.stages.evaluate",
-    "merge": "spp.stages.merge",
-    "pack_": "spp.packing",
-    "prune": "spp.stages.prune",
-    "push_to_hub": "spp.stages.push",
-    "run": "spp.pipeline",
+    "convert": "spp.adapters.convert",
+    "evaluate": "spp.evaluation.evaluate",
+    "merge": "spp.adapters.merge",
+    "pack_": "spp.models.pack_model",
+    "prune": "spp.pruning.prune",
+    "push_to_hub": "spp.checkpoints.push",
+    "run": "spp.pipeline.run",
     "spp_linear": "spp.ops",
-    "to_semi_structured": "spp.semi_structured",
-    "train": "spp.stages.train",
-    "unpack_": "spp.packing",
-    "verify": "spp.stages.verify",
+    "to_semi_structured": "spp.models.semi_structured",
+    "train": "spp.training.train",
+    "unpack_": "spp.models.pack_model",
+    "verify": "spp.checkpoints.verify",
 }
 
 
@@ -92,4 +76,4 @@ def __getattr__(name: str) -> Any:
 
 
 # Not `import peft`, which takes seconds: `PeftModel.from_pretrained` works after `import spp` all the same.
-register_post_import_hook(lambda _: import_module("spp.tuner"), "peft")
+register_post_import_hook(lambda _: import_module("spp.adapters.tuner"), "peft")

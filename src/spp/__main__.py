@@ -2,6 +2,6 @@
 
 import sys
 
-from spp.cli import main
+from spp.cli.entry_point import main
 
 sys.exit(main())

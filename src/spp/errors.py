@@ -23,3 +23,10 @@ def raise_problems(problems: Sequence[str], kind: type[SppError] = UsageError) -
         raise kind(problems[0])
     if problems:
         raise kind(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def brief(error: BaseException) -> str:
+    """What a library's error says, in one line: its first line, and the next where that one only announces it."""
+    text = repr(error) if isinstance(error, KeyError) else str(error)  # a bare key explains nothing
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import common, decode, operator, step, step_worker
 from benchmarks.layer_methods import METHODS, Case, Layer
-from spp.packed_linear import PackedLinear
+from spp.models.packed_linear import PackedLinear
 
 SCRIPTS = Path(common.__file__).parent
 PROMISED = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import common, pruning
-from spp.pruning.result import Pruned
+from spp.pruning.criteria.result import Pruned
 
 SCRIPT = Path(pruning.__file__)
 # Where the plain version may decide otherwise: its threshold takes all ties, its blocks are rounded one by one.

@@ -13,7 +13,7 @@ from benchmarks import common, quality
 from benchmarks.baselines.finetuning import Lora, MaskedLora, MaskedWeight, Replaced, replace_linears
 from benchmarks.subjects import Subject
 from scripts import make_synthetic_model
-from spp.models import prunable_linears
+from spp.models.architecture import prunable_linears
 
 
 def sparse_layer() -> nn.Linear:

@@ -20,7 +20,9 @@ from pages import ROOT
 from torch.distributed.run import get_args_parser
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spp.cli import COMMANDS, build_parser, main
+from spp.cli.commands import COMMANDS
+from spp.cli.entry_point import main
+from spp.cli.parser import build_parser
 from spp.errors import UsageError
 
 # What stands for what; the first name is the one that the others are copies of.
@@ -50,12 +52,12 @@ SMALL = {
 # The demo's own text is the standard library, which takes half a minute to read and to score.
 DEMO = "--train alpaca.json --eval wiki.txt"
 # Options that a command is run without.
-LEFT_OUT = {"--sharding": "has no meaning for one process; tests/stages/test_distributed.py runs several"}
+LEFT_OUT = {"--sharding": "has no meaning for one process; tests/training/test_distributed.py runs several"}
 # Parts of a command with which it only has to parse where a package is not installed ...
 NEEDS = {"--quantize": "bitsandbytes", "--sharding zero3": "deepspeed"}
 # ... or anywhere, and why; the same for Python.
 PARSED = {
-    "spp push": "uploads; tests/stages/test_push.py has a hub of its own",
+    "spp push": "uploads; tests/checkpoints/test_push.py has a hub of its own",
     "load_dataset(": "downloads",
     "to_semi_structured(": "needs CUDA; tests/test_semi_structured.py has what does not",
     "--tasks": "lm-eval downloads the tasks' data; the tests of the stage have local ones",

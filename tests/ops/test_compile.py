@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from spp.ops import linear, native, pack, spp_linear
-from spp.packed import PackedWeight
+from spp.ops import autograd, native, pack, spp_linear
+from spp.ops.packed import PackedWeight
 
 
 def example(packed):
@@ -48,7 +48,7 @@ def test_a_full_graph_saves_nothing_of_the_weights_size(packed, mode):
     grads = torch.autograd.grad(y.square().sum(), (x, A, B))
     for ours, theirs in zip((y, *grads), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
-    held = [weight] if not isinstance(weight, PackedWeight) else linear.as_tensors(weight)
+    held = [weight] if not isinstance(weight, PackedWeight) else autograd.as_tensors(weight)
     own = {tensor.data_ptr() for tensor in held}
     assert not [tensor.shape for tensor in saved if tensor.numel() >= 96 * 64 and tensor.data_ptr() not in own]
 
@@ -90,7 +90,7 @@ def test_the_ops_pass_torchs_own_checks(packed):
     x, weight, A, B = example(packed)
     arguments = (
         x.detach().reshape(-1, 64).requires_grad_(),
-        linear.as_tensors(weight),
+        autograd.as_tensors(weight),
         A,
         B,
         1.5,
@@ -98,7 +98,7 @@ def test_the_ops_pass_torchs_own_checks(packed):
         "fused",
         "torch",
     )
-    torch.library.opcheck(linear._linear_op, arguments)
+    torch.library.opcheck(autograd._linear_op, arguments)
 
 
 FSDP = """
@@ -111,7 +111,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 import spp
-from spp.models import prunable_linears
+from spp.models.architecture import prunable_linears
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()

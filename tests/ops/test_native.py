@@ -1,4 +1,4 @@
-"""The C++ kernels, at every instruction set of this machine, against the readable versions in `spp.ops.kernels`."""
+"""The C++ kernels, at every instruction set of this machine, against the readable `spp.ops.torch_kernels`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spp import packed as readable
 from spp.errors import SppError
-from spp.ops import kernels, native
-from spp.packed import PackedWeight
+from spp.ops import native, torch_kernels
+from spp.ops import packed as readable
+from spp.ops.packed import PackedWeight
 
 LEVELS = [level for level in range(4) if native.instructions(level)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -86,7 +86,7 @@ def test_the_effective_weight_has_the_bits_of_the_readable_one(
     held = native.pack(weight, level=level) if packed else weight
     ours, theirs = (torch.full(shape, 7.0, dtype=out_dtype) for _ in range(2))
     native.effective_weight(held, A, B, ours, with_base=with_base, level=level)
-    kernels.effective_weight(weight, A, B, theirs, with_base=with_base)
+    torch_kernels.effective_weight(weight, A, B, theirs, with_base=with_base)
     assert bits(ours).equal(bits(theirs))
 
 
@@ -103,7 +103,7 @@ def test_the_effective_weight_of_nasty_values(level, shape, dtype, out_dtype, se
     held = native.pack(weight, level=level) if packed else weight
     ours, theirs = (torch.full(shape, 7.0, dtype=out_dtype) for _ in range(2))
     native.effective_weight(held, A, B, ours, with_base=True, level=level)
-    kernels.effective_weight(weight, A, B, theirs, with_base=True)
+    torch_kernels.effective_weight(weight, A, B, theirs, with_base=True)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
     assert not bits(ours)[weight == 0].any()
 
@@ -123,7 +123,7 @@ def test_factor_gradients(level, shape, density, dtype, gradient_dtype, seed, pa
     dA, dB = start_A.clone(), start_B.clone()
     native.add_factor_gradients(G, first, held, A, B, dA, dB, level=level)
     exact_A, exact_B = start_A.double(), start_B.double()
-    kernels.add_factor_gradients(G, first, weight, A.double(), B.double(), exact_A, exact_B)
+    torch_kernels.add_factor_gradients(G, first, weight, A.double(), B.double(), exact_A, exact_B)
     torch.testing.assert_close(dA.double(), exact_A, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dB.double(), exact_B, rtol=1e-5, atol=1e-5)
     assert dB[:first].equal(start_B[:first])

@@ -11,20 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from spp.live_bytes import LiveBytes
 from spp.ops import (
     BACKENDS,
     adapter_linear,
-    kernels,
-    linear,
+    autograd,
     merged_weight,
     native,
     pack,
     reference,
     spp_linear,
+    torch_kernels,
     why_not,
 )
 from spp.patterns import NM
+from spp.runtime.tensor_memory import LiveBytes
 
 NATIVE = native.instructions() is not None
 RUNS = [name for name in BACKENDS if why_not(name, torch.empty(1, 1)) is None]
@@ -125,7 +125,7 @@ def test_groups_are_those_of_the_paper_where_r_divides_o_and_nearly_equal_elsewh
     even = reference.row_groups(rank * 3, rank)
     assert even.equal(torch.arange(rank).repeat_interleave(3))
     first, last = more // 3, out_features - more // 3
-    pieces = list(kernels.pieces(out_features, rank, first, last, 128))
+    pieces = list(torch_kernels.pieces(out_features, rank, first, last, 128))
     walked = torch.cat([torch.full((rows.stop - rows.start,), group) for group, rows in pieces])
     assert walked.equal(groups[first:last])
 
@@ -284,14 +284,14 @@ def test_merging_a_transposed_weight(held):
 def test_the_number_of_gemms(backend, mode, gemms, held):
     tokens, out_features, in_features = 64, 48, 32
     x, weight, A, B, bias = example(out_features, in_features, 4, tokens=(tokens,))
-    tensors = linear.as_tensors(held(weight))
+    tensors = autograd.as_tensors(held(weight))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        y = linear._linear(x, tensors, A, B, 1.5, bias, mode, backend)
+        y = autograd._linear(x, tensors, A, B, 1.5, bias, mode, backend)
     one = 2 * tokens * out_features * in_features
     assert counter.get_total_flops() == (gemms - 2) * one
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        linear._input_gradient(torch.ones_like(y), tensors, A, B, 1.5, mode, backend)
-        linear._factor_gradients(torch.ones_like(y), x, tensors, A, B, 1.5, backend)
+        autograd._input_gradient(torch.ones_like(y), tensors, A, B, 1.5, mode, backend)
+        autograd._factor_gradients(torch.ones_like(y), x, tensors, A, B, 1.5, backend)
     assert 2 * one <= counter.get_total_flops() < 2.2 * one
 
 
@@ -305,7 +305,7 @@ def test_nothing_is_saved_but_the_arguments(backend, mode, dtype, held):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         spp_linear(x, weight, A, B, 2.0, bias, backend, mode=mode)
-    arguments = {tensor.data_ptr() for tensor in (x, A, B, *linear.as_tensors(weight))}
+    arguments = {tensor.data_ptr() for tensor in (x, A, B, *autograd.as_tensors(weight))}
     assert saved and {tensor.data_ptr() for tensor in saved} <= arguments
 
 
@@ -314,14 +314,14 @@ def test_nothing_is_saved_but_the_arguments(backend, mode, dtype, held):
 def test_what_lives_within_the_operator_is_little_more_than_one_weight(backend, mode, held):
     """At most 1.2 dense weights at once besides arguments and results, counted op by op."""
     x, weight, A, B, bias = example(4096, 512, 16, dtype=torch.bfloat16, tokens=(8,))
-    tensors = linear.as_tensors(held(weight))
+    tensors = autograd.as_tensors(held(weight))
     peaks = []
 
     def count():  # in a thread of its own, which has no scratch memory yet
         with torch.no_grad(), LiveBytes() as live:
-            y = linear._linear(x, tensors, A, B, 1.5, bias, mode, backend)
-            dx = linear._input_gradient(y, tensors, A, B, 1.5, mode, backend)
-            dA, dB = linear._factor_gradients(y, x, tensors, A, B, 1.5, backend)
+            y = autograd._linear(x, tensors, A, B, 1.5, bias, mode, backend)
+            dx = autograd._input_gradient(y, tensors, A, B, 1.5, mode, backend)
+            dA, dB = autograd._factor_gradients(y, x, tensors, A, B, 1.5, backend)
             peaks.append(live.peak - sum(result.nbytes for result in (y, dx, dA, dB)))
 
     thread = threading.Thread(target=count)
@@ -345,7 +345,7 @@ def test_the_result_may_be_changed_in_place(backend):
 def test_without_gradients_none_are_computed(backend, monkeypatch):
     x, weight, A, B, _ = example(12, 8, 3)
     x.requires_grad_()
-    monkeypatch.setattr(linear, "_factor_gradients", None)  # calling it would fail
+    monkeypatch.setattr(autograd, "_factor_gradients", None)  # calling it would fail
     spp_linear(x, weight, A, B, 1.0, backend=backend).sum().backward()
     assert x.grad is not None
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from spp.errors import SppError
-from spp.ops import kernels, spp_linear
-from spp.ops import triton as ours
-from spp.packed import PackedWeight, pack
+from spp.ops import spp_linear, torch_kernels
+from spp.ops import triton_kernels as ours
+from spp.ops.packed import PackedWeight, pack
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -61,7 +61,7 @@ def assert_effective(weight, A, B, out_dtype):
     for with_base in (True, False):
         found, expected = (torch.full(tuple(weight.shape), 9.0, dtype=out_dtype, device=DEVICE) for _ in range(2))
         ours.effective_weight(weight, A, B, found, with_base=with_base)
-        kernels.effective_weight(weight, A, B, expected, with_base=with_base)
+        torch_kernels.effective_weight(weight, A, B, expected, with_base=with_base)
         assert_same(found, expected)
 
 
@@ -131,7 +131,7 @@ class TestKernels:
         for form in forms(weight):
             assert_effective(form, A, B, torch.float32)
             found = reduced(ours, torch.ones_like(weight), form, A, B, 6)
-            torch.testing.assert_close(found, reduced(kernels, torch.ones_like(weight), form, A, B, 6))
+            torch.testing.assert_close(found, reduced(torch_kernels, torch.ones_like(weight), form, A, B, 6))
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -159,7 +159,7 @@ class TestKernels:
         packed = pack(patterns.view(dtype).reshape(64, 1024)[:, :1000])
         out, expected = (torch.empty(64, 1000, dtype=dtype, device=DEVICE) for _ in range(2))
         ours.expand(packed, out)
-        kernels.expand(packed, expected)
+        torch_kernels.expand(packed, expected)
         assert out.view(INTEGERS[dtype]).equal(expected.view(INTEGERS[dtype]))
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -168,7 +168,7 @@ class TestKernels:
         for out_dtype in DTYPES:
             out, expected = (torch.empty(7, 45, dtype=out_dtype, device=DEVICE) for _ in range(2))
             ours.expand(packed, out)
-            kernels.expand(packed, expected)
+            torch_kernels.expand(packed, expected)
             assert_same(out, expected)
 
     @pytest.mark.parametrize("size", SIZES)
@@ -179,7 +179,7 @@ class TestKernels:
         G[weight == 0] = torch.nan  # where W is zero, G does not matter
         for form in forms(weight):
             for rows in (5, len(B)):
-                found, expected = reduced(ours, G, form, A, B, rows), reduced(kernels, G, form, A, B, rows)
+                found, expected = reduced(ours, G, form, A, B, rows), reduced(torch_kernels, G, form, A, B, rows)
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
     def test_the_same_arguments_give_the_same_bits(self):
@@ -252,7 +252,7 @@ class TestLarge:
     def test_layers_of_real_size(self, size, dtype):
         weight, A, B = example(*size, dtype=dtype)
         G = example(*size, dtype=dtype, density=1.0, seed=1)[0]
-        exact = reduced(kernels, G.double(), weight.double(), A.double(), B.double(), 1024)
+        exact = reduced(torch_kernels, G.double(), weight.double(), A.double(), B.double(), 1024)
         for form in forms(weight):
             assert_effective(form, A, B, dtype)
             for found, expected in zip(reduced(ours, G, form, A, B, 1024), exact, strict=True):
@@ -268,7 +268,7 @@ class TestLarge:
         for with_base in (True, False):
             found, expected = torch.empty_like(weight), torch.empty_like(weight)
             ours.effective_weight(far, A, B, found, with_base=with_base)
-            kernels.effective_weight(packed, A, B, expected, with_base=with_base)
+            torch_kernels.effective_weight(packed, A, B, expected, with_base=with_base)
             assert found.equal(expected)
 
     def test_more_entries_than_int32_counts(self):
@@ -278,7 +278,7 @@ class TestLarge:
         out = torch.empty(weight.shape, dtype=torch.float16, device=DEVICE)
         ours.effective_weight(weight, A, B, out, with_base=True)
         expected = torch.empty_like(row)
-        kernels.effective_weight(row, A, B[-1:], expected, with_base=True)
+        torch_kernels.effective_weight(row, A, B[-1:], expected, with_base=True)
         assert out[-1:].equal(expected)
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from spp import patterns
 from spp.errors import SppError, UsageError
 from spp.patterns import NM, Pattern, parse_pattern
-from spp.pruning import magnitude, ria, sparsegpt, wanda
-from spp.pruning.criteria import CRITERIA
-from spp.pruning.result import Pruned
-from spp.pruning.statistics import Gram, InputNorm, Moments, Statistic
+from spp.pruning.calibration.input_statistics import Gram, InputNorm, Moments, Statistic
+from spp.pruning.criteria import magnitude, ria, sparsegpt, wanda
+from spp.pruning.criteria.result import Pruned
+from spp.pruning.criteria.table import CRITERIA
 
 PATTERNS = [parse_pattern(text) for text in ("50%", "75%", "2:4", "4:8", "2:8", "1:4")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

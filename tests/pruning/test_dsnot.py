@@ -9,9 +9,10 @@ from torch import Tensor
 
 from spp import patterns
 from spp.patterns import NM, Pattern, parse_pattern
-from spp.pruning import dsnot, magnitude, wanda
-from spp.pruning.result import Pruned
-from spp.pruning.statistics import InputMoments, Moments
+from spp.pruning import dsnot
+from spp.pruning.calibration.input_statistics import InputMoments, Moments
+from spp.pruning.criteria import magnitude, wanda
+from spp.pruning.criteria.result import Pruned
 
 PATTERNS = [parse_pattern(text) for text in ("50%", "75%", "2:4", "4:8", "2:8", "1:4")]
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from spp.errors import SppError, UsageError
-from spp.live_bytes import LiveBytes
-from spp.models import decoder_blocks, prunable_linears, weight_oi
-from spp.options import Criterion, PruningSettings
+from spp.models.architecture import decoder_blocks, prunable_linears, weight_oi
 from spp.patterns import NM, Pattern, parse_pattern
-from spp.pruning import blocks as block_calls
+from spp.pruning.calibration import block_calls as block_calls
 from spp.pruning.engine import LoadedBlocks, prune_blocks, prune_model
 from spp.pruning.journal import FolderJournal
+from spp.pruning.options import Criterion, PruningSettings
+from spp.runtime.tensor_memory import LiveBytes
 
 MakeModel = Callable[..., PreTrainedModel]
 FAMILIES = list(TINY_CONFIGS)
@@ -328,14 +328,14 @@ def test_more_damping_is_reported(
 
 
 def test_updates_too_large_for_the_dtype_are_named(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spp.pruning import criteria, sparsegpt
-    from spp.pruning.result import Pruned
+    from spp.pruning.criteria import sparsegpt, table
+    from spp.pruning.criteria.result import Pruned
 
     def huge(weight: Tensor, value: Tensor | None, pattern: Pattern) -> Pruned:
         pruned = sparsegpt.prune(weight, value, pattern)
         return Pruned(pruned.weight * 1e8, pruned.mask)
 
-    monkeypatch.setitem(criteria.CRITERIA, "sparsegpt", criteria.Method(sparsegpt.InverseFactor, huge))
+    monkeypatch.setitem(table.CRITERIA, "sparsegpt", table.Method(sparsegpt.InverseFactor, huge))
     with pytest.raises(SppError, match=r"q_proj: an updated weight is .*too large for float16"):
         prune(tiny_model("llama", dtype=torch.float16), "sparsegpt", NM(2, 4), windows())
 

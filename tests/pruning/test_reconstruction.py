@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from spp.errors import SppError
-from spp.models import Matrix, decoder_blocks, prunable_matrices
-from spp.options import BlockPart
+from spp.models.architecture import Matrix, decoder_blocks, prunable_matrices
 from spp.patterns import NM
-from spp.pruning import magnitude, reconstruction
+from spp.pruning import reconstruction
+from spp.pruning.criteria import magnitude
+from spp.pruning.options import BlockPart
 from spp.pruning.reconstruction import Fit, Reconstruction, reconstruct
 
 MakeModel = Callable[..., PreTrainedModel]

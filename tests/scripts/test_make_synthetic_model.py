@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts.make_synthetic_model import Geometry, Rows, geometry, main
-from spp.checkpoint import INDEX, Checkpoint
-from spp.options import MergeOptions
+from spp.adapters.merge import merge
+from spp.adapters.options import MergeOptions
+from spp.checkpoints.checkpoint import INDEX, Checkpoint
 from spp.patterns import parse_pattern
-from spp.stages.merge import merge
 
 FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX}
 

@@ -1,1 +1,1 @@
-"""Adapters on disk: ours, those of the published code, and stock PEFT's HiRA, all as module name -> factors."""
+"""SPP as a PEFT method, adapter files of every format, merging and converting them."""

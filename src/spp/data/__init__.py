@@ -1,0 +1,1 @@
+"""Text from anywhere as calibration windows and training examples."""

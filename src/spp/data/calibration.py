@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from spp import __version__
+from spp._version import __version__
 from spp.data.cache import cache_name, read_entry, write_entry
 from spp.data.records import STANDARD_LIBRARY, Record, data_suffix, holds_text, load_records
 from spp.data.tokens import cut, documents, join

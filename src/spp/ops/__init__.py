@@ -13,9 +13,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from spp import packed
-from spp.ops import linear, native, products, reference
-from spp.packed import PackedWeight, Weight
+from spp.ops import autograd, native, packed, packed_matmul, reference
+from spp.ops.packed import PackedWeight, Weight
 
 logger = logging.getLogger("spp")
 
@@ -64,7 +63,7 @@ def spp_linear(
     chosen = _resolve(backend, x, weight)
     if chosen == "reference":
         return reference.spp_linear(x, weight, A, B, scale, bias, mode=mode)
-    return linear.apply(x, weight, A, B, scale, bias, mode, chosen)
+    return autograd.apply(x, weight, A, B, scale, bias, mode, chosen)
 
 
 def adapter_linear(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float, backend: Backend = "auto") -> Tensor:
@@ -77,7 +76,7 @@ def adapter_linear(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float
     chosen = _resolve(backend, x, weight)
     if chosen == "reference":
         return reference.adapter_linear(x, weight, A, B, scale)
-    return linear.apply(x, weight, A, B, scale, None, "adapter", chosen)
+    return autograd.apply(x, weight, A, B, scale, None, "adapter", chosen)
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, backend: Backend = "auto") -> Tensor:
@@ -88,7 +87,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, b
     chosen = _resolve(backend, x, weight)
     if chosen == "reference":
         return reference.packed_linear(x, weight, bias)
-    return products.apply(x, weight, bias, chosen)
+    return packed_matmul.apply(x, weight, bias, chosen)
 
 
 @torch.no_grad()
@@ -109,13 +108,13 @@ def merged_weight(weight: Weight, A: Tensor, B: Tensor, scale: float, dtype: tor
     """
     wide = reference.wide_dtype(weight, A, B)
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
-    kernels = linear.kernels_of((_accelerated(weight, out) if wide == torch.float32 else None) or "torch")
+    kernels = autograd.kernels_of((_accelerated(weight, out) if wide == torch.float32 else None) or "torch")
     kernels.effective_weight(weight, A.to(wide).contiguous(), scale * B.to(wide), out, with_base=True)
     return out
 
 
 def pack(weight: Tensor) -> PackedWeight:
-    """Take the zeros out of a weight (O, I); see `spp.packed`.
+    """Take the zeros out of a weight (O, I); see `spp.ops.packed`.
 
     Raises:
         ValueError: it is no matrix, or no float.
@@ -131,7 +130,7 @@ def unpack(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
         SppError: the packed weight is damaged.
     """
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
-    linear.kernels_of(_accelerated(weight, out) or "torch").expand(weight, out)
+    autograd.kernels_of(_accelerated(weight, out) or "torch").expand(weight, out)
     return out
 
 
@@ -147,9 +146,9 @@ def why_not(backend: str, weight: Weight, *others: Tensor) -> str | None:
     if backend == "native":
         return native.why_not(weight, *others)
     if backend == "triton":
-        from spp.ops import triton  # takes its time, and most machines never need it
+        from spp.ops import triton_kernels  # takes its time, and most machines never need it
 
-        return triton.why_not(weight, *others)
+        return triton_kernels.why_not(weight, *others)
     return None
 
 

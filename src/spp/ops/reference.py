@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spp.packed import PackedWeight, Weight, unpack
+from spp.ops.packed import PackedWeight, Weight, unpack
 
 MOST_DIRECTIONS = 16
 """K is at most that; the native kernels' kMostDirections."""

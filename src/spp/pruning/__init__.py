@@ -1,1 +1,1 @@
-"""Pruning: criteria that choose and mend the weights of one matrix, and the engine that walks a model's blocks."""
+"""Pruning block by block: criteria, calibration, refinement, reconstruction."""

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from spp.patterns import NM, Pattern
-from spp.pruning.result import Pruned, row_parts, survivors
-from spp.pruning.statistics import InputMoments
+from spp.pruning.calibration.input_statistics import InputMoments
+from spp.pruning.criteria.result import Pruned, row_parts, survivors
 
 _CYCLES = 50
 # Rows that lose less have settled. The published 0.1 is for E summed over a window of 2048 tokens; ours is a mean.

@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spp import processes
 from spp.data.tokens import require_known_ids
 from spp.errors import UsageError
-from spp.models import Matrix, decoder_blocks, prunable_matrices
-from spp.options import PruningSettings
+from spp.models.architecture import Matrix, decoder_blocks, prunable_matrices
 from spp.patterns import Unstructured, parse_pattern
-from spp.progress import track
-from spp.pruning.allocation import outlier_share, owl_ratios
-from spp.pruning.block import BlockPruner, BlockResult, Runs, add_up
-from spp.pruning.blocks import BlockCalls, batched, capture
+from spp.pruning.calibration.block_calls import BlockCalls, batched, capture
+from spp.pruning.calibration.input_hooks import observe
+from spp.pruning.calibration.input_statistics import InputNorm
 from spp.pruning.journal import Journal, MemoryJournal
-from spp.pruning.observing import observe
-from spp.pruning.statistics import InputNorm
+from spp.pruning.options import PruningSettings
+from spp.pruning.owl import outlier_share, owl_ratios
+from spp.pruning.prune_block import BlockPruner, BlockResult, Runs, add_up
+from spp.runtime import distributed
+from spp.runtime.progress import track
 
 
 class Blocks(Protocol):
@@ -100,7 +100,7 @@ def prune_blocks(
     blocks: Blocks, settings: PruningSettings, windows: Tensor | None, journal: Journal
 ) -> list[BlockResult]:
     """Prune the blocks that the journal does not know as finished; see `prune_model`."""
-    if settings.reconstruct and processes.count() > 1:
+    if settings.reconstruct and distributed.count() > 1:
         raise UsageError("reconstruction runs in one process; start it without torchrun, or leave out --reconstruct")
     pruner = BlockPruner(settings, matrices_to_prune(blocks.model, settings)[0])
     batches: dict[int, Tensor] = {}
@@ -170,7 +170,7 @@ def _my_batches(windows: Tensor | None, settings: PruningSettings, blocks: Block
     vocabulary = blocks.model.get_input_embeddings().get_parameter("weight").shape[0]
     require_known_ids(windows.tolist(), vocabulary, "calibration text")
     numbered = enumerate(batched(windows.to(blocks.device)))
-    return {number: batch for number, batch in numbered if number % processes.count() == processes.rank()}
+    return {number: batch for number, batch in numbered if number % distributed.count() == distributed.rank()}
 
 
 class _Walk:

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from spp import processes
-from spp.folders import read_json, sync_folder, write_json
-from spp.pruning.states import FolderStates, States, StatesWriter
+from spp.checkpoints.json_files import read_json, sync_folder, write_json
+from spp.pruning.calibration.hidden_states import FolderStates, States, StatesWriter
+from spp.runtime import distributed
 
 
 class Journal(ABC):
@@ -77,12 +77,12 @@ class FolderJournal(Journal):
         self._writer.wait()
         if (following := self._states(walk, len(done) + 1)).is_dir():
             sync_folder(following)
-        processes.barrier()
-        if processes.rank() == 0:
+        distributed.barrier()
+        if distributed.rank() == 0:
             write_json(self._record, {**record, walk: [*done, result]})
             used = self._states(walk, len(done))
             self._writer.later(used, partial(shutil.rmtree, used, ignore_errors=True))
-        processes.barrier()
+        distributed.barrier()
 
     def _read(self) -> dict[str, list[Any]]:
         return read_json(self._record) if self._record.is_file() else {}

@@ -30,11 +30,11 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
 from spp.errors import SppError
-from spp.models import Matrix, is_transposed
+from spp.models.architecture import Matrix, is_transposed
 from spp.ops.reference import merged_weight
-from spp.options import BlockPart
-from spp.proof import lost_zeros
-from spp.values import canonical_zeros
+from spp.ops.zero_proof import lost_zeros
+from spp.ops.zeros import canonical_zeros
+from spp.pruning.options import BlockPart
 
 Run = Callable[[Callable[..., Any], int], Tensor]
 """(block or what stands for it, batch) -> its output on the hidden states that enter it in the pruned model."""

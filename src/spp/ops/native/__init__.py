@@ -1,24 +1,31 @@
-"""Our C++ kernels through ctypes: expanding a packed weight, scaling it, reducing gradients, and few-token products.
+"""C++ kernels through ctypes: expand a packed weight, scale it, reduce gradients, multiply by a few tokens.
 
 The library is optional: it is built when spp is installed, where there is a C++ compiler. It is plain C to Python,
 knows nothing of torch, and uses the threads of the OpenMP runtime that torch has loaded. It picks AVX-512 (VBMI2), AVX2
 or portable code for the CPU it finds.
 
-Every function here has the signature and the result of the one in `spp.ops.kernels`.
+Every function here has the signature and the result of the one in `spp.ops.torch_kernels`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spp.errors import SppError
+from spp.ops.packed import PackedWeight, Weight, require_packable, word_count
 from spp.ops.reference import MOST_DIRECTIONS
-from spp.packed import PackedWeight, Weight, require_packable, word_count
+
+logger = logging.getLogger("spp")
+
+ABI = 1
+"""The number of the interface that is repeated here: `kAbi` in kernels.h. It rises with every change to one of them."""
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _BEST = -1
@@ -72,23 +79,38 @@ def _torch_openmp() -> tuple[ctypes.c_void_p, ...] | None:
         return None
 
 
-def _load() -> ctypes.CDLL | None:
-    """The library, with torch's threads, or None where it was not built or does not load."""
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, with torch's threads; or None, and why there is none."""
     path = Path(__file__).with_name("_kernels" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
     if not path.is_file():
-        return None
+        return None, "it was not built when spp was installed"
     try:
         library = ctypes.CDLL(str(path))
-    except OSError:
-        return None
+    except OSError as error:
+        return None, f"it does not load ({error})"
+    if reason := stale(library):
+        logger.warning("the native kernels are not used: %s", reason)
+        return None, reason
     library.spp_instructions.restype = ctypes.c_char_p
     library.spp_blocks.restype = library.spp_most_tokens.restype = ctypes.c_int64
     if threading := _torch_openmp():
         library.spp_use_threads_of(*threading)
-    return library
+    return library, None
 
 
-_LIBRARY = _load()
+def stale(library: Any) -> str | None:
+    """Why a library must not be called: it was built from other sources than this file; None where it fits."""
+    try:
+        abi = library.spp_abi()
+    except AttributeError:  # older than the number itself
+        abi = None
+    if abi == ABI:
+        return None
+    return f"the library was built from another version of spp (interface {abi}, and this is {ABI}); reinstall spp"
+
+
+_LIBRARY, why_not_loaded = _load()
+"""The library, and beside it why there is none."""
 
 
 def instructions(level: int = _BEST) -> str | None:
@@ -109,7 +131,7 @@ def multithreaded() -> bool:
 def why_not(weight: Weight, *others: Tensor) -> str | None:
     """Why the kernels cannot take this weight, with these tensors to compute with, in words; None where they can."""
     if _LIBRARY is None:
-        return "it was not built when spp was installed"
+        return why_not_loaded
     for tensor in (weight, *others):
         if tensor.device.type != "cpu":
             return f"it runs on the CPU, and a tensor is on {tensor.device}"
@@ -237,7 +259,7 @@ def matvec(x: Tensor, weight: Weight, bias: Tensor | None, *, level: int = _BEST
 
 
 def pack(weight: Tensor, *, level: int = _BEST) -> PackedWeight:
-    """As `spp.packed.pack`."""
+    """As `spp.ops.packed.pack`."""
     require_packable(weight)
     library, described = _described(weight, level)
     out_features, in_features = weight.shape
@@ -253,7 +275,7 @@ def pack(weight: Tensor, *, level: int = _BEST) -> PackedWeight:
 
 
 def compare(base: Tensor, other: Tensor, *, level: int = _BEST) -> dict[str, int | float]:
-    """The fields of `spp.proof.TensorProof`, in one pass over both tensors.
+    """The fields of `spp.ops.zero_proof.TensorProof`, in one pass over both tensors.
 
     Args:
         base, other: of one shape; both contiguous.

@@ -86,6 +86,8 @@ struct Block {
 
 // Errors: 0 fine, 1 a packed row whose bits and offsets disagree.
 
+SPP_API int32_t spp_abi() { return spp::kAbi; }
+
 SPP_API void spp_use_threads_of(void* gomp_parallel, void* omp_get_thread_num, void* omp_get_num_threads) {
   start_team = reinterpret_cast<decltype(start_team)>(gomp_parallel);
   thread_number = reinterpret_cast<decltype(thread_number)>(omp_get_thread_num);

@@ -24,6 +24,10 @@ static inline float from_bits(uint32_t bits) {
   return x;
 }
 
+// The number of this interface: the structs, constants and functions that __init__.py repeats. Whoever changes one of
+// them raises it, here and there, so that a library built from other sources is refused and not called.
+constexpr int32_t kAbi = 1;
+
 enum class Dtype : int32_t { bf16 = 0, fp16 = 1, fp32 = 2 };
 
 // bf16 and fp16 as bits; two types, so that overloads tell them apart.
@@ -56,7 +60,7 @@ struct Factors {
 // The group of output row i, whose rows of A are K g(i) to K g(i) + K: g(i) = floor(i * R / O).
 inline int64_t row_group(int64_t row, int64_t groups, int64_t out_features) { return row * groups / out_features; }
 
-// How entries compare with those they came from; see TensorProof in spp/proof.py, whose fields these are.
+// How entries compare with those they came from; see TensorProof in spp/ops/zero_proof.py, whose fields these are.
 struct Comparison {
   int64_t zeros, offenders, negative_zeros, survivors, underflowed, unchanged, sign_flips, non_finite;
   float largest_relative_change;

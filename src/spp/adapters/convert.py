@@ -1,0 +1,236 @@
+"""Convert an adapter: ours to stock PEFT's HiRA, which loads without spp, and HiRA or the published code's to ours.
+
+The result merges to the same weights, bit for bit (see `spp.adapters.hira_format`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import HiraConfig
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+
+from spp._version import __version__
+from spp.adapters.attach import check_adapter
+from spp.adapters.factors import SETTINGS, WEIGHTS, Factors, read_settings
+from spp.adapters.hira_format import factors_of_hira, hira_rank, hira_tensors, read_hira
+from spp.adapters.merge import match_adapter
+from spp.adapters.options import ConvertOptions
+from spp.adapters.published_format import read_published
+from spp.adapters.spp_format import read_adapter, tensors_of
+from spp.adapters.tuner import SppConfig
+from spp.checkpoints.atomic_folder import check_output, new_folder
+from spp.checkpoints.checkpoint import MANIFEST, Checkpoint
+from spp.checkpoints.fingerprint import base_fingerprint
+from spp.checkpoints.hub import resolve_model
+from spp.checkpoints.json_files import read_object, write_json
+from spp.errors import SppError, UsageError
+from spp.ops.reference import fitting_groups
+
+Layout = Literal["SPP", "HiRA", "published"]
+
+_LAYOUTS: dict[str, Layout] = {"SPP": "SPP", "HIRA": "HiRA", "LORA": "published"}  # by PEFT's type
+_TARGETS: dict[str, Layout] = {"spp": "SPP", "hira": "HiRA"}
+_SHARED = ("task_type", "base_model_name_or_path", "revision")
+_ORIGINAL = "spp_settings"
+"""Where the manifest of a HiRA adapter keeps the settings of the SPP adapter that it was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertReport:
+    """The result of `convert`.
+
+    Attributes:
+        source, target: SPP, HiRA, or published (only a source).
+        modules: how many modules it adapts.
+        rank: most rows of A that a module has.
+    """
+
+    out: Path
+    source: Layout
+    target: Layout
+    modules: int
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """An adapter that was read.
+
+    Attributes:
+        manifest: our side file, empty where there is none.
+        original: the settings that it has, or had before it became HiRA; None for one that never was ours.
+    """
+
+    layout: Layout
+    settings: dict[str, Any]
+    manifest: dict[str, Any]
+    original: SppConfig | None
+    factors: dict[str, Factors]
+
+
+def convert(options: ConvertOptions) -> ConvertReport:
+    """Write `options.out`: the adapter in another layout.
+
+    Raises:
+        UsageError: no adapter is there, it has the wanted layout already, or none of the wanted layout says the same.
+        SppError: a file is damaged or hostile, or the adapter does not fit `options.base`.
+    """
+    check_output(options.out, options.overwrite, inputs=(options.adapter,))
+    settings = read_settings(options.adapter)
+    layout = _layout(settings, options.adapter)
+    target = _target(layout, settings, options)
+    source = _read(options.adapter, layout, settings)
+    base = _fitting_base(source, options)
+
+    try:
+        config: Any = _hira_config(source, base) if target == "HiRA" else _spp_config(source)
+    except (TypeError, ValueError) as error:  # a dropout of 2, a task that PEFT does not know
+        raise SppError(f"{options.adapter / SETTINGS}: {error}") from error
+    if options.base:
+        config.base_model_name_or_path, config.revision = options.base, None
+    with new_folder(options.out, overwrite=options.overwrite) as folder:
+        config.save_pretrained(str(folder))
+        tensors = hira_tensors(source.factors) if target == "HiRA" else tensors_of(source.factors)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        write_json(folder / MANIFEST, _manifest(source, target, options, base))
+    return ConvertReport(
+        out=options.out,
+        source=layout,
+        target=target,
+        modules=len(source.factors),
+        rank=hira_rank(source.factors),
+    )
+
+
+def _layout(settings: Mapping[str, Any], folder: Path) -> Layout:
+    kind = settings.get("peft_type")
+    if not isinstance(kind, str) or kind not in _LAYOUTS:
+        raise UsageError(
+            f"adapter {folder} is of type {kind!r}; only SPP adapters, HiRA adapters, and those of the published SPP "
+            "code (which call themselves LORA) can be converted"
+        )
+    return _LAYOUTS[kind]
+
+
+def _target(layout: Layout, settings: Mapping[str, Any], options: ConvertOptions) -> Layout:
+    target = _TARGETS[options.to] if options.to else ("HiRA" if layout == "SPP" else "SPP")
+    # Without the setting it is from before there were several directions, and loads no more until it says so.
+    if layout == target and not (layout == "SPP" and "directions" not in settings):
+        raise UsageError(f"adapter {options.adapter} is in the {target} layout already; there is nothing to convert")
+    return target
+
+
+def _read(folder: Path, layout: Layout, settings: dict[str, Any]) -> _Source:
+    manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    original = None
+    if layout == "SPP":
+        factors = read_adapter(folder)
+        settings = {"directions": 1, **settings}
+        original = _spp_settings(settings, folder / SETTINGS)
+    elif layout == "published":
+        factors = read_published(folder, settings)
+    else:
+        original = _spp_settings(manifest[_ORIGINAL], folder / MANIFEST) if _ORIGINAL in manifest else None
+        factors = _read_hira(folder, original)
+    return _Source(layout=layout, settings=settings, manifest=manifest, original=original, factors=factors)
+
+
+def _read_hira(folder: Path, original: SppConfig | None) -> dict[str, Factors]:
+    pairs = read_hira(folder)
+    try:
+        if original is None:
+            return factors_of_hira(pairs)
+        shapes = {module: _shape(original, module, len(B)) for module, (_, B) in pairs.items()}
+        return factors_of_hira(pairs, shapes=shapes, scale=original.scale)
+    except UsageError as error:
+        raise UsageError(f"adapter {folder} has no SPP form: {error}") from None
+
+
+def _spp_settings(settings: Mapping[str, Any], path: Path) -> SppConfig:
+    """The settings of an SPP adapter, as they were read from `path`."""
+    known = {field.name for field in fields(SppConfig)}
+    try:
+        return SppConfig(**{name: value for name, value in settings.items() if name in known})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise SppError(f"{path}: no settings of an SPP adapter ({error})") from error
+
+
+def _shape(config: SppConfig, module: str, out_features: int) -> tuple[int, int]:
+    """R and K that the tuner gives a module."""
+    groups = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r)
+    return fitting_groups(out_features, groups, config.directions)
+
+
+def _made_by(config: SppConfig, module: str, factors: Factors) -> bool:
+    shape = (factors.groups, factors.directions)
+    return config.scale == factors.scale and _shape(config, module, len(factors.B)) == shape
+
+
+def _fitting_base(source: _Source, options: ConvertOptions) -> Checkpoint | None:
+    """The base, if it was named and the adapter fits it."""
+    if options.base is None:
+        return None
+    base = Checkpoint.open(resolve_model(options.base))
+    match_adapter(base, source.factors, options.adapter)
+    check_adapter(options.adapter, options.base)
+    return base
+
+
+def _hira_config(source: _Source, base: Checkpoint | None) -> HiraConfig:
+    config = HiraConfig(
+        r=hira_rank(source.factors),
+        hira_dropout=_dropout(source),
+        # PEFT corrects it for each layer, but warns.
+        fan_in_fan_out=base is not None and any(base.transposed(module) for module in source.factors),
+        inference_mode=True,
+        **_shared(source),
+    )
+    config.target_modules = sorted(source.factors)
+    return config
+
+
+def _spp_config(source: _Source) -> SppConfig:
+    """The settings that the adapter had when it was one of ours, where they still fit; else such that fit."""
+    if source.original and all(_made_by(source.original, module, one) for module, one in source.factors.items()):
+        return source.original
+    groups = Counter(one.groups for one in source.factors.values())
+    ((most, _),) = groups.most_common(1)
+    config = SppConfig(
+        r=most,
+        directions=max(one.directions for one in source.factors.values()),
+        rank_pattern={f"^{module}": one.groups for module, one in source.factors.items() if one.groups != most},
+        scale=next(iter(source.factors.values())).scale,
+        dropout=_dropout(source),
+        inference_mode=True,
+        **_shared(source),
+    )
+    config.target_modules = sorted(source.factors)
+    return config
+
+
+def _shared(source: _Source) -> dict[str, Any]:
+    return {name: source.settings.get(name) for name in _SHARED}
+
+
+def _dropout(source: _Source) -> float:
+    name = {"SPP": "dropout", "HiRA": "hira_dropout", "published": "lora_dropout"}[source.layout]
+    return source.settings.get(name) or 0.0
+
+
+def _manifest(source: _Source, target: Layout, options: ConvertOptions, base: Checkpoint | None) -> dict[str, Any]:
+    kept = {name: value for name, value in source.manifest.items() if name != _ORIGINAL}
+    return {
+        **kept,
+        "tool": "spp",
+        "version": __version__,
+        "kind": "adapter",
+        "converted": {"adapter": str(options.adapter), "from": source.layout, "to": target},
+        **({"base": {"model": options.base, "fingerprint": base_fingerprint(base.folder)}} if base else {}),
+        **({_ORIGINAL: source.settings} if (source.layout, target) == ("SPP", "HiRA") else {}),
+    }

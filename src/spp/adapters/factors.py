@@ -1,0 +1,163 @@
+"""What every adapter on disk is read with: its settings, its tensors, and the factors that they stand for.
+
+Shapes: O output features, I input features, R row groups, K directions.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from spp.checkpoints.json_files import read_object
+from spp.errors import SppError, UsageError, raise_problems
+from spp.ops import merged_weight
+from spp.ops.reference import MOST_DIRECTIONS
+from spp.ops.zeros import is_float
+
+SETTINGS, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+KEY_PREFIX = "base_model.model."
+"""What PEFT puts before the name that a module has in the model."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The trained factors of one weight: `A` (R K, I), `B` (O, K) and the scale s."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    @property
+    def directions(self) -> int:
+        """K."""
+        return self.B.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """R."""
+        return self.A.shape[0] // self.directions
+
+    def stored_shape(self, transposed: bool) -> tuple[int, int]:
+        """The shape of the weight that they fit, (O, I), or (I, O) where it is stored transposed."""
+        out_features, in_features = self.B.shape[0], self.A.shape[1]
+        return (in_features, out_features) if transposed else (out_features, in_features)
+
+    def merge(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """W' = W + s * W * (A[g] B) (paper, eq. 5), in fp32, rounded once to W's dtype or another; zeros are +0.0."""
+        return merged_weight(weight, self.A, self.B, self.scale, dtype)
+
+
+def check_factors(factors: Mapping[str, Factors], folder: Path) -> dict[str, Factors]:
+    """The same factors, if the shapes of each pair make sense.
+
+    Raises:
+        SppError: names the modules whose shapes do not.
+    """
+    problems = []
+    for module, one in factors.items():
+        A, B = tuple(one.A.shape), tuple(one.B.shape)
+        whole = len(A) == len(B) == 2 and 0 < B[1] <= MOST_DIRECTIONS and 0 < A[0] <= B[0] and A[0] % B[1] == 0
+        if not whole:
+            problems.append(f"{module}: A is {A} and B is {B}, where (R K, I) and (O, K) with R K <= O are wanted")
+        elif not (is_float(one.A) and is_float(one.B)):
+            problems.append(f"{module}: A is {one.A.dtype} and B is {one.B.dtype}, and only floats are factors")
+    raise_problems([f"adapter {folder}: {problem}" for problem in problems], SppError)
+    return dict(factors)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """An adapter's adapter_config.json.
+
+    Raises:
+        UsageError: there is no such folder or file.
+        SppError: it is no JSON object.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"adapter {folder}: no such folder")
+    return read_object(folder / SETTINGS)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's safetensors file.
+
+    Raises:
+        UsageError: it is missing.
+        SppError: it is truncated or damaged.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UsageError(f"adapter {folder}: {WEIGHTS} is missing")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise SppError(f"{path}: not a whole safetensors file ({error}); it is truncated or damaged") from error
+
+
+def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file, which is a pickle: nothing in it is run (`weights_only`).
+
+    Raises:
+        SppError: it is truncated or damaged, it asks for code to be run, or it holds more than tensors.
+    """
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):
+            raise _damaged(path) from error
+        raise SppError(
+            f"{path} asks for code to be run when it is read, which is refused: weights need none. Nothing of it was "
+            "run. Get the adapter from a source that you trust, or as safetensors"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # a broken pickle runs into whatever its bytes say: struct.error, KeyError, ...
+        raise _damaged(path) from error
+    if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
+        raise SppError(f"{path} holds more than named tensors; only a state dict is read")
+    return held
+
+
+def _damaged(path: Path) -> SppError:
+    return SppError(f"{path}: not a whole file of tensors; it is truncated or damaged: copy or download it again")
+
+
+def parts_by_module(
+    tensors: Mapping[str, Tensor], suffixes: Iterable[str], folder: Path, what: str
+) -> dict[str, dict[str, Tensor]]:
+    """Module name -> suffix -> tensor, where every module has one tensor for each suffix, and there is nothing else.
+
+    Args:
+        tensors: those of the file.
+        suffixes: how their names end.
+        folder, what: of which adapter, for the error.
+
+    Raises:
+        SppError: names the tensors that are missing, and those that are too many.
+    """
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    odd = []
+    for name, tensor in tensors.items():
+        suffix = next((suffix for suffix in suffixes if name.endswith(f".{suffix}")), None)
+        if suffix is None:
+            odd.append(name)
+        else:
+            parts[name.removesuffix(f".{suffix}").removeprefix(KEY_PREFIX)][suffix] = tensor
+    missing = [f"{module}.{suffix}" for module, found in parts.items() for suffix in suffixes if suffix not in found]
+    problems = []
+    if not parts:
+        problems.append("it holds no factors at all")
+    if missing:
+        problems.append(f"it lacks {len(missing)} tensors, e.g. {min(missing)}")
+    if odd:
+        problems.append(f"it holds {len(odd)} tensors that are no factors, e.g. {min(odd)}")
+    raise_problems([f"adapter {folder} does not consist of {what}: {problem}" for problem in problems], SppError)
+    return {module: parts[module] for module in sorted(parts)}

@@ -1,0 +1,279 @@
+"""Fold an SPP adapter into its base, tensor by tensor, and prove in the same pass that the zeros stayed.
+
+The result is what engines expect: the base's own files with other numbers in them. No model is built; memory is three
+times the largest tensor: one that is read, one that is merged, one that is written. A failed proof leaves nothing
+behind; a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Container, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp._version import __version__
+from spp.adapters.factors import WEIGHTS, Factors
+from spp.adapters.options import MergeOptions
+from spp.adapters.spp_format import read_adapter
+from spp.adapters.stochastic_rounding import round_stochastically
+from spp.checkpoints.atomic_folder import WORK, check_output, resumable_folder
+from spp.checkpoints.checkpoint import MANIFEST, VERIFICATION, Checkpoint
+from spp.checkpoints.fingerprint import base_fingerprint, warn_of_other_base
+from spp.checkpoints.hub import resolve_model
+from spp.checkpoints.json_files import read_json, read_object, write_json
+from spp.checkpoints.model_card import read_licence, write_model_card
+from spp.checkpoints.prefetch import read_ahead
+from spp.checkpoints.rewrite import Rewriting, tensor_name
+from spp.checkpoints.verify import failures
+from spp.errors import SppError, raise_problems
+from spp.ops.reference import wide_dtype
+from spp.ops.zero_proof import TensorProof, compare
+from spp.ops.zeros import canonical_zeros
+from spp.runtime.progress import track_bytes
+
+logger = logging.getLogger("spp")
+
+_UNCHANGED_WORTH_A_WARNING = 0.5
+RECORD = "merged.json"
+_AT_ONCE = 2**28  # bytes that are written before they are saved, while the next ones are written
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """The result of `merge`.
+
+    Attributes:
+        verified: always True; a merge that fails its proof raises and writes nothing.
+        zeros: zeros of the base in what was merged or converted, every one of them +0.0 in the result.
+        tensors: proof of each merged tensor.
+        converted: proof of each other tensor that got another dtype; the rest is byte for byte the base's.
+        underflowed: survivors that rounding turned into zeros.
+        unchanged_share: share of the survivors in merged tensors whose change was lost in rounding.
+    """
+
+    verified: bool
+    out: Path
+    zeros: int
+    tensors: dict[str, TensorProof]
+    converted: dict[str, TensorProof]
+    underflowed: int
+    unchanged_share: float
+    seconds: float
+
+
+def merge(options: MergeOptions) -> MergeReport:
+    """Write `options.out`: the base with the adapter folded in, loadable without spp.
+
+    Raises:
+        UsageError: a folder is missing, the output is not empty, or the adapter is not an SPP adapter.
+        SppError: the adapter belongs to another model, a file is damaged, or the proof failed.
+    """
+    start = time.perf_counter()
+    base = Checkpoint.open(resolve_model(options.model))
+    check_output(options.out, options.overwrite, inputs=(base.folder, options.adapter))
+    base.require_unquantised("merge into the sparse model before quantisation")
+    factors = match_adapter(base, read_adapter(options.adapter), options.adapter)
+    request = _request(base, factors, options)
+    warn_of_other_base(options.adapter, options.model, request["base"])
+
+    with resumable_folder(options.out, request, overwrite=options.overwrite) as folder:
+        proofs = _write(base, factors, options, folder)
+        problems = [problem for name, proof in proofs.items() for problem in failures(name, proof)]
+        raise_problems([f"{problem}; nothing was written" for problem in problems], SppError)
+        report = _report(options.out, proofs, factors, time.perf_counter() - start)
+        write_json(folder / VERIFICATION, _verification(base, options, report))
+        write_json(folder / MANIFEST, _manifest(base, options, report))
+        write_model_card(folder)
+    _warn(report)
+    return report
+
+
+def _request(base: Checkpoint, factors: Mapping[str, Factors], options: MergeOptions) -> dict[str, Any]:
+    """All that the bits of the result depend on, as JSON values."""
+    return {
+        "stage": "merge",
+        "version": __version__,
+        "base": base_fingerprint(base.folder),
+        "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in base.shards},
+        "adapter": hashlib.sha256((options.adapter / WEIGHTS).read_bytes()).hexdigest(),
+        "scales": {name: one.scale for name, one in factors.items()},
+        **options.model_dump(include={"dtype", "rounding", "seed"}),
+    }
+
+
+def _write(
+    base: Checkpoint, factors: Mapping[str, Factors], options: MergeOptions, folder: Path
+) -> dict[str, TensorProof]:
+    """Write every tensor that no earlier run has; the proofs of those that are not copied.
+
+    While one tensor is worked on, the next one is read, the one before is written, and earlier ones go to the disk.
+    """
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    files, record = Rewriting(base, folder, dtype), folder / WORK / RECORD
+    rewritten = {name for name in base.names if name in factors or files.layouts[name] != base.layouts[name]}
+    finished: dict[str, Any] = read_json(record) if record.is_file() else {}
+    sizes = {name: layout.nbytes for name, layout in base.layouts.items()}
+    left = [name for name in base.names if name not in finished]
+    total, unsaved = sum(sizes.values()), 0
+
+    def save(record_of: dict[str, Any]) -> None:
+        files.sync()
+        write_json(record, record_of)
+
+    with (
+        ThreadPoolExecutor(1) as writer,
+        ThreadPoolExecutor(1) as saver,
+        track_bytes("merging", total, done=total - sum(sizes[name] for name in left)) as advance,
+    ):
+        writing = saving = _done()
+        for name, before in read_ahead(lambda name: base.read(name) if name in rewritten else None, left):
+            writing.result()
+            if before is None:
+                finished[name] = None
+                writing = writer.submit(files.copy, name)
+            else:
+                after = _new(name, before, factors.get(name), base.transposed(name), dtype or before.dtype, options)
+                finished[name] = asdict(compare(before, after))
+                writing = writer.submit(files.write, name, after)
+                del before, after  # or they would be in memory beside the next ones
+            advance(sizes[name])
+            unsaved += sizes[name]
+            if unsaved >= _AT_ONCE or name == left[-1]:
+                writing.result()
+                saving.result()
+                saving = saver.submit(save, dict(finished))
+                unsaved = 0
+        saving.result()
+    files.finish()
+    return {name: TensorProof(**finished[name]) for name in base.names if finished[name] is not None}
+
+
+def _done() -> Future[None]:
+    """A future that is over."""
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
+
+
+def _new(
+    name: str, weight: Tensor, factors: Factors | None, transposed: bool, dtype: torch.dtype, options: MergeOptions
+) -> Tensor:
+    """W' = W + s * W * (A[g] B) (paper, eq. 5), rounded once; or W itself in another dtype. Zeros are +0.0."""
+    if factors is None:
+        return canonical_zeros(weight.to(dtype))
+    weight = weight.T if transposed else weight
+    if options.rounding == "stochastic":
+        wide = factors.merge(weight, wide_dtype(weight, factors.A, factors.B))
+        merged = _rounded(wide, dtype, options.seed, name)
+    else:
+        merged = factors.merge(weight, dtype)
+    return merged.T.contiguous() if transposed else merged
+
+
+def _rounded(weight: Tensor, dtype: torch.dtype, seed: int, name: str) -> Tensor:
+    """Round at random; what is drawn depends on the seed and the name, and not on what was drawn before a kill."""
+    if weight.dtype == dtype:
+        return weight
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return round_stochastically(weight, dtype, torch.Generator().manual_seed(int.from_bytes(digest[:7])))
+
+
+def match_adapter(base: Checkpoint, adapter: dict[str, Factors], folder: Path) -> dict[str, Factors]:
+    """Tensor name in the checkpoint -> factors.
+
+    Raises:
+        SppError: some do not fit, so that the adapter belongs to another model.
+    """
+    matched: dict[str, Factors] = {}
+    problems = []
+    for module, factors in adapter.items():
+        name = tensor_name(base, module)
+        if name is None:
+            problems.append(f"it has no weight for {module}")
+        elif base.shape(name) != (wanted := factors.stored_shape(base.transposed(name))):
+            problems.append(f"its {name} is {base.shape(name)}, the adapter's {wanted}")
+        elif name in matched:
+            problems.append(f"it has {name} for {module}, and for another module as well")
+        else:
+            matched[name] = factors
+    if problems:
+        raise SppError(
+            f"adapter {folder} was trained for another model than {base.folder}: {len(problems)} of {len(adapter)} "
+            f"weights do not fit; first of them: {problems[0]}"
+        )
+    return matched
+
+
+def _report(out: Path, proofs: dict[str, TensorProof], factors: Container[str], seconds: float) -> MergeReport:
+    merged = {name: proof for name, proof in proofs.items() if name in factors}
+    survivors = sum(proof.survivors for proof in merged.values())
+    return MergeReport(
+        verified=True,
+        out=out,
+        zeros=sum(proof.zeros for proof in proofs.values()),
+        tensors=merged,
+        converted={name: proof for name, proof in proofs.items() if name not in factors},
+        underflowed=sum(proof.underflowed for proof in proofs.values()),
+        unchanged_share=sum(proof.unchanged for proof in merged.values()) / max(survivors, 1),
+        seconds=seconds,
+    )
+
+
+def _manifest(base: Checkpoint, options: MergeOptions, report: MergeReport) -> dict[str, Any]:
+    inherited = {key: base.manifest[key] for key in ("pattern", "criterion", "sparsity") if key in base.manifest}
+    trained = options.adapter / MANIFEST
+    training = read_object(trained) if trained.is_file() else {}
+    return {
+        "tool": "spp",
+        "version": __version__,
+        "kind": "merged",
+        "name": options.out.name,
+        "licence": read_licence(base.folder),
+        **inherited,
+        "base": options.model,
+        "adapter": str(options.adapter),
+        "training": {key: training[key] for key in ("data", "settings", "steps", "tokens") if key in training},
+        "verification": _totals(report),
+    }
+
+
+def _verification(base: Checkpoint, options: MergeOptions, report: MergeReport) -> dict[str, Any]:
+    return {
+        "tool": "spp",
+        "version": __version__,
+        "base": options.model,
+        "adapter": str(options.adapter),
+        **options.model_dump(include={"dtype", "rounding", "seed"}),
+        **_totals(report),
+        "copied": len(base.names) - len(report.tensors) - len(report.converted),
+        "tensors": {name: asdict(proof) for name, proof in report.tensors.items()},
+        "converted": {name: asdict(proof) for name, proof in report.converted.items()},
+    }
+
+
+def _totals(report: MergeReport) -> dict[str, Any]:
+    return {
+        "verified": report.verified,
+        "zeros": report.zeros,
+        "underflowed": report.underflowed,
+        "unchanged_share": report.unchanged_share,
+    }
+
+
+def _warn(report: MergeReport) -> None:
+    if report.underflowed:
+        logger.warning("%d survivors were so small that rounding made them zero", report.underflowed)
+    if report.unchanged_share > _UNCHANGED_WORTH_A_WARNING:
+        logger.warning(
+            "%.0f %% of the survivors are unchanged: their updates are smaller than the result's dtype can show; "
+            "--rounding stochastic keeps them in the mean, --dtype float32 keeps every one",
+            100 * report.unchanged_share,
+        )

@@ -1,0 +1,69 @@
+"""Options of adapters: their shape, merging, converting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from spp.options import Options, OutputOptions, SeedSettings
+
+
+class AdapterSettings(Options):
+    """The SPP adapter: W' = W + scale * W * (A[group] B)."""
+
+    rank: int | None = Field(None, ge=1, description="row groups R of every layer (default: see lora-rank)")
+    lora_rank: int = Field(
+        16, ge=1, description="unless rank is given: in each layer as many parameters as LoRA of this rank has"
+    )
+    directions: int = Field(
+        4, ge=1, le=16, description="directions K, rows of A for each group, which its rows mix; 1 is as published"
+    )
+    scale: float = Field(2.0, gt=0, description="factor s of the update s * W * (A[group] B)")
+    init: Literal["ones", "published"] = Field(
+        "ones", description="ones: A = 0 and a 1 in each row of B; published: A at random within 1/sqrt(I), and B = 0"
+    )
+    mode: Literal["fused", "split"] = Field(
+        "fused",
+        description="fused: three GEMMs a step, on the merged weight rounded once; split: four, and updates too small "
+        "to change a bfloat16 weight still count",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter branch; above 0 costs one more GEMM")
+    target_modules: str = Field(
+        "all-linear", description="modules to adapt: all-linear, or names separated by commas (q_proj,v_proj)"
+    )
+
+
+class MergingSettings(Options):
+    """Merging."""
+
+    rounding: Literal["nearest", "stochastic"] = Field(
+        "nearest",
+        description="how merged weights are rounded; stochastic keeps, in the mean, updates that the dtype is too "
+        "coarse for; the seed fixes its bits",
+    )
+
+
+class MergeOptions(MergingSettings, SeedSettings, OutputOptions):
+    """`spp merge MODEL ADAPTER OUT`: fold an adapter into its model and prove that the zeros stayed."""
+
+    model: str = Field(description="the sparse model that the adapter was trained on: a folder or a hub id")
+    adapter: Path = Field(description="folder of the SPP adapter")
+    out: Path = Field(description="folder for the merged model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the result; auto leaves every tensor its own"
+    )
+
+
+class ConvertOptions(OutputOptions):
+    """`spp convert ADAPTER OUT`: make an SPP adapter a HiRA adapter, which stock PEFT loads, or the other way round."""
+
+    adapter: Path = Field(description="folder of an SPP adapter, a HiRA adapter, or one of the published SPP code")
+    out: Path = Field(description="folder for the converted adapter")
+    to: Literal["spp", "hira"] | None = Field(
+        None, description="what to write (default: hira from an SPP adapter, spp from any other)"
+    )
+    base: str | None = Field(
+        None, description="the sparse model it belongs to, a folder or a hub id: shapes are checked, and the name noted"
+    )

@@ -1,0 +1,79 @@
+"""Adapters that the published SPP code saved: pickles that call themselves LoRA.
+
+    W' = W + s * repeat_interleave(A, O / R) * B * W        s = lora_alpha / r
+
+`MODULE.lora_A.weight` is A, (R, I) with R = 16 whatever the settings' r says; `MODULE.lora_A.weight_col` is B, (O, 1)
+in the first of the code's two variants and (1, O) in the second. An adapter of ours with one direction says the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from spp.adapters.factors import (
+    PICKLED_WEIGHTS,
+    WEIGHTS,
+    Factors,
+    check_factors,
+    parts_by_module,
+    read_pickled_tensors,
+    read_tensors,
+)
+from spp.errors import SppError, UsageError
+
+_A, _B = "lora_A.weight", "lora_A.weight_col"
+_LORA_B = "lora_B.weight"
+
+
+def read_published(folder: Path, settings: Mapping[str, Any]) -> dict[str, Factors]:
+    """Read an adapter of the published code: module name -> factors, with one direction.
+
+    Args:
+        folder: of the adapter.
+        settings: its adapter_config.json.
+
+    Raises:
+        UsageError: it is a LoRA adapter indeed, or there are no weights.
+        SppError: the file asks for code to be run, is damaged, lacks tensors, or has too many.
+    """
+    tensors = _tensors(folder)
+    if any(name.endswith(_LORA_B) for name in tensors) and not any(name.endswith(_B) for name in tensors):
+        raise UsageError(
+            f"adapter {folder} is a LoRA adapter: what it adds is no product with W, so that neither SPP nor HiRA can "
+            "say the same; merge it with PEFT, and prune afterwards"
+        )
+    scale = _scale(settings, folder)
+    parts = parts_by_module(tensors, (_A, _B), folder, "pairs of published SPP factors")
+    factors = {
+        module: Factors(A=part[_A], B=_column(part[_B], module, folder), scale=scale) for module, part in parts.items()
+    }
+    return check_factors(factors, folder)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    if (folder / WEIGHTS).is_file():
+        return read_tensors(folder)
+    if not (folder / PICKLED_WEIGHTS).is_file():
+        raise UsageError(f"adapter {folder}: neither {WEIGHTS} nor {PICKLED_WEIGHTS} is there")
+    return read_pickled_tensors(folder / PICKLED_WEIGHTS)
+
+
+def _scale(settings: Mapping[str, Any], folder: Path) -> float:
+    alpha, rank = settings.get("lora_alpha"), settings.get("r")
+    if not (isinstance(alpha, int | float) and isinstance(rank, int | float) and alpha > 0 and rank > 0):
+        raise SppError(
+            f"adapter {folder}: adapter_config.json has lora_alpha {alpha!r} and r {rank!r}, and the scale is their "
+            "quotient; both must be numbers above 0"
+        )
+    return alpha / rank
+
+
+def _column(B: Tensor, module: str, folder: Path) -> Tensor:
+    """B as (O, 1), from either layout."""
+    if B.ndim != 2 or 1 not in B.shape:
+        raise SppError(f"adapter {folder}: {module}.{_B} is {tuple(B.shape)}, and (O, 1) or (1, O) is wanted")
+    return B.reshape(-1, 1)

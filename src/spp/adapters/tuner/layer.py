@@ -1,0 +1,248 @@
+"""A linear layer with SPP adapters on it.
+
+Shapes: T tokens, O output features, I input features, R row groups, K directions.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from spp.adapters.tuner.config import SppConfig
+from spp.errors import SppError
+from spp.models.architecture import is_transposed, shape_oi
+from spp.models.packed_linear import PackedLinear
+from spp.models.quantized import dequantised, is_quantised, made_again
+from spp.ops import Mode, adapter_linear, spp_linear, unpack
+from spp.ops.packed import PackedWeight, Weight
+from spp.ops.reference import add_delta, delta_weight, fitting_groups, row_groups
+from spp.ops.zero_proof import lost_zeros
+from spp.ops.zeros import all_finite
+
+
+class Factor(nn.Module):
+    """A trained factor. A module, and called as one, so that offloading and sharding hooks see the access."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def forward(self) -> Tensor:
+        """The factor itself."""
+        return self.weight
+
+
+class SppLayer(BaseTunerLayer):
+    """What PEFT needs to know of a layer with SPP adapters: where the factors are, and what belongs to them."""
+
+    adapter_layer_names = ("spp_A", "spp_B")
+    other_param_names = ("r", "scale", "mode", "spp_dropout")
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        """Where and in which dtype PEFT puts the factors; a packed layer's `weight` would be expanded to find out."""
+        if isinstance(base_layer, PackedLinear):
+            return base_layer.values.device, base_layer.values.dtype
+        return super()._get_base_layer_device_and_dtype(base_layer)
+
+
+class SppLinear(nn.Module, SppLayer):
+    """An `nn.Linear`, `Conv1D` or `PackedLinear` with W' = W + s * W * (A[g] B) in place of W.
+
+    One active adapter costs three GEMMs, in split mode four; several, or dropout, one more for each of them.
+
+    Args:
+        base_layer: the layer to adapt.
+        adapter_name: of the first adapter.
+        r: its row groups.
+        config: its settings.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, config: SppConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.out_features, self.in_features = shape_oi(base_layer)
+        self.r: dict[str, int] = {}
+        self.scale: dict[str, float] = {}
+        self.mode: dict[str, Mode] = {}
+        self.spp_A = nn.ModuleDict()
+        self.spp_B = nn.ModuleDict()
+        self.spp_dropout = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._weight_before_merge: Tensor | None = None
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, config)
+
+    def update_layer(self, adapter_name: str, r: int, config: SppConfig) -> None:
+        """Add an adapter, or replace the one of this name."""
+        groups, directions = fitting_groups(self.out_features, r, config.directions)
+        self.r[adapter_name] = groups
+        self.scale[adapter_name] = config.scale
+        self.mode[adapter_name] = config.mode
+        self.spp_A[adapter_name] = Factor(groups * directions, self.in_features)
+        self.spp_B[adapter_name] = Factor(self.out_features, directions)
+        self.spp_dropout[adapter_name] = nn.Dropout(config.dropout)
+        self.reset_spp_parameters(adapter_name, init_weights=config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_spp_parameters(self, adapter_name: str, *, init_weights: bool | str) -> None:
+        """Start at W' = W, unless `init_weights` is False.
+
+        ones: A = 0 and one 1 in each row of B, so that A, which is nearly all of the adapter, has its whole gradient at
+        once, and a learning rate changes weights by the same share whatever their number of columns. The 1 is for the
+        k-th direction in the k-th K-th of a group: as with K times as many groups, which then learn from each other.
+        published: A from U(-1/sqrt(I), 1/sqrt(I)), which is kaiming_uniform(a = sqrt(5)), and B = 0.
+        """
+        A, B, _ = self._factors(adapter_name)
+        if init_weights in (True, "ones"):
+            nn.init.zeros_(A)
+            own = row_groups(len(B), len(A), B.device) - B.shape[1] * row_groups(len(B), self.r[adapter_name], B.device)
+            with torch.no_grad():
+                B.copy_(nn.functional.one_hot(own, B.shape[1]))
+            return
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if init_weights:
+            nn.init.zeros_(B)
+        else:
+            nn.init.normal_(B)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output for x (..., I), with the active adapters unless they are disabled or merged."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [name for name in self.active_adapters if name in self.spp_A]
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        if len(active) == 1 and not self._drops(active[0]):
+            with self._onloaded(), self._weight_for(x) as weight:
+                factors = self._factors(active[0])
+                return spp_linear(x, weight, *factors, self.bias, mode=self.mode[active[0]])
+        result = self.base_layer(x, *args, **kwargs)
+        with self._onloaded(), self._weight_for(x) as weight:
+            for name in active:
+                dropped = self.spp_dropout[name](x)
+                result = result + adapter_linear(dropped, weight, *self._factors(name)).to(result.dtype)
+        return result
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Delta = s * W * (A[g] B) of the unmerged W, in W's own layout; fp32, or fp64 if W is."""
+        weight = self._turned(self._unmerged_weight())
+        A, B, scale = self._factors(adapter)
+        delta = delta_weight(weight, A.to(weight.device), B.to(weight.device), scale)
+        return self._turned(delta)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' Delta to W, rounded once; the zeros of W are proved to be +0.0 afterwards.
+
+        A copy of W is kept on the CPU until `unmerge`: Delta depends on W, so that no subtraction would restore it.
+
+        Args:
+            safe_merge: raise, and change nothing, where the result has NaN or infinity.
+            adapter_names: which adapters; None means the active ones.
+
+        Raises:
+            ValueError: `safe_merge`, and the result is not finite; or W is quantised.
+            SppError: a zero was lost; nothing is changed.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spp_A]
+        if not names:
+            return
+        if is_quantised(self.get_base_layer()):
+            raise ValueError(
+                "the weight is quantised; merge into the model as it was before (spp merge MODEL ADAPTER OUT)"
+            )
+        before = self._unmerged_weight()
+        with torch.no_grad():
+            delta = sum(self.get_delta_weight(name) for name in [*self.merged_adapters, *names])
+            merged = add_delta(before, delta)  # pyright: ignore[reportArgumentType]
+        if safe_merge and not all_finite(merged):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        if lost := lost_zeros(before, merged):
+            raise SppError(f"merging {', '.join(names)} would turn {lost} zeros of the weight into something else")
+        if self._weight_before_merge is None:
+            self._weight_before_merge = self._stored().detach().to("cpu", copy=True)
+        base = self.get_base_layer()
+        if isinstance(base, PackedLinear):
+            base.set_weight(merged)
+        else:
+            self._stored().data.copy_(merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put back the bits of W from before the first merge."""
+        if self._weight_before_merge is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._stored().data.copy_(self._weight_before_merge)
+        self._weight_before_merge = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: Delta is a product with W, of full rank."""
+        return False
+
+    def __repr__(self) -> str:
+        return "spp." + super().__repr__()
+
+    def _drops(self, adapter: str) -> bool:
+        return self.training and cast(nn.Dropout, self.spp_dropout[adapter]).p > 0
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
+        return self.spp_A[adapter](), self.spp_B[adapter](), self.scale[adapter]
+
+    def _stored(self) -> Tensor:
+        """What the base layer keeps: its weight (a parameter, or in FSDP's forward a tensor), or the packed values."""
+        base = self.get_base_layer()
+        return base.values if isinstance(base, PackedLinear) else cast(Tensor, base.weight)
+
+    @contextmanager
+    def _weight_for(self, x: Tensor) -> Iterator[Weight]:
+        """W (O, I) to compute with: the weight itself, a view of it, or the packed one.
+
+        One that is quantised comes in x's dtype, and is not kept for backward.
+        """
+        base = self.get_base_layer()
+        if not is_quantised(base):
+            yield base.packed if isinstance(base, PackedLinear) else self._turned(self._stored())
+            return
+        weight = dequantised(base, x.dtype)
+        with made_again(weight, lambda: dequantised(base, x.dtype)):
+            yield weight
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        """From the base layer's own layout to (O, I), or back."""
+        return weight.T if is_transposed(self.get_base_layer()) else weight
+
+    def _unmerged_weight(self) -> Tensor:
+        """W in its own layout, dense, as it is without any adapter; one that is quantised in fp32."""
+        if is_quantised(self.get_base_layer()):
+            return dequantised(self.get_base_layer(), torch.float32)
+        stored = self._stored().detach()
+        if self._weight_before_merge is not None:
+            stored = self._weight_before_merge.to(stored.device)
+        base = self.get_base_layer()
+        if not isinstance(base, PackedLinear):
+            return stored
+        return self._turned(unpack(PackedWeight(stored, base.bitmask, base.row_offsets, base.in_features)))
+
+    @contextmanager
+    def _onloaded(self) -> Iterator[None]:
+        """Bring in a base weight that accelerate keeps on the CPU or on disk, as calling the base layer would."""
+        layer = self.get_base_layer()
+        hook = getattr(layer, "_hf_hook", None)
+        if hook is None or not getattr(hook, "offload", False):
+            yield
+            return
+        hook.pre_forward(layer)
+        try:
+            yield
+        finally:
+            hook.post_forward(layer, torch.empty(0))

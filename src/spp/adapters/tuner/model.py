@@ -1,0 +1,192 @@
+"""Put SPP adapters on a model's linear layers: what PEFT calls a tuner."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from spp.adapters.tuner.config import SppConfig
+from spp.adapters.tuner.layer import SppLayer, SppLinear
+from spp.models.packed_linear import PackedLinear
+from spp.models.quantized import is_quantised
+
+_HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
+# Parts that wrappers add to module names, but that the names in a state dict do not have.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+class SppModel(BaseTuner):
+    """A model with SPP adapters; made by `peft.get_peft_model(model, SppConfig(...))`.
+
+    Args:
+        model: the (pruned) model; it is changed in place.
+        config: `SppConfig`, or one per adapter name.
+        adapter_name: of the first adapter.
+    """
+
+    prefix: str = "spp_"
+    tuner_layer_cls = SppLayer  # pyright: ignore[reportAssignmentType]
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        assert isinstance(peft_config, SppConfig)
+        if peft_config.target_modules is None:
+            peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+        targets = peft_config.target_modules
+        if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+            self._exclude_heads(peft_config)
+        return peft_config
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Let all-linear mean packed layers, too; PEFT knows dense ones only."""
+        assert isinstance(peft_config, SppConfig)
+        packed = {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, PackedLinear) and not name.endswith(".base_layer")  # one that has an adapter already
+        }
+        if packed and peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            _maybe_include_all_linear_layers(peft_config, model)
+            assert isinstance(peft_config.target_modules, set)
+            peft_config.target_modules |= packed
+
+    def _exclude_heads(self, config: SppConfig) -> None:
+        """Keep a classification head, which is new and dense, out of all-linear; PEFT does so for some tasks only."""
+        heads = {name for name in _HEADS if isinstance(getattr(self.model, name, None), nn.Linear)}
+        if heads and config.exclude_modules is None:
+            config.exclude_modules = heads
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
+        """Whether to adapt the module `key`; as PEFT's, but layers_to_transform also holds for all-linear.
+
+        PEFT turns all-linear into full module names, and takes those whatever their layer is.
+        """
+        assert isinstance(peft_config, SppConfig)
+        found = check_target_module_exists(peft_config, key)
+        if not found or peft_config.layers_to_transform is None or key not in (peft_config.target_modules or ()):
+            return found
+        by_last_part = copy.copy(peft_config)
+        by_last_part.target_modules = {key.rpartition(".")[2]}
+        return check_target_module_exists(by_last_part, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, SppConfig)
+        ranks = peft_config.rank_pattern
+        rank = ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r)
+        if isinstance(target, SppLinear):
+            target.update_layer(adapter_name, rank, peft_config)
+            return
+        _require_adaptable(target, current_key)
+        layer = SppLinear(target, adapter_name, rank, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter is not trainable until it is set active
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put `new_module` in the place of `child`.
+
+        PEFT also hands it the weight of `child`, which it has already, and which is no parameter for an embedding
+        whose rows are trained (trainable_token_indices).
+        """
+        setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "SPP does not mix adapters within a batch (adapter_names); call set_adapter, one batch per adapter"
+            )
+        yield
+
+    # The two overrides match keys by name: the default asks the modules, and finds nothing, silently, where a
+    # wrapper (FSDP, activation checkpointing) has put a part into their names that the state dict's keys lack.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        keys = _factor_keys(model, adapter_name)
+        return {key: value for key, value in state_dict.items() if key in keys}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        in_model: dict[str, str] = {}
+        for key in _factor_keys(model, adapter_name):
+            saved = key.removesuffix(f".{adapter_name}.weight") + ".weight"
+            # A model that transformers put the adapter on (add_adapter) lacks the prefix that PEFT saves with.
+            in_model[saved] = in_model[f"base_model.model.{saved}"] = key
+        return {in_model.get(key, key): value for key, value in state_dict.items()}
+
+
+def _factor_keys(model: nn.Module, adapter_name: str) -> set[str]:
+    """Keys of an adapter's factors in the model's state dict."""
+    keys = set()
+    for name, module in model.named_modules():
+        if isinstance(module, SppLayer):
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            start = f"{name}." if name else ""
+            keys |= {f"{start}{factor}.{adapter_name}.weight" for factor in SppLayer.adapter_layer_names}
+    return keys
+
+
+def _require_adaptable(target: nn.Module, name: str) -> None:
+    """Raise a ValueError for a module that SPP would not, or would wrongly, work on."""
+    if isinstance(target, BaseTunerLayer):
+        raise ValueError(
+            f"{name}: has an adapter of another method ({type(target).__name__}); SPP does not stack on it"
+        )
+    if isinstance(target, NonDynamicallyQuantizableLinear):
+        raise ValueError(
+            f"{name}: nn.MultiheadAttention reads this weight without calling the layer, so that an adapter on it "
+            "would do nothing; leave it out of target_modules"
+        )
+    if isinstance(target, PackedLinear):
+        return
+    if not isinstance(target, nn.Linear | Conv1D):
+        raise ValueError(
+            f"Target module {name} is a {type(target).__name__}, which is not supported: SPP adapts torch.nn.Linear, "
+            "transformers' Conv1D and spp's PackedLinear"
+        )
+    weight = target.get_parameter("weight")
+    if not weight.is_floating_point() and not is_quantised(target):
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name}: the weight is quantised ({dtype}), in a way that SPP does not know; load it in bfloat16"
+        )
+    if getattr(target, "_hf_tp_plan", None) is not None:
+        raise ValueError(f"{name}: the weight is split by tensor parallelism, which SPP does not support")

@@ -1,0 +1,49 @@
+"""Make PEFT know the adapter type SPP.
+
+PEFT's own function for this accepts only names that its enum `PeftType` has, and an enum cannot be extended by the
+rules. So a member is put into it in place, checked, and taken out again if anything about it is not as it should be.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from peft.utils import PeftType, register_peft_method
+
+from spp.adapters.tuner.config import SppConfig
+from spp.adapters.tuner.model import SppModel
+
+NAME = "SPP"
+
+
+def register() -> None:
+    """Add SPP to PEFT's types, configurations and tuners; nothing where that is done already.
+
+    Raises:
+        ImportError: this version of Python or PEFT does not take it.
+    """
+    if NAME in PeftType.__members__:
+        return
+    _add_member(PeftType, NAME)
+    register_peft_method(name=NAME.lower(), config_cls=SppConfig, model_cls=SppModel)
+
+
+def _add_member(enum: type[PeftType], name: str) -> None:
+    """Add a member with value `name` to a string enum, in place."""
+    member = str.__new__(enum, name)
+    member._name_, member._value_, member._sort_order_ = name, name, len(enum)  # pyright: ignore[reportAttributeAccessIssue]
+    member.__objclass__ = enum  # pyright: ignore[reportAttributeAccessIssue]
+    type.__setattr__(enum, name, member)  # before the map, which makes the enum refuse it
+    enum._member_map_[name] = enum._value2member_map_[name] = member  # pyright: ignore[reportArgumentType]
+    enum._member_names_.append(name)
+    if not _is_member(enum, name):
+        enum._member_names_.remove(name)
+        del enum._member_map_[name], enum._value2member_map_[name]
+        type.__delattr__(enum, name)
+        raise ImportError(f"{enum.__name__} of this PEFT cannot be extended by {name}; install peft>=0.20,<0.22")
+
+
+def _is_member(enum: type[Enum], name: str) -> bool:
+    member = getattr(enum, name)
+    ways = (enum(name), enum[name], list(enum)[-1])
+    return all(way is member for way in ways) and member == name and member.value == name and member.name == name

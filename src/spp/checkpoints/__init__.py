@@ -1,0 +1,1 @@
+"""Models on disk: read, rewritten, proved, packed, described and uploaded, without building them."""

@@ -1,0 +1,244 @@
+"""Folders of safetensors on disk: find them, and read them tensor by tensor.
+
+A packed archive (see `spp.checkpoints.packed_archive`) reads as the dense model that it was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from spp.checkpoints import packed_archive
+from spp.checkpoints.conv1d import stores_transposed
+from spp.checkpoints.json_files import read_json, read_object
+from spp.checkpoints.safetensors_file import Layout, read_floats, read_layouts, read_offsets
+from spp.errors import SppError, UsageError
+
+MANIFEST = "spp.json"
+"""Side file in every folder that we write: what made it and from what. Never part of `config.json`."""
+
+VERIFICATION = "verification.json"
+"""Side file of a merged model: the proof of every merged tensor."""
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of one model folder, read lazily.
+
+    Attributes:
+        folder: where it is.
+        files: tensor name -> the file that holds it, in the order of the files.
+        packed: name -> entry of those that the file holds packed.
+    """
+
+    folder: Path
+    files: dict[str, Path]
+    packed: dict[str, packed_archive.PackedEntry] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read the index of a single-file or sharded checkpoint or an archive, and the header of every shard.
+
+        Raises:
+            UsageError: the folder holds no safetensors model.
+            SppError: a shard is missing, truncated, or not what the index says; or the index names files elsewhere.
+        """
+        if (folder / SINGLE).is_file():  # first, as in transformers: where both are there, both read the same weights
+            return cls(folder, dict.fromkeys(_header(folder / SINGLE)[0], folder / SINGLE))
+        if (folder / INDEX).is_file():
+            return cls(folder, _indexed_files(folder))
+        if paths := packed_archive.archive_files(folder):
+            return cls._open_archive(folder, paths)
+        pickles = " (there are .bin files: load and save the model with transformers to convert them)"
+        hint = pickles if any(folder.glob("*.bin")) else ""
+        raise UsageError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
+
+    @classmethod
+    def _open_archive(cls, folder: Path, paths: list[Path]) -> Checkpoint:
+        files: dict[str, Path] = {}
+        packed: dict[str, packed_archive.PackedEntry] = {}
+        for path in paths:
+            names, metadata = _header(path)
+            entries = packed_archive.entries(path, names, metadata)
+            files |= dict.fromkeys(packed_archive.plain_names(names, entries), path)
+            packed |= entries
+        return cls(folder, files, packed)
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return list(self.files)
+
+    @property
+    def shards(self) -> dict[Path, list[str]]:
+        """File -> names of the tensors in it."""
+        shards: dict[Path, list[str]] = {}
+        for name, path in self.files.items():
+            shards.setdefault(path, []).append(name)
+        return shards
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json.
+
+        Raises:
+            UsageError: there is none.
+            SppError: it is something else.
+        """
+        return read_object(self.folder / "config.json")
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Our side file, or an empty dict where someone else made the model."""
+        path = self.folder / MANIFEST
+        return read_object(path) if path.is_file() else {}
+
+    def require_unquantised(self, remedy: str) -> None:
+        """Raise for weights that are no floats any more.
+
+        Raises:
+            UsageError: the model is quantised; with the remedy.
+        """
+        if "quantization_config" in self.config:
+            raise UsageError(f"{self.folder} is quantised; {remedy}")
+
+    def transposed(self, name: str) -> bool:
+        """Whether a weight matrix is stored as (I, O), as GPT-2's Conv1D does, instead of (O, I)."""
+        return stores_transposed(self.config.get("model_type", ""), name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor, and only this one; a packed one is expanded.
+
+        Raises:
+            SppError: a packed weight is damaged.
+        """
+        with safe_open(self.files[name], framework="pt") as file:
+            return self._read(file, name)
+
+    def read(self, name: str) -> Tensor:
+        """As `tensor`, but in memory when it is returned: floats that are not packed are no map of the file.
+
+        Raises:
+            OSError: the file has become shorter.
+        """
+        if name in self.packed:
+            return self.tensor(name)
+        found = read_floats(self.files[name], self.offsets[name], self.layouts[name])
+        return self.tensor(name) if found is None else found
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        if name in self.packed:
+            return self.packed[name].shape
+        with safe_open(self.files[name], framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    @cached_property
+    def layouts(self) -> dict[str, Layout]:
+        """Name -> dtype, shape and bytes of every tensor; for a packed one, those of the dense tensor."""
+        layouts: dict[str, Layout] = {}
+        for path, names in self.shards.items():
+            stored = read_layouts(path)
+            layouts |= {
+                name: self._packed_layout(name, stored) if name in self.packed else stored[name] for name in names
+            }
+        return layouts
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Name -> where its bytes begin in its file, of the tensors that are not packed."""
+        return {
+            name: offset
+            for path in self.shards
+            for name, offset in read_offsets(path).items()
+            if name in self.files and name not in self.packed
+        }
+
+    def _packed_layout(self, name: str, stored: dict[str, Layout]) -> Layout:
+        values, shape = stored[f"{name}.{packed_archive.VALUES}"], self.packed[name].shape
+        width = values.nbytes // max(values.shape[0], 1)
+        return Layout(values.dtype, shape, width * shape[0] * shape[1])
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, one in memory at a time."""
+        for path, names in self.shards.items():
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    yield name, self._read(file, name)
+
+    def heads(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+        """Name, shape and first row of every tensor (all of it, if it has no dimension); no more than that is read."""
+        for path, names in self.shards.items():
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    if name in self.packed:
+                        yield name, self.packed[name].shape, self._read(file, name)[:1]
+                        continue
+                    part = file.get_slice(name)
+                    shape = tuple(part.get_shape())
+                    yield name, shape, part[:1] if shape else file.get_tensor(name)
+
+    def _read(self, file: Any, name: str) -> Tensor:
+        if name not in self.packed:
+            return file.get_tensor(name)
+        entry = self.packed[name]
+        return packed_archive.dense(packed_archive.read_weight(file.get_tensor, name, entry), entry)
+
+
+def _indexed_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index; it and the shards have to agree on every name."""
+    index = _index(folder / INDEX)
+    held = {shard: _header(folder / shard)[0] for shard in sorted(set(index.values()))}
+    found = {(name, shard) for shard, names in held.items() for name in names}
+    misplaced = [
+        f"{INDEX} says that {shard} holds {name}, and it does not" for name, shard in sorted(index.items() - found)
+    ]
+    unlisted = [
+        f"{shard} holds {name}, which {INDEX} does not list there" for name, shard in sorted(found - index.items())
+    ]
+    if problems := [*misplaced, *unlisted]:
+        raise SppError(
+            f"{folder}: the shards and the index do not belong together, for {len(problems)} tensors; first of them: "
+            f"{problems[0]}; copy or download the model again"
+        )
+    return {name: folder / shard for shard, names in held.items() for name in names}
+
+
+def _index(path: Path) -> dict[str, str]:
+    """Tensor name -> name of its shard, a file beside the index."""
+    content = read_json(path)
+    index = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(index, dict) or not index or not all(isinstance(shard, str) for shard in index.values()):
+        raise SppError(f"{path}: it has no weight_map of tensor names and file names; copy or download the model again")
+    if outside := sorted(shard for shard in set(index.values()) if not _is_plain_name(shard)):
+        raise SppError(
+            f"{path}: it names {outside[0]!r}, and shards have to be .safetensors files in the folder itself; do not "
+            "trust where this model came from"
+        )
+    return index
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether a name from a file can only be that of a weights file in the same folder, on any system."""
+    return name.endswith(".safetensors") and not any(character in name for character in "/\\:\0")
+
+
+def _header(path: Path) -> tuple[list[str], dict[str, str]]:
+    """A file's tensor names and metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys()), file.metadata() or {}
+    except FileNotFoundError:
+        raise SppError(f"{path}: the index names this shard, but it is not there") from None
+    except SafetensorError as error:
+        raise SppError(
+            f"{path}: not a whole safetensors file ({error}); it is truncated or damaged: copy or download it again"
+        ) from error

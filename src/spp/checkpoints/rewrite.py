@@ -1,0 +1,113 @@
+"""Write a model folder again with other numbers in some tensors: same files, names, shapes and dtypes.
+
+What is copied keeps its bytes, so no round trip through a model class can lose a tied weight, an unusual dtype or a
+setting.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp.checkpoints.checkpoint import INDEX, MANIFEST, SINGLE, VERIFICATION, Checkpoint
+from spp.checkpoints.json_files import sync, write_json
+from spp.checkpoints.packed_archive import dense_name
+from spp.checkpoints.safetensors_file import TensorFile, in_dtype
+from spp.errors import SppError
+from spp.ops.zero_proof import may_hold_negative_zeros
+from spp.ops.zeros import canonical_zeros, is_float
+
+# What a model folder holds besides its weights and belongs to every model made from it.
+_COMPANIONS = {".json", ".model", ".txt", ".jinja", ".py", ".tiktoken"}
+_LEGAL = ("LICENSE", "LICENCE", "NOTICE")
+# Engines refuse a model that announces a sparse format; ours are plain.
+_ANNOUNCEMENTS = {"sparsity_config", "compression_config"}
+
+
+def tensor_name(checkpoint: Checkpoint, module: str) -> str | None:
+    """The checkpoint's name of a module's weight, or None; that of a bare base model lacks the first parts."""
+    parts = f"{module}.weight".split(".")
+    candidates = (".".join(parts[start:]) for start in range(len(parts) - 1))
+    return next((name for name in candidates if name in checkpoint.files), None)
+
+
+class Rewriting:
+    """The files of a model in the making: laid out like the checkpoint's, to be filled in any order, by several runs.
+
+    Args:
+        checkpoint: the model to write again.
+        folder: where; files that an earlier run laid out there are gone on with.
+        dtype: of all floats in the new model; None leaves each tensor's own.
+
+    Attributes:
+        layouts: tensor name -> layout in the new model.
+
+    Raises:
+        SppError: the disk has no room for them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None = None) -> None:
+        self._checkpoint, self._folder, self._dtype = checkpoint, folder, dtype
+        self.layouts = {
+            name: in_dtype(layout, dtype) if dtype else layout for name, layout in checkpoint.layouts.items()
+        }
+        self._size = sum(layout.nbytes for layout in self.layouts.values())
+        self._files: dict[str, TensorFile] = {}
+        try:
+            for path, names in checkpoint.shards.items():
+                file = TensorFile(folder / dense_name(path.name), {name: self.layouts[name] for name in names})
+                self._files |= dict.fromkeys(names, file)
+        except OSError as error:
+            raise SppError(f"{folder.parent}: no room for {self._size / 1e9:.3g} GB of weights ({error})") from error
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor of the shape and dtype that `layouts` says, with every zero as +0.0."""
+        signed = is_float(tensor) and may_hold_negative_zeros(tensor)
+        self._files[name].write(name, canonical_zeros(tensor) if signed else tensor)
+
+    def copy(self, name: str) -> None:
+        """Write a tensor with the bytes that it had; one that was packed is expanded."""
+        checkpoint = self._checkpoint
+        if name in checkpoint.packed:
+            self._files[name].write(name, checkpoint.tensor(name))
+        else:
+            self._files[name].copy(name, checkpoint.files[name], checkpoint.offsets[name])
+
+    def sync(self) -> None:
+        """Make what has been written survive a crash of the machine."""
+        for path in {file.path for file in self._files.values()}:
+            sync(path)
+
+    def finish(self) -> None:
+        """Add the index and what else belongs to the model (config, tokenizer)."""
+        write_companions(self._checkpoint, self._folder, self._dtype)
+        files = {name: file.path.name for name, file in self._files.items()}
+        if set(files.values()) != {SINGLE}:
+            write_json(self._folder / INDEX, {"metadata": {"total_size": self._size}, "weight_map": files})
+
+
+def write_companions(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy what belongs to a model besides its weights.
+
+    Of its configuration, an announcement of a sparse format is left out, and another dtype is put in if there is one.
+    """
+    for path in sorted(checkpoint.folder.iterdir()):
+        kept = path.suffix in _COMPANIONS or path.name.upper().startswith(_LEGAL)
+        of_others = path.name.endswith(".bin.index.json") or path.name == "adapter_config.json"
+        if path.is_file() and kept and path.name not in (MANIFEST, VERIFICATION, INDEX) and not of_others:
+            shutil.copyfile(path, folder / path.name)
+    config = {name: value for name, value in checkpoint.config.items() if name not in _ANNOUNCEMENTS}
+    if dtype is not None:
+        config = _with_dtype(config, str(dtype).removeprefix("torch."))
+    if config != checkpoint.config:
+        write_json(folder / "config.json", config)
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The configuration with another dtype, also where it is said of a part of the model, or in the old word."""
+    changed = {name: _with_dtype(value, dtype) if isinstance(value, dict) else value for name, value in config.items()}
+    return changed | {name: dtype for name in ("dtype", "torch_dtype") if isinstance(config.get(name), str)}

@@ -1,0 +1,180 @@
+"""Write a safetensors file tensor by tensor, in any order, at any time: for models that never are in memory as a whole.
+
+The format is a header, which says where each tensor lies, and the tensors' bytes one after the other. So where names,
+dtypes and shapes are known, a file can be laid out first and filled later, by several runs if need be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp.checkpoints.json_files import sync
+
+_ALIGNMENT = 8
+_PIECE = 2**23  # bytes that are copied at once
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a file says of one tensor: its dtype as safetensors names it (`BF16`), its shape, and its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+"""What safetensors calls the dtypes that weights are computed with."""
+
+
+_DTYPES = {name: dtype for dtype, name in FLOATS.items()}
+
+
+def in_dtype(layout: Layout, dtype: torch.dtype) -> Layout:
+    """The layout of the same tensor in another float dtype; itself, where it holds no floats of 16 bits or more."""
+    if layout.dtype not in FLOATS.values():
+        return layout
+    return Layout(FLOATS[dtype], layout.shape, torch.Size(layout.shape).numel() * dtype.itemsize)
+
+
+def read_layouts(path: Path) -> dict[str, Layout]:
+    """The layouts of all tensors in a sound file, from its header."""
+    return {
+        name: Layout(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in _read_header(path)[1].items()
+    }
+
+
+def read_offsets(path: Path) -> dict[str, int]:
+    """Where each tensor of a sound file begins in it, in bytes."""
+    first, entries = _read_header(path)
+    return {name: first + entry["data_offsets"][0] for name, entry in entries.items()}
+
+
+def read_floats(path: Path, offset: int, layout: Layout) -> Tensor | None:
+    """A tensor whose bytes begin at `offset`, read as a whole; None where it holds no floats of 16 bits or more.
+
+    Into memory of its own: what safetensors gives is a map of the file, whose pages are read where they are used, and
+    that is not where one waits for a disk.
+
+    Raises:
+        OSError: the file ends too early.
+    """
+    if layout.dtype not in _DTYPES:
+        return None
+    tensor = torch.empty(layout.nbytes, dtype=torch.uint8)
+    array: Any = tensor.numpy()
+    left = memoryview(array)
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise OSError(f"{path} ends {len(left)} bytes too early")
+            left = left[count:]
+    return tensor.view(_DTYPES[layout.dtype]).view(layout.shape)
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors' bytes begin, and the entry of each."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    return 8 + size, entries
+
+
+class TensorFile:
+    """A safetensors file in the making, which has its final size from the start.
+
+    Args:
+        path: where; one that is there already is gone on with.
+        tensors: name -> layout.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, Layout]) -> None:
+        self.path = path
+        header, self._offsets = _header(tensors)
+        self._sizes = {name: layout.nbytes for name, layout in tensors.items()}
+        if not path.is_file():
+            self._lay_out(header, len(header) + sum(self._sizes.values()))
+
+    def _lay_out(self, header: bytes, size: int) -> None:
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with partial.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk is noticed now, and not after hours of work
+                os.posix_fallocate(file.fileno(), 0, size)
+            file.truncate(size)
+            file.write(header)
+        sync(partial)
+        partial.rename(self.path)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in its place.
+
+        Raises:
+            ValueError: it has not as many bytes as its layout says.
+            OSError: it cannot be written.
+        """
+        array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = memoryview(array)
+        if len(data) != self._sizes[name]:
+            raise ValueError(f"{name} has {len(data)} bytes, and {self._sizes[name]} are laid out for it")
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(self._offsets[name])
+            _write_all(file, data)
+
+    def copy(self, name: str, source: Path, offset: int) -> None:
+        """Put a tensor in its place whose bytes lie in another file, from `offset` on.
+
+        Raises:
+            OSError: the file ends too early, or the tensor cannot be written.
+        """
+        left = self._sizes[name]
+        piece = memoryview(bytearray(min(left, _PIECE)))
+        with source.open("rb", buffering=0) as old, self.path.open("r+b", buffering=0) as new:
+            old.seek(offset)
+            new.seek(self._offsets[name])
+            while left:
+                count = old.readinto(piece[: min(left, _PIECE)])
+                if not count:
+                    raise OSError(f"{source} ends within {name}")
+                _write_all(new, piece[:count])
+                left -= count
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]
+
+
+def _header(tensors: Mapping[str, Layout]) -> tuple[bytes, dict[str, int]]:
+    """The file's first bytes, and where each tensor begins; wide dtypes come first, so that all are aligned."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    end = 0
+    for name, layout in sorted(tensors.items(), key=lambda item: -_width(item[1])):
+        starts[name], end = end, end + layout.nbytes
+        entries[name] = {"dtype": layout.dtype, "shape": list(layout.shape), "data_offsets": [starts[name], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    first = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: first + start for name, start in starts.items()}
+
+
+def _width(layout: Layout) -> int:
+    """Bytes of one entry."""
+    count = torch.Size(layout.shape).numel()
+    return layout.nbytes // count if count else 0

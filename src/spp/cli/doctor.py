@@ -1,0 +1,131 @@
+"""Versions, devices and back-ends of this installation. What is broken is reported, never raised."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, TypeVar
+
+from rich.table import Table
+from rich.text import Text
+
+from spp.runtime.environment import OPTIONAL, REQUIRED, environment, versions
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorReport:
+    """The result of `diagnose`.
+
+    Attributes:
+        versions: package -> version; None where it is not installed.
+        environment: see `environment`.
+        backends: back-end of the SPP operator -> how it runs here, or why it does not.
+        peft_knows_spp: whether PEFT lists SPP among its adapter types.
+        problems: what is broken, one sentence each.
+    """
+
+    versions: dict[str, str | None]
+    environment: dict[str, Any]
+    backends: dict[str, str]
+    peft_knows_spp: bool
+    problems: list[str]
+
+
+def diagnose() -> DoctorReport:
+    """Look at this installation: import what is installed, and list what fails."""
+    found = versions()
+    problems = [f"{name} is missing; pip install {name}" for name in REQUIRED if found[name] is None]
+    for name in (*REQUIRED, *OPTIONAL):
+        if found[name] is not None:
+            _attempt(lambda name=name: import_module(name), f"{name} {found[name]} cannot be imported", problems)
+    return DoctorReport(
+        versions=found,
+        environment=environment(),
+        backends=_attempt(_backends, "the SPP operator does not load", problems) or {},
+        peft_knows_spp=bool(_attempt(_peft_knows_spp, "PEFT does not take the adapter type SPP", problems)),
+        problems=problems,
+    )
+
+
+def _attempt(action: Callable[[], Value], failure: str, problems: list[str]) -> Value | None:
+    """Do something that a broken package can fail in any way; note what it says."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return action()
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        problems.append(f"{failure}: {type(error).__name__}: {first_line}".removesuffix(": "))
+        return None
+
+
+def _backends() -> dict[str, str]:
+    import torch
+
+    ops, native = import_module("spp.ops"), import_module("spp.ops.native")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_device = {"native": "cpu", "triton": device}
+    found: dict[str, str] = {}
+    for name in ops.BACKENDS:
+        weight = torch.empty(1, 1, device=on_device.get(name, "cpu"))
+        reason = ops.why_not(name, weight)
+        found[name] = f"not available: {reason}" if reason else "available"
+    if native.instructions():
+        threads = "torch's threads" if native.multithreaded() else "one thread: torch's OpenMP was not found"
+        found["native"] = f"available ({native.instructions()}, {threads})"
+    else:
+        found["native"] += "; reinstall spp where there is a C++ compiler"
+    return found
+
+
+def _peft_knows_spp() -> bool:
+    import_module("spp.adapters.tuner")
+    return "SPP" in import_module("peft").PeftType.__members__
+
+
+def doctor_table(report: DoctorReport) -> Table:
+    """Versions, hardware, back-ends and problems, one fact a row."""
+    table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")
+    sections: list[list[tuple[str, str]]] = [
+        [(name, version or _absent(name)) for name, version in report.versions.items()],
+        _hardware_rows(report.environment),
+        [
+            *((f"back-end {name}", state) for name, state in report.backends.items()),
+            ("PEFT adapter type SPP", "registered" if report.peft_knows_spp else "NOT registered"),
+        ],
+        [("PROBLEM", problem) for problem in report.problems] or [("problems", "none")],
+    ]
+    for rows in sections:
+        if table.row_count:
+            table.add_row()
+        for label, value in rows:
+            table.add_row(Text(label), Text(value))
+    return table
+
+
+def _absent(name: str) -> str:
+    remedy = f'"spp[{OPTIONAL[name]}]"' if name in OPTIONAL else name
+    return f"not installed (pip install {remedy})"
+
+
+def _hardware_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        (name.replace("_", " "), "unknown" if facts[name] is None else str(facts[name]))
+        for name in ("system", "cpu", "cpu_instructions", "cores", "threads")
+    ]
+    rows.append(("memory", _gibibytes(facts["memory_bytes"])))
+    accelerators = [
+        ("accelerator", device["name"] + (f", {_gibibytes(device['memory_bytes'])}" if device["memory_bytes"] else ""))
+        for device in facts["accelerators"]
+    ]
+    return rows + (accelerators or [("accelerator", "none")])
+
+
+def _gibibytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,109 @@
+"""`spp`: a table of commands. Flags and their help come from the option models, work from the stage functions."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from spp.cli.commands import COMMANDS, Command
+from spp.cli.parser import build_parser
+from spp.errors import SppError
+from spp.options import Options
+from spp.pipeline.options import RunOptions
+from spp.pipeline.recipes import load_recipe
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0 for success, 1 for failure, 2 for a wrong request."""
+    arguments = vars(build_parser().parse_args(argv))
+    name, as_json = arguments.pop("command"), arguments.pop("json")
+    dry_run = arguments.pop("dry_run", False)
+    _quiet_libraries()
+    _show_messages()
+    try:
+        report = _execute(COMMANDS[name], arguments, dry_run=dry_run)
+        _present(f"{name} --dry-run" if dry_run else name, report, as_json)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `spp inspect MODEL | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SppError as error:
+        _complain(str(error))
+        return error.exit_code
+    except OSError as error:  # a full disk, a folder without permission
+        _complain(str(error))
+        return 1
+    except KeyboardInterrupt:
+        _complain("interrupted; finished work is kept, and the same command with the same output folder resumes it")
+        return _INTERRUPTED
+    return 0 if getattr(report, "verified", True) else 1
+
+
+def _execute(command: Command, given: dict[str, Any], *, dry_run: bool) -> Any:
+    recipe = given.pop("recipe", None)
+    if command.options is RunOptions and recipe is None and "model" not in given:
+        recipe = "demo"  # the embedded default: the bundled model and a few minutes of training
+    values = {**load_recipe(recipe, command.options), **given} if recipe else given
+    options = command.options.build(values)
+    module, function = (command.dry_run if dry_run and command.dry_run else command.stage).split(":")
+    stage = getattr(importlib.import_module(module), function)
+    return stage() if command.options is Options else stage(options)
+
+
+def _present(command: str, report: Any, as_json: bool) -> None:
+    if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
+        return
+    if as_json:
+        value = getattr(report, "results", None) or asdict(report)
+        sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+        return
+    from rich.console import Console
+
+    from spp.cli.printing import describe
+
+    console = Console()
+    for part in describe(command, report):
+        console.print(part, soft_wrap=isinstance(part, str), markup=False, highlight=False)
+
+
+def _quiet_libraries() -> None:
+    """Keep other people's chatter off the terminal; must run before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+
+
+class _Messages(logging.Handler):
+    """Notes and warnings of the `spp` logger, on whatever standard error is now (a live bar redirects it)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        sys.stderr.write(f"{prefix}{record.getMessage()}\n")
+
+
+def _show_messages() -> None:
+    logger = logging.getLogger("spp")
+    if not logger.handlers:
+        logger.addHandler(_Messages())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def _complain(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

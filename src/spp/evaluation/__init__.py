@@ -1,0 +1,1 @@
+"""Perplexity, task scores and generated text, of models with or without adapters."""

@@ -1,0 +1,123 @@
+"""Scores of models, with or without adapters: perplexity or tasks, of one model or of several side by side."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+import spp.adapters.tuner  # noqa: F401 (makes PEFT know SPP adapters)
+from spp.adapters.attach import check_adapter, with_adapter
+from spp.adapters.factors import SETTINGS, read_settings
+from spp.checkpoints.hub import resolve_model
+from spp.errors import UsageError, raise_problems
+from spp.evaluation.comparison import Comparison, check_plot, write_plot
+from spp.evaluation.options import EvalOptions
+from spp.evaluation.perplexity import EvalReport, perplexity_of, read_windows
+from spp.evaluation.task_loading import TaskSet, load_tasks
+from spp.evaluation.tasks import TasksReport, score_tasks
+from spp.models.loading import context_window, load_config, load_model, load_tokenizer
+
+logger = logging.getLogger("spp")
+
+
+def evaluate(options: EvalOptions) -> EvalReport | TasksReport | Comparison:
+    """Measure a model's perplexity, or its scores on tasks where some are named; of several models, a comparison.
+
+    An adapter's folder stands for the model that it was trained on, with the adapter on top.
+
+    Raises:
+        UsageError: a wrong option, a missing model, adapter, text or task, or too little text for one window.
+        SppError: a damaged file, or a model whose output is not finite.
+    """
+    subjects = _subjects(options)
+    if options.compare:
+        check_plot(options.plot, options.overwrite)
+    tasks = load_tasks(options) if options.tasks is not None else None
+    reports: dict[str, EvalReport | TasksReport] = {}
+    for name, subject in subjects.items():
+        if len(subjects) > 1:
+            logger.info("%s ...", name)
+        reports[name] = _perplexity(subject) if tasks is None else _scores(subject, tasks)
+    if len(reports) == 1:
+        return reports[options.model]
+    if len({(one.tokens, one.windows) for one in reports.values() if isinstance(one, EvalReport)}) > 1:
+        logger.warning("these perplexities do not compare: tokenizers or windows of the models differ")
+    comparison = Comparison(reports, options.plot if options.compare else None)
+    write_plot(comparison)
+    return comparison
+
+
+def _subjects(options: EvalOptions) -> dict[str, EvalOptions]:
+    """What to score, by the name it was given: the options of one model each, checked for what can be checked."""
+    subjects: dict[str, EvalOptions] = {}
+    problems: list[str] = []
+    for name in (options.model, *options.others):
+        if name in subjects:
+            problems.append(f"model {name!r} is named twice")
+        try:
+            subjects[name] = _subject(name, options)
+        except UsageError as error:
+            problems.append(str(error))
+    raise_problems(problems)
+    return subjects
+
+
+def _subject(name: str, options: EvalOptions) -> EvalOptions:
+    model, adapter = name, options.adapter
+    if adapter is None and (Path(name) / SETTINGS).is_file():
+        adapter = Path(name)
+        model = read_settings(adapter).get("base_model_name_or_path")
+        if not isinstance(model, str) or not model:
+            raise UsageError(f"adapter {name} does not say which model it is for; pass the model, and --adapter {name}")
+        try:
+            resolve_model(model)
+        except UsageError as error:
+            raise UsageError(
+                f"adapter {name} is for the model {model!r}: {error}; pass the model itself, and --adapter {name}"
+            ) from None
+    resolve_model(model)
+    if adapter is not None:
+        check_adapter(adapter, model)
+    return options.model_copy(update={"model": model, "adapter": adapter, "others": ()})
+
+
+def _perplexity(options: EvalOptions) -> EvalReport:
+    """The perplexity of one model."""
+    start = time.perf_counter()
+    text = read_windows(options)
+    model, dtype = _loaded(options)
+    score = perplexity_of(model, text.windows)
+    return EvalReport(
+        perplexity=score.perplexity,
+        nll=score.nll,
+        unit="token",
+        tokens=score.tokens,
+        documents=text.documents,
+        windows=len(text.windows),
+        window=text.window,
+        stride=text.window,
+        per_document=text.per_document,
+        dtype=dtype,
+        source=options.text,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _scores(options: EvalOptions, tasks: TaskSet) -> TasksReport:
+    """The scores of one model on tasks."""
+    if options.window is not None:
+        context_window(load_config(options.model, options), options.window)  # whether the model has so many positions
+    tokenizer = load_tokenizer(options.model, options)
+    model, dtype = _loaded(options)
+    return score_tasks(model, tokenizer, tasks, options, dtype)
+
+
+def _loaded(options: EvalOptions) -> tuple[PreTrainedModel | PeftModel, str]:
+    """The model with its adapter, and the dtype that it computes in."""
+    model = load_model(options.model, options)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return (model if options.adapter is None else with_adapter(model, options.adapter)), dtype

@@ -1,0 +1,119 @@
+"""Continue a text with a sparse model, packed or not, and measure how fast that goes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, set_seed
+from transformers.generation.streamers import BaseStreamer
+
+from spp.adapters.attach import check_adapter, with_adapter
+from spp.errors import UsageError
+from spp.evaluation.options import GenerateOptions
+from spp.models.loading import load_base, load_tokenizer
+from spp.models.packed_linear import PackedLinear
+from spp.runtime.devices import pick_device
+from spp.runtime.memory import peak_memory_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateReport:
+    """The result of `generate`.
+
+    Attributes:
+        text: what was generated, without the prompt and special tokens.
+        prompt_seconds: until the first new token was there.
+        tokens_per_second: of the tokens after the first; 0 where there is none.
+        weight_bytes: of all parameters in memory.
+        packed: layers whose weights are packed.
+        peak_memory_bytes: on the device where it is CUDA, else of the process.
+    """
+
+    prompt: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prompt_seconds: float
+    tokens_per_second: float
+    weight_bytes: int
+    packed: int
+    dtype: str
+    peak_memory_bytes: int
+
+
+def generate(options: GenerateOptions) -> GenerateReport:
+    """Continue `options.prompt`; greedily, or by drawing at a temperature.
+
+    Raises:
+        UsageError: a wrong option, a missing model or adapter, or a prompt longer than the model's context.
+        SppError: a damaged model.
+    """
+    device = pick_device(options.device)
+    if options.adapter is not None:
+        check_adapter(options.adapter, options.model)
+    tokenizer = load_tokenizer(options.model, options)
+    model: PreTrainedModel | PeftModel = load_base(
+        options.model, options, dtype=options.dtype, pack=options.pack, on=device
+    )
+    dtype = str(model.dtype).removeprefix("torch.")
+    if options.adapter is not None:
+        model = with_adapter(model, options.adapter)
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    ids = tokenizer(options.prompt, return_tensors="pt").to(device)
+    length = int(ids["input_ids"].shape[1])
+    _require_room(model, length, options.max_new_tokens)
+    set_seed(options.seed)
+    clock = _Clock()
+    drawing: dict[str, Any] = (
+        {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+    )
+    with torch.inference_mode():
+        output: Any = model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=ids["input_ids"],
+            attention_mask=ids["attention_mask"],
+            max_new_tokens=options.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            streamer=clock,
+            **drawing,
+        )
+    new = output[0, length:]
+    later = clock.times[-1] - clock.times[1]
+    return GenerateReport(
+        prompt=options.prompt,
+        text=str(tokenizer.decode(new, skip_special_tokens=True)),
+        prompt_tokens=length,
+        new_tokens=len(new),
+        prompt_seconds=clock.times[1] - clock.started,
+        tokens_per_second=(len(new) - 1) / later if later else 0.0,
+        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        packed=sum(isinstance(module, PackedLinear) for module in model.modules()),
+        dtype=dtype,
+        peak_memory_bytes=peak_memory_bytes(device),
+    )
+
+
+def _require_room(model: PreTrainedModel | PeftModel, prompt: int, more: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and prompt + more > positions:
+        raise UsageError(
+            f"the prompt's {prompt} tokens and --max-new-tokens {more} are more than the model's context of {positions}"
+        )
+
+
+class _Clock(BaseStreamer):
+    """Notes when the prompt was handed over, and when each new token came."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt first, then each token."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""

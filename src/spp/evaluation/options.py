@@ -1,0 +1,89 @@
+"""Options of evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from spp.options import LoadingOptions, Options, SeedSettings, WindowSettings
+
+
+class ScoringSettings(Options):
+    """How text is scored."""
+
+    per_document: bool | None = Field(
+        None,
+        description="score each document by itself instead of windows over the joined text "
+        "(default: for .jsonl, .json, .parquet and datasets ids)",
+    )
+    limit: int | None = Field(None, ge=1, description="score only the first so many documents, or items of each task")
+
+
+class TaskSettings(Options):
+    """Tasks, which lm-eval scores."""
+
+    tasks: str | None = Field(
+        None,
+        description="score tasks instead of a text: names that lm-eval knows, paper (the seven of the SPP paper), "
+        ".jsonl files, or folders of them, separated by commas",
+    )
+    task_folder: Path | None = Field(
+        None, description="take every task NAME from the file NAME.jsonl in this folder, and nothing from the hub"
+    )
+    num_fewshot: int | None = Field(
+        None, ge=0, description="solved examples in front of each item (default: the task's own)"
+    )
+    batch_size: int = Field(8, ge=1, description="answers that are scored at once")
+
+    @property
+    def task_names(self) -> list[str]:
+        """What `tasks` lists."""
+        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
+
+
+class EvalOptions(TaskSettings, ScoringSettings, WindowSettings, LoadingOptions):
+    """`spp eval MODEL --text FILE`: perplexity or task scores of a model, or of several side by side."""
+
+    model: str = Field(description="a folder or a hub id, plain or packed; or an adapter's folder")
+    others: tuple[str, ...] = Field((), description="more models, to be shown side by side")
+    adapter: Path | None = Field(None, description="folder of an adapter to evaluate on top of the model")
+    text: str = Field("python-stdlib", description="evaluation text: a file, a datasets id, or python-stdlib")
+    compare: bool = Field(False, description="also plot the scores of several models")
+    plot: Path = Field(Path("comparison.svg"), description="file for the plot of --compare")
+    overwrite: bool = Field(False, description="replace the plot if it exists")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        given = [name for name in ("text", "per_document") if name in self.model_fields_set]
+        problems = []
+        if self.tasks is not None and given:
+            problems.append(
+                f"{' and '.join(given).replace('_', '-')}: tasks bring their own text; leave one of them out"
+            )
+        if self.tasks is None and (self.task_folder is not None or self.num_fewshot is not None):
+            problems.append("task-folder and num-fewshot are for tasks; pass --tasks")
+        if self.others and self.adapter is not None:
+            problems.append("adapter goes with one model; give the adapter's folder as one of the models")
+        if not self.others and (self.compare or "plot" in self.model_fields_set):
+            problems.append("compare and plot need two models or more")
+        elif "plot" in self.model_fields_set and not self.compare:
+            problems.append("plot is where --compare draws; pass --compare too")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class GenerateOptions(SeedSettings, LoadingOptions):
+    """`spp generate MODEL --prompt TEXT`: continue a text, and say how fast and in how much memory."""
+
+    model: str = Field(description="a folder or a hub id, plain or packed")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype to compute in; auto is the checkpoint's own"
+    )
+    adapter: Path | None = Field(None, description="folder of an adapter to use on top of the model")
+    prompt: str = Field(min_length=1, description="text to continue")
+    max_new_tokens: int = Field(64, ge=1, description="stop after so many tokens")
+    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; above, draw at this temperature")
+    pack: bool | None = Field(None, description="keep sparse weights packed (default: where 30 % or more are zero)")

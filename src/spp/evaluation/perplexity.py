@@ -1,0 +1,213 @@
+"""Perplexity, in the two protocols that figures are published in.
+
+Windows: documents joined with a blank line, tokenised once, cut into windows that do not overlap, the incomplete tail
+dropped (the protocol of Wanda and SparseGPT). Per document: each document by itself, cut where it is longer than the
+window, every tail counted. Either way the first token of a window is context only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import spp.adapters.tuner  # noqa: F401 (makes PEFT know SPP adapters)
+from spp.data.records import STANDARD_LIBRARY, Record, data_suffix, load_records
+from spp.data.tokens import cut, documents, encode, render, require_known_ids
+from spp.errors import SppError, UsageError
+from spp.evaluation.options import EvalOptions
+from spp.models.loading import context_window, load_config, load_tokenizer
+from spp.runtime.progress import track
+
+# Logits are the largest tensor by far: this bounds a batch of them (1 GiB in fp32), and the fp32 copy of some rows.
+_LOGITS_AT_ONCE = 2**28
+_LOG_SOFTMAX_AT_ONCE = 2**25
+_TOKENS_AT_ONCE = 2**13
+
+
+@dataclass(frozen=True)
+class Score:
+    """Negative log-likelihood summed over tokens, in nats, and how many tokens were predicted."""
+
+    total: float
+    tokens: int
+
+    @property
+    def nll(self) -> float:
+        """Nats per token."""
+        return self.total / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token); infinite where that overflows."""
+        try:
+            return math.exp(self.nll)
+        except OverflowError:
+            return math.inf
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Text as it is scored.
+
+    Attributes:
+        windows: token ids, each to be scored by itself.
+        window: most tokens in one of them.
+        documents: records read.
+        per_document: the protocol.
+    """
+
+    windows: list[Sequence[int]]
+    window: int
+    documents: int
+    per_document: bool
+
+
+def read_windows(options: EvalOptions) -> Windows:
+    """The evaluation text of these options, tokenised and cut.
+
+    Raises:
+        UsageError: a missing model or text, or too little text for one window.
+    """
+    window = context_window(load_config(options.model, options), options.window)
+    tokenizer = load_tokenizer(options.model, options)
+    records = load_records(options.text, "evaluation")[: options.limit]
+    per_document = _is_by_document(options.text) if options.per_document is None else options.per_document
+    windows = document_windows(records, tokenizer, window) if per_document else text_windows(records, tokenizer, window)
+    return Windows(windows, window, len(records), per_document)
+
+
+def _is_by_document(text: str) -> bool:
+    """Whether a source consists of documents that have nothing to do with each other."""
+    return text != STANDARD_LIBRARY and data_suffix(Path(text)) not in (".txt", ".txt.gz")
+
+
+def text_windows(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, window: int) -> list[Sequence[int]]:
+    """Full windows of the joined text.
+
+    Raises:
+        UsageError: there is not even one.
+    """
+    [ids] = encode(["\n\n".join(render(record, tokenizer) for record in records)], tokenizer)
+    windows = [ids for ids in cut(ids, window) if len(ids) == window]
+    if not windows:
+        raise UsageError(
+            f"the text has {len(ids)} tokens, less than one window of {window}; pass --window or --per-document"
+        )
+    return windows
+
+
+def document_windows(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, window: int) -> list[Sequence[int]]:
+    """Windows of each document by itself, tails included; those with nothing to predict are left out.
+
+    Raises:
+        UsageError: nothing is left.
+    """
+    windows = [piece for ids in documents(records, tokenizer) for piece in cut(ids, window) if len(piece) > 1]
+    if not windows:
+        raise UsageError("no document has two tokens or more, so there is nothing to predict; give more text")
+    return windows
+
+
+def perplexity_of(model: PreTrainedModel | PeftModel, windows: Sequence[Sequence[int]]) -> Score:
+    """Score windows of token ids, each by itself: sum of -log p(token | tokens before it in the window).
+
+    Batches are made of windows of about the same length. Padding is on the right, behind everything that is scored,
+    so that it changes nothing.
+
+    Args:
+        model: a causal LM; it is put into eval mode.
+        windows: two tokens or more each.
+
+    Raises:
+        UsageError: a token id is beyond the model's vocabulary.
+        SppError: a log-likelihood is not finite.
+    """
+    model.eval()
+    vocabulary = model.config.get_text_config().vocab_size
+    require_known_ids(windows, vocabulary, "text")
+    batches = list(_batches(windows, vocabulary))
+    total, tokens = 0.0, 0
+    for batch in track(batches, "evaluating"):
+        losses = _losses(model, *(tensor.to(model.device) for tensor in _padded(batch)))
+        total += float(losses.sum(dtype=torch.float64))
+        tokens += losses.numel()
+        if not math.isfinite(total):
+            raise SppError(
+                "the model gives log-likelihoods that are not finite, so it has no perplexity; its weights are "
+                "damaged, or the dtype is too narrow for them (pass --dtype float32)"
+            )
+    return Score(total, tokens)
+
+
+def _batches(windows: Sequence[Sequence[int]], vocabulary: int) -> Iterator[list[Sequence[int]]]:
+    """Windows by falling length, as many at once as the limits allow, and always at least one."""
+    batch: list[Sequence[int]] = []
+    for window in sorted(windows, key=len, reverse=True):
+        length = len(batch[0]) if batch else len(window)
+        most = min(_TOKENS_AT_ONCE, _LOGITS_AT_ONCE // vocabulary) // length
+        if batch and len(batch) >= most:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def _padded(batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids padded on the right with any valid id, and the mask that is 1 on what is no padding."""
+    length = max(len(window) for window in batch)
+    ids = torch.zeros(len(batch), length, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, window in enumerate(batch):
+        ids[row, : len(window)] = torch.as_tensor(window)
+        mask[row, : len(window)] = 1
+    return ids, mask
+
+
+@torch.no_grad()
+def _losses(model: PreTrainedModel | PeftModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """-log p of every predicted token that is no padding, in nats: fp32, one dimension."""
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    predicted = mask[:, 1:].bool()
+    logits, targets = logits[predicted], ids[:, 1:][predicted]
+    rows = max(1, _LOG_SOFTMAX_AT_ONCE // logits.shape[-1])
+    pieces = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.cat([torch.nn.functional.cross_entropy(a.float(), b, reduction="none") for a, b in pieces])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReport:
+    """The result of `evaluate`: a figure, and the protocol without which it means nothing.
+
+    Attributes:
+        perplexity: exp(nll).
+        nll: mean over predicted tokens, in nats.
+        unit: what perplexity is per: the model's tokens.
+        tokens: predicted tokens.
+        documents: records read, after `--limit`.
+        windows: sequences scored.
+        window: most tokens in one of them.
+        stride: tokens from one window's start to the next one's; equal to `window`, as they never overlap.
+        dtype: what the model computed in; log-probabilities are always fp32.
+        source: the text.
+    """
+
+    perplexity: float
+    nll: float
+    unit: str
+    tokens: int
+    documents: int
+    windows: int
+    window: int
+    stride: int
+    per_document: bool
+    dtype: str
+    source: str
+    seconds: float

@@ -1,0 +1,222 @@
+"""Scores on tasks, with lm-eval as the engine: its prompts, its log-likelihoods, its metrics and standard errors."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spp.errors import SppError, brief
+from spp.evaluation.options import EvalOptions
+from spp.evaluation.task_loading import TaskSet, groups_in, quiet, tasks_in
+
+logger = logging.getLogger("spp")
+
+_EXAMPLES_SEED = 1234  # lm-eval's default
+_VERSIONS = ("spp", "lm_eval", "transformers", "torch", "datasets")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean over items, and its standard error where lm-eval has one."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """One task's, or one group's, scores.
+
+    Attributes:
+        metrics: by lm-eval's names; acc is the share of items whose right answer has the highest log-likelihood,
+            acc_norm the same with each log-likelihood divided by the answer's characters.
+        items: how many were scored.
+        num_fewshot: solved examples in front of each.
+        version: lm-eval's, of the task.
+        source: the file or the data set.
+        sha256: of the file.
+        part_of: the group that was asked for and this is a part of.
+    """
+
+    metrics: dict[str, Metric]
+    items: int
+    num_fewshot: int
+    version: str
+    source: str | None
+    sha256: str | None
+    part_of: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanScore:
+    """The plain mean of several tasks' acc, each counting the same.
+
+    Attributes:
+        value: the mean.
+        stderr: of independent tasks: the root of the sum of squared errors, over how many there are.
+        tasks: those in it.
+        missing: those of the paper's seven that were asked for and have no file.
+    """
+
+    value: float
+    stderr: float | None
+    tasks: list[str]
+    missing: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksReport:
+    """The result of `spp eval --tasks`: scores, and the protocol without which they mean nothing.
+
+    Attributes:
+        tasks: score by task or group.
+        mean: of the tasks that were asked for and have acc; None where that is one alone.
+        context: most tokens of prompt and answer; what is longer loses its beginning.
+        shortened: answers scored after a prompt that lost its beginning.
+        limit: items of each task, where not all were scored.
+        dtype: what the model computed in, log-probabilities included.
+        versions: of the packages that the figures depend on.
+    """
+
+    model: str
+    adapter: str | None
+    tasks: dict[str, TaskScore]
+    mean: MeanScore | None
+    context: int
+    shortened: int
+    limit: int | None
+    batch_size: int
+    dtype: str
+    device: str
+    versions: dict[str, str]
+    seconds: float
+
+
+def score_tasks(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: TaskSet,
+    options: EvalOptions,
+    dtype: str,
+) -> TasksReport:
+    """Score one model.
+
+    Args:
+        model: a causal LM, packed or not, with an adapter or not.
+        tokenizer: the model's.
+        tasks: what to score it on.
+        options: names of model and adapter, window, limit, few-shot examples, batch size.
+        dtype: the model's, to be reported.
+
+    Raises:
+        UsageError: a token id is beyond the model's vocabulary.
+        SppError: a log-likelihood is not a number, an answer is longer than the context, or lm-eval fails.
+    """
+    with quiet():
+        from spp.evaluation.lm_eval_model import ScoredModel
+
+        start = time.perf_counter()
+        scored = ScoredModel(model, tokenizer, batch_size=options.batch_size, window=options.window)
+        loaded: Any = import_module("lm_eval.tasks").TaskManager(include_defaults=False).load(list(tasks.loaded))
+        for task in loaded["tasks"].values():
+            _set_examples(task, options.num_fewshot)
+        # Not `simple_evaluate`, which also asks git, pip and others about the machine.
+        run: Any = import_module("lm_eval.evaluator").evaluate
+        try:
+            results = run(scored, loaded, limit=options.limit, log_samples=False)
+        except SppError:
+            raise
+        except Exception as error:  # lm-eval and its tasks raise anything
+            raise SppError(f"lm-eval failed: {brief(error)}") from error
+    if scored.shortened:
+        logger.warning(
+            "%d prompts were longer than the model's context of %d tokens, and lost their beginning",
+            scored.shortened, scored.max_length,
+        )  # fmt: skip
+    scores = _task_scores(results, tasks)
+    return TasksReport(
+        model=options.model,
+        adapter=None if options.adapter is None else str(options.adapter),
+        tasks=scores,
+        mean=_mean(scores, tasks.missing),
+        context=scored.max_length,
+        shortened=scored.shortened,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        dtype=dtype,
+        device=str(model.device),
+        versions={name: version(name) for name in _VERSIONS},
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _set_examples(task: Any, asked: int | None) -> None:
+    """Few-shot examples as `lm_eval.simple_evaluate` sets them: a task that must have none keeps none."""
+    fixed = task.get_config("num_fewshot")
+    if asked is not None and fixed != 0:
+        task.set_config(key="num_fewshot", value=asked)
+    elif fixed is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=_EXAMPLES_SEED)
+
+
+def _task_scores(results: Mapping[str, Any], tasks: TaskSet) -> dict[str, TaskScore]:
+    """lm-eval's results, in the order in which it has them."""
+    outer = {
+        part: group.name
+        for group in tasks.loaded
+        if hasattr(group, "get_all_tasks")
+        for part in (*tasks_in(group), *groups_in(group))
+    }
+    scores = {}
+    for name, found in results["results"].items():
+        file, config = tasks.files.get(name), results["configs"].get(name, {})
+        dataset = [config[key] for key in ("dataset_path", "dataset_name") if config.get(key)]
+        if metrics := _metrics(found):
+            scores[name] = TaskScore(
+                metrics=metrics,
+                items=found["sample_len"],
+                num_fewshot=results["n-shot"].get(name, 0),
+                version=str(results["versions"].get(name, "")),
+                source=str(file.path) if file else ":".join(dataset) or None,
+                sha256=file.sha256 if file else None,
+                part_of=outer.get(name),
+            )
+    return scores
+
+
+def _metrics(found: Mapping[str, Any]) -> dict[str, Metric]:
+    """`{"acc,none": 0.5, "acc_stderr,none": 0.1}` -> `{"acc": Metric(0.5, 0.1)}`; a filter but none is named."""
+    metrics = {}
+    for key, value in found.items():
+        name, _, chosen = key.partition(",")
+        if chosen and not name.endswith("_stderr"):
+            stderr = found.get(f"{name}_stderr,{chosen}")
+            known = isinstance(stderr, float) and math.isfinite(stderr)
+            metrics[name if chosen == "none" else f"{name} ({chosen})"] = Metric(value, stderr if known else None)
+    return metrics
+
+
+def _mean(scores: Mapping[str, TaskScore], missing: list[str]) -> MeanScore | None:
+    found = {
+        name: score.metrics["acc"] for name, score in scores.items() if "acc" in score.metrics and not score.part_of
+    }
+    if len(found) < 2:
+        return None
+    errors = [metric.stderr for metric in found.values() if metric.stderr is not None]
+    known = len(errors) == len(found)
+    return MeanScore(
+        value=sum(metric.value for metric in found.values()) / len(found),
+        stderr=math.hypot(*errors) / len(found) if known else None,
+        tasks=list(found),
+        missing=missing,
+    )

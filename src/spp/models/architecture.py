@@ -1,0 +1,275 @@
+"""All knowledge about architectures: where the decoder blocks are, and which weights in them are pruned.
+
+Found on the model itself, so that no architecture is copied and new ones work: the decoder blocks are the one
+outermost list of `num_hidden_layers` modules in the decoder; pruned are the linear layers inside, and the matrices of
+experts that lie in one parameter. Embeddings, the head, norms, and projections around the blocks (OPT's project_in /
+project_out) are outside, and so is a vision tower.
+
+Routers stay dense, as in Wanda's and SparseGPT's work on Mixtral: they are small, and a wrong choice of experts costs
+more than a pruned expert. A router is a linear layer beside the experts, or the only one in a module beside them, with
+one output per expert, or with a single one (the gate of a shared expert). Most families' routers are no linear layers.
+
+Shapes: E experts, O output features, I input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+from spp.errors import UsageError
+from spp.models.packed_linear import PackedLinear
+from spp.ops.zeros import is_float
+
+AutoClass = type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]
+
+
+def auto_class(config: Any) -> AutoClass | None:
+    """The class that loads a decoder-only model of this configuration: a causal LM, or one that also takes images.
+
+    None where there is no such model.
+    """
+    own_code = getattr(config, "auto_map", None) or {}
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or AutoModelForCausalLM.__name__ in own_code:
+        return AutoModelForCausalLM
+    takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if (takes_images or AutoModelForImageTextToText.__name__ in own_code) and not config.is_encoder_decoder:
+        return AutoModelForImageTextToText
+    return None
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
+    """The decoder blocks of a decoder-only causal LM, or of the language model in one that also takes images.
+
+    Returns:
+        The full name of the list that holds them (`model.layers`, `transformer.h`), and the blocks in order.
+
+    Raises:
+        UsageError: the model is no decoder-only causal LM, or its blocks cannot be told.
+    """
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or not model.can_generate():
+        raise UsageError(
+            f"{kind} is not a decoder-only causal language model; give one that AutoModelForCausalLM or "
+            "AutoModelForImageTextToText loads"
+        )
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    decoder = model.get_decoder()
+    lists = _outermost_lists(decoder)
+    named = {module: name for name, module in model.named_modules()}
+    names = {named[modules]: modules for modules in lists}
+    found = {name: modules for name, modules in names.items() if len(modules) == count}
+    if len(found) != 1:
+        seen = ", ".join(f"{name} with {len(modules)}" for name, modules in names.items()) or "none"
+        raise UsageError(
+            f"{kind}: the decoder blocks cannot be told: exactly one module list of num_hidden_layers = {count} "
+            f"entries is looked for in its decoder, a {type(decoder).__name__}, and {len(found)} are there; lists "
+            f"seen: {seen}"
+        )
+    ((name, blocks),) = found.items()
+    return name, list(blocks)
+
+
+def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
+    """Module lists that are not inside another one (a block's experts are a list, too)."""
+    lists: list[nn.ModuleList] = []
+    for child in module.children():
+        lists += [child] if isinstance(child, nn.ModuleList) else _outermost_lists(child)
+    return lists
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix that is pruned.
+
+    Attributes:
+        name: that of the linear layer (`model.layers.0.mlp.up_proj`), or of the one that an expert would have
+            (`model.layers.0.mlp.experts.3.gate_proj`, `.up_proj`, `.down_proj`).
+        weight: (O, I), a view that writes through; no gradient.
+        owner: the module that holds the parameter.
+        parameter: its name there (`weight`, `gate_up_proj`).
+        expert: index in a stack of experts; None for a linear layer.
+    """
+
+    name: str
+    weight: Tensor
+    owner: nn.Module
+    parameter: str
+    expert: int | None = None
+
+
+def prunable_matrices(prefix: str, block: nn.Module) -> list[Matrix]:
+    """The weight matrices of one decoder block that are pruned, in the order of its modules; also on the meta device.
+
+    Args:
+        prefix: the block's full name (`model.layers.0`).
+        block: with dense layers (`spp.unpack_`).
+
+    Raises:
+        UsageError: a layer is packed.
+    """
+    linears = _linears(block)
+    matrices: list[Matrix] = []
+    for name, module in block.named_modules(prefix=prefix):
+        if module in linears:
+            matrices.append(Matrix(name, weight_oi(module), module, "weight"))
+        for parameter, stack in _stacks(module).items():
+            matrices += _matrices_of_experts(name, module, parameter, stack.detach())
+    return matrices
+
+
+def _matrices_of_experts(name: str, owner: nn.Module, parameter: str, stack: Tensor) -> list[Matrix]:
+    """The matrices in one parameter (E, O, I) of the experts `name`; gate_up_proj is (E, 2 * O, I), gates first."""
+    parts = {parameter: stack}
+    if parameter == "gate_up_proj":
+        parts = dict(zip(("gate_proj", "up_proj"), stack.chunk(2, dim=1), strict=True))
+    return [
+        Matrix(f"{name}.{expert}.{part}", weights[expert], owner, parameter, expert)
+        for expert in range(len(stack))
+        for part, weights in parts.items()
+    ]
+
+
+def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters (E, O, I) of experts that are computed as `linear(x, parameter[expert])`, by name.
+
+    transformers' `use_experts_implementation` notes on a module how its experts lie: here only gates before ups, and
+    outputs before inputs. All of those compute so in their own forward, which the implementation `eager` runs.
+    """
+    if not getattr(module, "is_concatenated", False) or getattr(module, "is_transposed", True):
+        return {}
+    return {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3}
+
+
+def _linears(block: nn.Module) -> dict[nn.Module, str]:
+    """Linear layer -> its name, of all in a block but the routers."""
+    linears = {module: name for name, module in block.named_modules() if _is_linear(module)}
+    routers = {router for module in block.modules() for router in _routers(module)}
+    return {module: name for module, name in linears.items() if module not in routers}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D | PackedLinear)
+
+
+def _routers(module: nn.Module) -> list[nn.Module]:
+    """The routers of the experts that are direct children of a module; see the top of this file."""
+    counts = {child: _count_experts(child) for child in module.children()}
+    beside = [child for child, count in counts.items() if not count]
+    if len(beside) == len(counts):
+        return []
+    inside = [[layer for layer in child.modules() if _is_linear(layer)] for child in beside]
+    only = [layers[0] for layers in inside if len(layers) == 1]
+    return [layer for layer in only if _out_features(layer) in {1, *counts.values()}]
+
+
+def _count_experts(module: nn.Module) -> int:
+    """How many experts a module holds, as one parameter or as a list; 0 where it holds none."""
+    if isinstance(module, nn.ModuleList):
+        return len(module)
+    stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
+    return len(stacks[0]) if len(stacks) > 1 else 0
+
+
+def _out_features(module: Any) -> int:
+    """O of a linear layer."""
+    return module.nf if isinstance(module, Conv1D) else module.out_features
+
+
+def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Full module name -> linear layer (`nn.Linear`, GPT-2's `Conv1D`, `PackedLinear`) in the decoder blocks, in order.
+
+    Routers are left out. Experts that lie in one parameter are no layers; `prunable_matrices` has them.
+
+    Raises:
+        UsageError: see `decoder_blocks`; or the weights are quantised.
+    """
+    prefix, blocks = decoder_blocks(model)
+    linears: dict[str, nn.Module] = {
+        f"{prefix}.{index}.{name}": module
+        for index, block in enumerate(blocks)
+        for module, name in _linears(block).items()
+    }
+    for name, module in linears.items():
+        if not isinstance(module, PackedLinear) and not is_float(weight_oi(module)):
+            dtype = str(weight_oi(module).dtype).removeprefix("torch.")
+            raise UsageError(f"{name}: the weight is quantised ({dtype}); give the model as it was before quantisation")
+    if not linears:
+        raise UsageError(f"{type(model).__name__}: there is no linear layer in its decoder blocks")
+    return linears
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer stores its weight as (I, O), as GPT-2's Conv1D does, or stands for one that did."""
+    return module.transposed if isinstance(module, PackedLinear) else isinstance(module, Conv1D)
+
+
+def weight_oi(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as (O, I): a view, so that writing to it changes the layer; no gradient.
+
+    Raises:
+        UsageError: the layer is packed, so that there is nothing to view.
+    """
+    if isinstance(module, PackedLinear):
+        raise UsageError("the weight is packed; unpack the model first (spp.unpack_)")
+    weight = module.get_parameter("weight").detach()
+    return weight.T if is_transposed(module) else weight
+
+
+def shape_oi(module: nn.Module) -> tuple[int, int]:
+    """The shape (O, I) of a linear layer's weight, dense, packed or quantised."""
+    if isinstance(module, nn.Linear | PackedLinear):
+        return module.out_features, module.in_features
+    out_features, in_features = weight_oi(module).shape
+    return out_features, in_features
+
+
+def sparsity(modules: Iterable[nn.Module]) -> float:
+    """Share of zeros over the weights of linear layers; an entry that a packed layer keeps is no zero."""
+    counts = [_count_zeros(module) for module in modules]
+    return sum(zeros for zeros, _ in counts) / sum(entries for _, entries in counts)
+
+
+def _count_zeros(module: nn.Module) -> tuple[int, int]:
+    """Zeros and entries of a layer's weight."""
+    if isinstance(module, PackedLinear):
+        entries = module.out_features * module.in_features
+        return entries - module.values.numel(), entries
+    weight = weight_oi(module)
+    return int((weight == 0).count_nonzero()), weight.numel()
+
+
+def stacked_weights(model: PreTrainedModel) -> list[str]:
+    """Names of parameters of three dimensions or more in the decoder blocks, which no adapter reaches.
+
+    Most mixtures of experts keep their experts as one such parameter; others are the kernels of convolutions.
+    """
+    return [name for name, _ in _stacked(model)]
+
+
+def unreached_weights(model: PreTrainedModel) -> list[str]:
+    """Those of the `stacked_weights` that are never pruned: not computed as `linear(x, parameter[expert])`."""
+    return [name for name, reached in _stacked(model) if not reached]
+
+
+def _stacked(model: PreTrainedModel) -> list[tuple[str, bool]]:
+    """Name of every parameter of three dimensions or more in the decoder blocks, and whether it is pruned."""
+    prefix, blocks = decoder_blocks(model)
+    return [
+        (f"{name}.{parameter}", parameter in _stacks(module))
+        for index, block in enumerate(blocks)
+        for name, module in block.named_modules(prefix=f"{prefix}.{index}")
+        for parameter, value in module.named_parameters(recurse=False)
+        if value.ndim > 2
+    ]

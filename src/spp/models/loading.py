@@ -1,0 +1,204 @@
+"""Models and tokenizers through transformers, with one clear error for everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from spp.checkpoints.checkpoint import Checkpoint
+from spp.checkpoints.hub import resolve_model
+from spp.errors import SppError, UsageError, brief
+from spp.models.architecture import AutoClass, auto_class
+from spp.models.pack_model import pack_, unpack_
+from spp.models.packed_loading import load_packed, stored_dtype
+from spp.ops import packs_well
+from spp.options import LoadingOptions
+from spp.runtime.devices import compute_dtype, pick_device
+
+_DEFAULT_WINDOW = 2048
+
+
+def load_model(
+    model: str,
+    options: LoadingOptions,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    pack: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM, or a language model that also takes images, in eval mode.
+
+    Of a packed archive, or with `pack`, its sparse layers stay packed.
+
+    Args:
+        model: folder or hub id with safetensors weights.
+        options: device, dtype, trust_remote_code.
+        dtype: instead of the options' dtype; "auto" keeps the checkpoint's own.
+        device: instead of the options' device.
+        pack: pack each sparse layer as it is read, so that the dense model never is in memory.
+
+    Raises:
+        UsageError: no such model, no weights, or not a causal LM.
+        SppError: damaged or incomplete weights.
+    """
+    folder = resolve_model(model, code=options.trust_remote_code)
+    checkpoint = Checkpoint.open(folder)  # names a truncated shard, which transformers reports without its file name
+    target = pick_device(device or options.device)
+    config = load_config(model, options)
+    kind = kind_of(model, config)
+    wanted: dict[str, Any] = {
+        "dtype": dtype or compute_dtype(options.dtype, target),
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are reported below, by name
+    }
+    trust: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    try:
+        loading: Any = (
+            load_packed(kind, checkpoint, config, wanted, trust)
+            if pack or checkpoint.packed
+            else kind.from_pretrained(folder, **wanted, **trust)
+        )
+    except SppError:
+        raise
+    except Exception as error:  # transformers, its back-ends and the model's own code raise anything
+        raise SppError(f"model {model!r} cannot be loaded: {brief(error)}") from error
+    loaded, info = loading
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise SppError(
+            f"model {model!r} does not fit its config.json: {len(mismatched)} weights have another shape, "
+            f"e.g. {name} with {tuple(stored)} instead of {tuple(wanted)}"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise SppError(f"model {model!r} lacks {len(missing)} weights, e.g. {missing[0]}; the checkpoint is incomplete")
+    return loaded.to(target).eval()
+
+
+def skeleton(model: str, options: LoadingOptions, dtype: str | torch.dtype) -> PreTrainedModel:
+    """A model as `load_model` gives it, but for its parameters, which have no memory: they are on the meta device.
+
+    Buffers are real and hold their values, except those that the files hold. Experts are computed one after the other,
+    with `linear` (see `spp.models.architecture.prunable_matrices`).
+
+    Args:
+        model: folder or hub id with safetensors weights.
+        options: trust_remote_code.
+        dtype: what it is to compute in; "auto" is the checkpoint's own.
+
+    Raises:
+        UsageError: no such model, no weights, or not a causal LM.
+        SppError: transformers cannot build it.
+    """
+    checkpoint = Checkpoint.open(resolve_model(model))
+    config = load_config(model, options)
+    kind = kind_of(model, config)
+    wanted: dict[str, Any] = {
+        "dtype": stored_dtype(checkpoint, config) if dtype == "auto" else dtype,
+        "experts_implementation": "eager",
+        "trust_remote_code": options.trust_remote_code,
+    }
+    try:
+        with init_empty_weights(include_buffers=False):
+            built = kind.from_config(config, **wanted)
+    except Exception as error:  # transformers and the model's own code raise anything
+        raise SppError(f"model {model!r} cannot be built: {brief(error)}") from error
+    built.tie_weights()  # a parameter that moves to the meta device becomes another one, and loses its ties
+    _compute_buffers(built)
+    _keep_in_fp32(built, wanted["dtype"])
+    built.name_or_path = built.config.name_or_path = str(checkpoint.folder)
+    return built.eval()
+
+
+def kind_of(model: str, config: Any) -> AutoClass:
+    """The class that loads a model; an error where it is no causal LM."""
+    kind = auto_class(config)
+    if kind is None:
+        raise UsageError(f"model {model!r} is of type {config.model_type!r}, which is no causal language model")
+    return kind
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Compute the values of buffers again, outside of the model's default dtype, as `from_pretrained` does.
+
+    In it, some families' sines and cosines would be rounded before they are multiplied.
+    """
+    for module in model.modules():
+        module._is_hf_initialized = False  # pyright: ignore[reportArgumentType]
+    model.initialize_weights()  # which does nothing to parameters without memory
+
+
+def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give fp32 to what a family keeps in it whatever the model computes in, as `from_pretrained` does."""
+    kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if any(pattern.search(name) for pattern in kept):
+            tensor.data = tensor.data.float()
+
+
+def load_base(
+    model: str, options: LoadingOptions, *, dtype: str | torch.dtype, pack: bool | None, on: torch.device
+) -> PreTrainedModel:
+    """Load a model for work on the device `on`, into the CPU's memory, packed or not.
+
+    Args:
+        model, options, dtype: as for `load_model`.
+        pack: whether its sparse layers are to be packed; None packs them where that is fast.
+        on: where it will be used.
+
+    Raises:
+        UsageError, SppError: as `load_model`; or packing was asked for, and no layer is sparse enough.
+    """
+    wanted = packs_well(on) if pack is None else pack
+    loaded = load_model(model, options, dtype=dtype, device="cpu", pack=wanted)
+    if pack is False:
+        unpack_(loaded)  # of an archive
+    elif pack:
+        pack_(loaded)  # nothing is left to do, unless no layer is sparse, which it says
+    return loaded
+
+
+def load_tokenizer(model: str, options: LoadingOptions) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    folder = resolve_model(model, code=options.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise UsageError(f"model {model!r} has no usable tokenizer: {brief(error)}") from error
+    # For some families transformers makes up an empty one where the files are missing.
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
+        raise UsageError(f"model {model!r} has no usable tokenizer: no vocabulary is in {folder}")
+    return tokenizer
+
+
+def load_config(model: str, options: LoadingOptions) -> Any:
+    """Load a model's configuration alone.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    folder = resolve_model(model, code=options.trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # every family checks its values with exceptions of its own
+        remedy = "; pass --trust-remote-code if you trust it" if "trust_remote_code" in str(error) else ""
+        raise UsageError(f"model {model!r} has no usable config.json: {brief(error)}{remedy}") from error
+
+
+def context_window(config: Any, asked: int | None) -> int:
+    """Tokens per window: the asked number, else 2048 or the model's context where that is shorter.
+
+    Raises:
+        UsageError: more was asked for than the model has positions.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if asked is not None and positions is not None and asked > positions:
+        raise UsageError(f"window {asked} is longer than the model's context of {positions} tokens; pass --window")
+    return asked or min(_DEFAULT_WINDOW, positions or _DEFAULT_WINDOW)

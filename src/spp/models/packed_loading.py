@@ -1,0 +1,173 @@
+"""Load a model with its sparse layers packed, each one as it is read, so that the dense model never is in memory.
+
+transformers has one place where a weight can become something else on its way from the file into the model: the
+quantisers. So packing is one here, for the length of a load; nothing of it stays in the model or its configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from spp.checkpoints.checkpoint import Checkpoint
+from spp.errors import SppError
+from spp.models.architecture import AutoClass, prunable_linears
+from spp.models.pack_model import packed_layer
+from spp.ops.packed import WORTH_PACKING, zero_share
+from spp.ops.zeros import is_float
+
+_METHOD = "spp_packed"
+
+
+def load_packed(
+    kind: AutoClass, checkpoint: Checkpoint, config: PreTrainedConfig, wanted: dict[str, Any], trust: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model of a checkpoint or an archive with its sparse layers packed, and transformers' account of the load.
+
+    Args:
+        kind: the class that loads models of this kind.
+        checkpoint: dense or packed.
+        config: its configuration.
+        wanted: arguments for `from_pretrained`, output_loading_info among them.
+        trust: those about code that the model brings along.
+
+    Raises:
+        SppError: a tensor has not the shape that the configuration says; a packed weight is damaged.
+    """
+    with torch.device("meta"):
+        own = type(kind.from_config(config, **trust))
+    if wanted["dtype"] == "auto":
+        wanted = {**wanted, "dtype": stored_dtype(checkpoint, config)}
+    model, info = own.from_pretrained(
+        None,
+        config=config,
+        state_dict={name: _LazyTensor(checkpoint, name) for name in checkpoint.names},
+        quantization_config=PackOnLoad(WORTH_PACKING, stored_dtype(checkpoint, config)),
+        **wanted,
+    )
+    # Where the model is from, which transformers notes itself when it reads a folder; PEFT looks it up.
+    model.name_or_path = model.config.name_or_path = str(checkpoint.folder)
+    if (checkpoint.folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return model, info
+
+
+def stored_dtype(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
+    """The dtype that a checkpoint says it has, or that of its first tensor of floats."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    return next((row.dtype for _, _, row in checkpoint.heads() if is_float(row)), torch.float32)
+
+
+class _LazyTensor:
+    """Reads its tensor when the loader gets to it, and forgets it afterwards."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._checkpoint.tensor(self._name)[index]
+
+
+class PackOnLoad(QuantizationConfigMixin):
+    """What `from_pretrained` takes as `quantization_config` to pack.
+
+    Args:
+        min_sparsity: of the layers that are packed; see `spp.models.pack_model.pack_`.
+        dtype: of the checkpoint; packed values keep it where the model computes in a wider one.
+    """
+
+    def __init__(self, min_sparsity: float, dtype: torch.dtype) -> None:
+        super().__init__(_METHOD)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        self.min_sparsity, self.dtype = min_sparsity, dtype
+
+
+class _Packer(HfQuantizer):
+    """Packs linear layers of the decoder blocks, and takes itself out of the model when the load is over."""
+
+    quantization_config: PackOnLoad
+
+    def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        self._targets = {f"{name}.weight" for name in prunable_linears(model)}
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self._targets
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Pack(self.quantization_config)
+
+    def postprocess_model(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> None:
+        self.remove_quantization_config(model)
+        del model.is_quantized
+        # transformers leaves shapes to a quantiser.
+        for name, parameter in model.named_parameters():
+            if name in self._shapes and parameter.shape != self._shapes[name]:
+                raise SppError(
+                    f"{name} is {tuple(parameter.shape)}, and config.json says {tuple(self._shapes[name])}; they do "
+                    "not belong together"
+                )
+
+    @property
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return True
+
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return True
+
+
+register_quantization_config(_METHOD)(PackOnLoad)
+register_quantizer(_METHOD)(_Packer)
+
+
+class _Pack(ConversionOps):
+    """Put a packed layer in the place of the one whose weight has come, where it is sparse enough."""
+
+    def __init__(self, config: PackOnLoad) -> None:
+        self._config = config
+
+    def convert(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_dict: Mapping[str, Any],
+        *,
+        full_layer_name: str,
+        model: PreTrainedModel,
+        missing_keys: set[str],
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        ((key, given),) = input_dict.items()
+        weight = given[0] if isinstance(given, list) else given
+        name = full_layer_name.removesuffix(".weight")
+        layer = model.get_submodule(name)
+        fits = weight.shape == layer.get_parameter("weight").shape
+        if not fits or zero_share(weight) < self._config.min_sparsity:
+            return {key: weight}
+        packed = packed_layer(_with_weight(layer, weight))
+        packed.values = nn.Parameter(_narrowed(packed.values, self._config.dtype), requires_grad=False)
+        model.set_submodule(name, packed)
+        missing_keys.discard(full_layer_name)
+        for parameter in packed.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+        return {}
+
+
+def _with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
+    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    return layer
+
+
+def _narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values in `dtype` if that loses nothing: they were read into the dtype that the model computes in."""
+    narrow = values.detach().to(dtype)
+    return narrow if narrow.to(values.dtype).equal(values) else values.detach()

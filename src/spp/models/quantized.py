@@ -1,0 +1,107 @@
+"""Sparse layers in 4 or 8 bits, by bitsandbytes: smaller while an adapter is trained, with every zero still exact.
+
+A quantised weight is dequantised whenever it is computed with, in forward and again in backward, and never kept.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spp.errors import SppError, UsageError
+from spp.ops.zero_proof import lost_zeros
+
+Quantisation = Literal["nf4", "int8"]
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer's weight is one of bitsandbytes'."""
+    return type(layer._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params")
+
+
+def dequantised(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight (O, I) that a quantised layer stands for."""
+    from peft.utils.integrations import dequantize_bnb_weight  # PEFT, once imported, imports the tuner, and that this
+
+    return dequantize_bnb_weight(layer.get_parameter("weight"), state=getattr(layer, "state", None)).to(dtype)
+
+
+@contextmanager
+def made_again(weight: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
+    """Inside, autograd saves no `weight` for backward, but asks for it `again`."""
+    place, shape = weight.data_ptr(), weight.shape  # not the weight: autograd keeps both functions
+
+    def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
+        return again if saved.data_ptr() == place and saved.shape == shape else saved
+
+    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def require_bitsandbytes() -> None:
+    """Raise a UsageError where it is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError('quantize needs bitsandbytes: pip install "spp[quant]"')
+
+
+def quantise_(
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], kind: Quantisation, device: torch.device
+) -> dict[str, nn.Module]:
+    """Put quantised layers in the place of dense ones, one by one, and prove that every zero is an exact zero.
+
+    Args:
+        model: changed in place.
+        layers: name of each `nn.Linear` in it -> itself.
+        kind: nf4 (4 bits, double quantisation) or int8.
+        device: where they will be used.
+
+    Returns:
+        Name -> the layer that is there now.
+
+    Raises:
+        UsageError: a layer is no `nn.Linear`.
+        SppError: a zero of a weight would become something else.
+    """
+    if odd := [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]:
+        raise UsageError(
+            f"quantize takes layers of the kind nn.Linear, and {odd[0]} is a {type(layers[odd[0]]).__name__}; leave out"
+            " --quantize"
+        )
+    found: dict[str, nn.Module] = {}
+    for name, layer in layers.items():
+        assert isinstance(layer, nn.Linear)
+        weight = layer.weight.detach()
+        quantised = _quantised(layer, kind).to(device)
+        if lost := lost_zeros(weight, dequantised(quantised, weight.dtype).to(weight.device)):
+            raise SppError(
+                f"{name}: {lost} zeros would not be zeros after quantisation with {kind}, which SPP would take for "
+                "weights; leave out --quantize, and report it to bitsandbytes"
+            )
+        model.set_submodule(name, quantised)
+        found[name] = quantised
+    return found
+
+
+def _quantised(layer: nn.Linear, kind: Quantisation) -> nn.Module:
+    """A layer that bitsandbytes quantises when it is moved to a device."""
+    from bitsandbytes import nn as bnb  # pyright: ignore[reportMissingImports]  # an extra
+
+    shape = (layer.in_features, layer.out_features)
+    bias = layer.bias is not None
+    if kind == "nf4":
+        made = bnb.Linear4bit(*shape, bias=bias, compute_dtype=layer.weight.dtype, quant_type="nf4")
+        made.weight = bnb.Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4")
+    else:
+        made = bnb.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
+        made.weight = bnb.Int8Params(layer.weight.detach(), requires_grad=False, has_fp16_weights=False)
+    made.bias = layer.bias
+    return made

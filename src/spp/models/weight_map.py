@@ -1,0 +1,240 @@
+"""Which part of which parameter a tensor in a model's files is, so that a block can be read and written on its own.
+
+transformers renames and joins tensors when it loads them: the files of a mixture of experts hold every expert's
+matrices, the model one parameter with all of them. Here its own rules are followed without any data, so that no
+architecture is described twice; what they join is seen in the joined parameter as views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from spp.checkpoints.checkpoint import Checkpoint
+from spp.errors import SppError
+from spp.models.architecture import decoder_blocks
+
+_View = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a tensor in the files is in the model.
+
+    Attributes:
+        parameter: full name of the parameter or buffer.
+        steps: from the parameter to the part, each one a view.
+    """
+
+    parameter: str
+    steps: tuple[_View, ...] = ()
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The part of the parameter that the tensor in the files is, in the shape that it has there: a view."""
+        return reduce(lambda tensor, step: step(tensor), self.steps, parameter)
+
+
+def weight_map(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Part]:
+    """Name of a tensor in the files -> what it is in the model.
+
+    Left out are tensors that the model has no place for (rotary frequencies in old files, heads that transformers does
+    not use), and, outside the decoder blocks, those that transformers converts in a way that is no view.
+
+    Args:
+        model: built from the checkpoint's configuration; may be on the meta device.
+        checkpoint: its files, dense or packed.
+
+    Raises:
+        UsageError: see `decoder_blocks`.
+        SppError: a tensor has another shape than the configuration says; or tensors of a decoder block are converted
+            on loading in a way that is no view.
+    """
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    inside = f"{decoder_blocks(model)[0]}."
+    parts: dict[str, Part] = {}
+    for target, group in _groups(model, checkpoint, shapes).items():
+        joined = group.join(shapes[target])
+        if joined is not None and joined.shape == shapes[target]:
+            parts |= {name: Part(target, steps) for name, steps in joined.leaves.items()}
+        elif target.startswith(inside) or not group.operations:
+            raise SppError(f"{checkpoint.folder}: {group.misfit(target, shapes[target])}")
+    return _under_first_names(parts, model)
+
+
+def require_filled(parts: Mapping[str, Part], parameters: Iterable[str], checkpoint: Checkpoint) -> None:
+    """Raise where parameters get no value from the files.
+
+    Args:
+        parts: from `weight_map`.
+        parameters: full names of what must have a value; of tied parameters the first name in `named_parameters()`.
+        checkpoint: the files.
+
+    Raises:
+        SppError: says how many there are, and names one.
+    """
+    filled = {part.parameter for part in parts.values()}
+    if lacking := sorted(set(parameters) - filled):
+        raise SppError(
+            f"model {str(checkpoint.folder)!r} lacks {len(lacking)} weights, e.g. {lacking[0]}; the checkpoint is "
+            "incomplete"
+        )
+
+
+def _under_first_names(parts: dict[str, Part], model: PreTrainedModel) -> dict[str, Part]:
+    """The parts, with tied parameters under the first of their names, where the files hold them only under another."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    filled = {part.parameter for part in parts.values()}
+    renamed = {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] not in filled}
+    return {name: replace(part, parameter=renamed.get(part.parameter, part.parameter)) for name, part in parts.items()}
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """A tensor on its way into the model: its shape, and for each tensor of the files in it the way to that."""
+
+    shape: torch.Size
+    leaves: dict[str, tuple[_View, ...]]
+
+
+_Found = dict[str, list[_Joined]]
+"""Pattern of one of transformers' rules -> the tensors that it is about, in the order in which they are joined."""
+
+
+@dataclass
+class _Group:
+    """The tensors of the files that become one parameter together.
+
+    Attributes:
+        operations: what transformers does with them; none where they only get another name.
+        patterns: the rule's patterns, in the order in which their tensors are joined.
+        targets: how many parameters they become.
+        found: the tensors.
+    """
+
+    operations: list[ConversionOps]
+    patterns: list[str]
+    targets: int = 1
+    found: _Found = field(default_factory=dict)
+
+    def join(self, shape: torch.Size) -> _Joined | None:
+        """What they become, which is to have this shape; None where they are no views of it."""
+        found: _Found | None = {pattern: self.found[pattern] for pattern in self.patterns if pattern in self.found}
+        for operation in self.operations:
+            join = _JOINS.get(type(operation))
+            found = join(operation, found, shape) if join and self.targets == 1 else None
+            if not found:
+                return None
+        joined = [tensor for tensors in found.values() for tensor in tensors]
+        return joined[0] if len(joined) == 1 else None
+
+    def misfit(self, target: str, shape: torch.Size) -> str:
+        """What to say where they do not become the parameter."""
+        name, tensor = next((name, one) for ones in self.found.values() for one in ones for name in one.leaves)
+        if not self.operations:
+            return f"{name} is {tuple(tensor.shape)}, and config.json says {tuple(shape)}; they do not belong together"
+        return (
+            f"{name} is no part of {target} of shape {tuple(shape)}; the files use a layout that transformers "
+            "converts on loading: load the model and save_pretrained it to a new folder first"
+        )
+
+
+def _groups(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, torch.Size]) -> dict[str, _Group]:
+    """Parameter -> the tensors that become it, found as transformers' convert_and_load_state_dict_in_model does."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    known: dict[str, Any] = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": shapes}
+    layouts = checkpoint.layouts
+    groups: dict[str, _Group] = {}
+    for name in sorted(checkpoint.names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, **known)
+        if target not in shapes and name in shapes:  # a rule for older files has caught one of today's names
+            target, pattern = rename_source_key(name, [], [], **known)
+        if target not in shapes:
+            continue
+        if pattern is None:
+            group = groups.setdefault(target, _Group([], [name]))
+        else:
+            rule = converter_of[pattern]
+            new = _Group(rule.operations, rule.source_patterns, len(rule.target_patterns))
+            group = groups.setdefault(target, new)
+        group.found.setdefault(pattern or name, []).append(_Joined(torch.Size(layouts[name].shape), {name: ()}))
+    return groups
+
+
+def _stack(operation: Any, found: _Found, _: torch.Size) -> _Found | None:
+    """`MergeModulelist`: the tensors of each pattern along a new dimension."""
+    stacked: _Found = {}
+    for pattern, tensors in found.items():
+        sizes = list(tensors[0].shape)
+        if any(list(tensor.shape) != sizes for tensor in tensors):
+            return None
+        sizes.insert(operation.dim, len(tensors))
+        steps = [partial(torch.select, dim=operation.dim, index=index) for index in range(len(tensors))]
+        stacked[pattern] = [_Joined(torch.Size(sizes), _leaves(tensors, steps))]
+    return stacked
+
+
+def _concatenate(operation: Any, found: _Found, _: torch.Size) -> _Found | None:
+    """`Concatenate`: all tensors, pattern after pattern, along one of their dimensions."""
+    dim = operation.dim
+    tensors = [tensor for some in found.values() for tensor in some]
+    sizes = list(tensors[0].shape)
+    others = [(*tensor.shape[:dim], *tensor.shape[dim + 1 :]) for tensor in tensors]
+    if len(sizes) <= dim or any(other != others[0] for other in others):
+        return None
+    lengths = [tensor.shape[dim] for tensor in tensors]
+    sizes[dim] = sum(lengths)
+    steps = [
+        partial(torch.narrow, dim=dim, start=end - length, length=length)
+        for end, length in zip(accumulate(lengths), lengths, strict=True)
+    ]
+    return {"": [_Joined(torch.Size(sizes), _leaves(tensors, steps))]}
+
+
+def _transpose(operation: Any, found: _Found, shape: torch.Size) -> _Found | None:
+    """`Transpose`: two dimensions of one tensor, in some rules only where its shape is not the parameter's already."""
+    tensors = [tensor for some in found.values() for tensor in some]
+    if operation.check_dims and tensors[0].shape == shape:
+        return found
+    if len(tensors) != 1:
+        return None
+    sizes = list(tensors[0].shape)
+    first, second = operation.dim0, operation.dim1
+    sizes[first], sizes[second] = sizes[second], sizes[first]
+    steps = [partial(torch.transpose, dim0=first, dim1=second)]
+    return {"": [_Joined(torch.Size(sizes), _leaves(tensors, steps))]}
+
+
+def _leaves(tensors: list[_Joined], steps: list[Callable[..., Tensor]]) -> dict[str, tuple[_View, ...]]:
+    """The ways to all leaves of tensors that are parts of one tensor now, each reached from there by its step."""
+    return {
+        name: (step, *way) for tensor, step in zip(tensors, steps, strict=True) for name, way in tensor.leaves.items()
+    }
+
+
+_JOINS: dict[type[ConversionOps], Callable[[Any, _Found, torch.Size], _Found | None]] = {
+    MergeModulelist: _stack,
+    Concatenate: _concatenate,
+    Transpose: _transpose,
+}

@@ -1,0 +1,198 @@
+"""A sparse weight without its zeros: values, one bit per entry, row offsets; what it is, and the readable reference.
+
+One layout for every pattern: for bf16 it takes 0.564 of the dense weight at 50 % sparsity, 0.314 at 75 %. Packing keeps
+every bit of the non-zeros (NaN payloads and denormals too); zeros of either sign come back as +0.0.
+
+Shapes: O output features, I input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spp.errors import SppError
+
+WORTH_PACKING = 0.3
+"""Sparsity from which packing saves more than it costs to compute with."""
+
+
+WORD_BITS = 32
+PACKABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight (O, I) without its zeros.
+
+    Attributes:
+        values: (non-zeros,) floats, row by row.
+        bitmask: (O, ceil(I / 32)) int32; bit b of word w of a row is set where column 32 w + b has a value.
+        row_offsets: (O + 1,) int64, the index of every row's first value; the last is the number of values.
+        in_features: I.
+    """
+
+    values: Tensor
+    bitmask: Tensor
+    row_offsets: Tensor
+    in_features: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return len(self.bitmask), self.in_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of all three tensors."""
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all three tensors."""
+        return self.values.nbytes + self.bitmask.nbytes + self.row_offsets.nbytes
+
+    @property
+    def requires_grad(self) -> bool:
+        """False: a packed weight is frozen."""
+        return False
+
+    def __len__(self) -> int:
+        """O."""
+        return len(self.bitmask)
+
+
+Weight = Tensor | PackedWeight
+"""A weight (O, I) as the operator takes it."""
+
+
+def packed_bytes(nonzeros: int, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+    """Bytes of a packed weight."""
+    return nonzeros * dtype.itemsize + out_features * word_count(in_features) * 4 + (out_features + 1) * 8
+
+
+def zero_share(weight: Tensor) -> float:
+    """Share of a tensor's entries that are zeros of either sign."""
+    return 1 - int((weight != 0).count_nonzero()) / weight.numel()
+
+
+def word_count(in_features: int) -> int:
+    """Words of the bitmask per row."""
+    return -(-in_features // WORD_BITS)
+
+
+def require_packable(weight: Tensor) -> None:
+    """Raise for what cannot be packed.
+
+    Raises:
+        ValueError: the weight is no matrix, or no float.
+    """
+    if weight.ndim != 2 or not weight.numel():
+        raise ValueError(f"only a matrix can be packed, and this tensor has the shape {tuple(weight.shape)}")
+    if weight.dtype not in PACKABLE:
+        raise ValueError(f"a {weight.dtype} weight cannot be packed; convert it to bfloat16, float16 or float32 first")
+
+
+def pack(weight: Tensor) -> PackedWeight:
+    """Take the zeros out of a weight (O, I).
+
+    Raises:
+        ValueError: see `require_packable`.
+    """
+    require_packable(weight)
+    keep = weight != 0  # by value: NaN is kept, and -0.0 is a zero
+    out_features, in_features = weight.shape
+    bits = torch.zeros(out_features, word_count(in_features) * WORD_BITS, dtype=torch.int64, device=weight.device)
+    bits[:, :in_features] = keep
+    places = torch.arange(WORD_BITS, device=weight.device)
+    words = (bits.view(out_features, -1, WORD_BITS) << places).sum(dim=-1)
+    row_offsets = torch.zeros(out_features + 1, dtype=torch.int64, device=weight.device)
+    row_offsets[1:] = keep.sum(dim=1).cumsum(dim=0)
+    return PackedWeight(weight[keep], _as_int32(words), row_offsets, in_features)
+
+
+def unpack(packed: PackedWeight) -> Tensor:
+    """The dense weight (O, I), with the bits that were packed and +0.0 elsewhere.
+
+    Raises:
+        SppError: the bitmask does not fit the values.
+    """
+    keep = unpack_mask(packed)
+    if (bits := int(keep.count_nonzero())) != len(packed.values):
+        raise SppError(f"a packed weight has {bits} bits set for {len(packed.values)} values; it is damaged")
+    weight = torch.zeros(packed.shape, dtype=packed.dtype, device=packed.device)
+    # As integers: copying floats may quieten a NaN.
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[packed.dtype.itemsize]
+    weight.view(kind)[keep] = packed.values.view(kind)
+    return weight
+
+
+def unpack_rows(packed: PackedWeight, first: int, last: int) -> Tensor:
+    """The dense rows [first, last), (last - first, I); for the values' offsets it waits for the device."""
+    start, end = (int(packed.row_offsets[row]) for row in (first, last))
+    offsets = packed.row_offsets[first : last + 1] - start
+    return unpack(PackedWeight(packed.values[start:end], packed.bitmask[first:last], offsets, packed.in_features))
+
+
+def unpack_mask(packed: PackedWeight) -> Tensor:
+    """Where the values are, (O, I) bool."""
+    places = torch.arange(WORD_BITS, dtype=torch.int32, device=packed.device)
+    bits = (packed.bitmask[..., None] >> places) & 1
+    return bits.view(len(packed), -1)[:, : packed.in_features].bool()
+
+
+def problems(packed: PackedWeight) -> Iterator[str]:
+    """What is wrong with a packed weight that somebody else made: shapes, dtypes, counts, row by row."""
+    rows, words = len(packed.bitmask), word_count(packed.in_features)
+    expected = (
+        ("values", packed.values, PACKABLE, (packed.values.numel(),)),
+        ("bitmask", packed.bitmask, (torch.int32,), (rows, words)),
+        ("row_offsets", packed.row_offsets, (torch.int64,), (rows + 1,)),
+    )
+    sound = True
+    for name, tensor, dtypes, shape in expected:
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
+            sound = False
+            yield (
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, and {shape} {' or '.join(map(str, dtypes))}, "
+                f"contiguous, is expected for a weight of {rows} x {packed.in_features}"
+            )
+    if not sound:
+        return
+    counts = unpack_mask(packed).sum(dim=1)
+    offsets = packed.row_offsets
+    if int(offsets[0]) != 0 or int(offsets[-1]) != len(packed.values):
+        yield f"row_offsets run from {int(offsets[0])} to {int(offsets[-1])}, and there are {len(packed.values)} values"
+    wrong = (offsets.diff() != counts).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        yield (
+            f"{len(wrong)} rows have another number of bits than of values, e.g. row {row}: {int(counts[row])} bits, "
+            f"{int(offsets[row + 1] - offsets[row])} values"
+        )
+    used = packed.in_features - (words - 1) * WORD_BITS
+    if used < WORD_BITS and bool((packed.bitmask[:, -1] >> used).any()):
+        yield "the bitmask has bits beyond the last column"
+
+
+def require_sound(packed: PackedWeight, name: str) -> None:
+    """Raise where a packed weight is not what it should be.
+
+    Raises:
+        SppError: names all problems.
+    """
+    if found := list(problems(packed)):
+        raise SppError(f"{name}: not a sound packed weight: " + "; ".join(found))
+
+
+def _as_int32(words: Tensor) -> Tensor:
+    """The low 32 bits of int64 words, as int32."""
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

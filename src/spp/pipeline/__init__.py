@@ -1,0 +1,1 @@
+"""`spp run`: prune, fine-tune, merge, verify, evaluate and report, in one resumable run."""

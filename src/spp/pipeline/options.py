@@ -1,0 +1,31 @@
+"""Options of a whole run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from spp.adapters.options import MergingSettings
+from spp.evaluation.options import ScoringSettings
+from spp.options import LoadingOptions, OutputOptions, SeedSettings, WindowSettings
+from spp.pruning.options import PruningSettings
+from spp.training.options import TrainingSettings
+
+
+class RunOptions(
+    PruningSettings,
+    TrainingSettings,
+    MergingSettings,
+    ScoringSettings,
+    WindowSettings,
+    SeedSettings,
+    LoadingOptions,
+    OutputOptions,
+):
+    """`spp run`: prune, fine-tune, merge, verify, evaluate, report."""
+
+    model: str | None = Field(None, description="dense model: a folder or a hub id (default: the bundled one)")
+    train: str = Field("python-stdlib", description="training data: a file, a datasets id, or python-stdlib")
+    eval: str = Field("python-stdlib", description="evaluation text: a file, a datasets id, or python-stdlib")
+    out: Path | None = Field(None, description="output folder (default: runs/<date-time>)")

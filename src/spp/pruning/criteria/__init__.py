@@ -1,0 +1,1 @@
+"""Which weights go: one file per criterion, and the table of them."""

@@ -1,0 +1,24 @@
+"""Wanda (arXiv 2306.11695): weights are scored by their size times the size of what they are multiplied with.
+
+Shapes: O output features, I input features.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from spp.patterns import Pattern
+from spp.pruning.criteria.result import Pruned, prune_rows
+
+
+def prune(weight: Tensor, statistics: Tensor | None, pattern: Pattern) -> Pruned:
+    """Remove the weights of least |W[i, j]| * ||X[:, j]||_2 (Wanda eq. 1), compared within each row or group.
+
+    Args:
+        weight: (O, I), any float dtype.
+        statistics: (I,) fp32, `InputNorm`.
+        pattern: how many weights to remove.
+    """
+    if statistics is None:
+        raise ValueError("Wanda needs the norm of the inputs")
+    return prune_rows(weight, pattern, lambda rows: rows.abs().float() * statistics)

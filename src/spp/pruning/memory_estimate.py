@@ -1,0 +1,170 @@
+"""The memory that pruning will take, foretold: one block, its statistics, and one batch of hidden states.
+
+The passes over a block are traced on fake tensors, which computes nothing; the rest is sizes from the files' headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from spp.checkpoints.checkpoint import Checkpoint
+from spp.checkpoints.hub import resolve_model
+from spp.models.architecture import Matrix, decoder_blocks, prunable_matrices
+from spp.models.loading import context_window, skeleton
+from spp.pruning.calibration.block_calls import batched, capture
+from spp.pruning.calibration.input_hooks import observe
+from spp.pruning.engine import matrices_to_prune
+from spp.pruning.options import PruneOptions
+from spp.pruning.prune_block import BlockPruner
+from spp.runtime.devices import compute_dtype, pick_device
+from spp.runtime.memory_estimate import MemoryPrediction, available_bytes, libraries
+from spp.runtime.tensor_memory import LiveBytes, make_fake
+
+_FP32 = 4
+# What a criterion makes of one matrix at its largest, in fp32 copies of it, and in fp32 matrices (I, I). A GPU works on
+# all of its rows at once.
+_COPIES, _GPU_COPIES, _SQUARES = 3, 4, 2
+# Adam's two moments, an fp32 copy, its gradient, and the weight that is computed with.
+_TUNED_BYTES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningPrediction(MemoryPrediction):
+    """That of a pruning run, in the phase that takes most.
+
+    Attributes:
+        phase: what takes most.
+        blocks: how many the model has; the peak does not depend on it.
+        disk_bytes: of the result.
+        states_bytes: of the hidden states on disk while the work is under way.
+    """
+
+    phase: str
+    blocks: int
+    disk_bytes: int
+    states_bytes: int
+
+
+def predict_pruning(options: PruneOptions) -> PruningPrediction:
+    """What `spp prune` with these options would need; it reads headers only, and writes nothing.
+
+    Raises:
+        UsageError: as `prune`, for what can be wrong with the request.
+        SppError: a damaged model.
+    """
+    source = Checkpoint.open(resolve_model(options.model))
+    source.require_unquantised("give the model as it was before quantisation")
+    device = pick_device(options.device)
+    model = skeleton(options.model, options, compute_dtype(options.dtype, device))
+    pruner = BlockPruner(options, matrices_to_prune(model, options)[0])
+    prefix, blocks = decoder_blocks(model)
+    heaviest = max(range(len(blocks)), key=lambda index: _nbytes(blocks[index].parameters()))
+    block = _nbytes(blocks[heaviest].parameters())
+    matrices = prunable_matrices(f"{prefix}.{heaviest}", blocks[heaviest])
+    layouts = source.layouts
+    largest = max(layout.nbytes for layout in layouts.values())
+    criterion = _scratch_of_criterion(options, matrices, device)
+    phases = {"what is not pruned is copied": {"reading and writing": 2 * largest}}
+    states = 0
+    if pruner.calibrates:
+        window = context_window(model.config, options.window)
+        hidden = options.samples * window * model.config.get_text_config().hidden_size * model.dtype.itemsize
+        states = hidden * (4 if options.reconstruct else 2)
+        traced = _Traced(options, model, pruner, heaviest, window, device)
+        phases["the embeddings are computed"] = {"embeddings and one block": block + traced.outside, **traced.capture}
+        phases["a block is calibrated"] = {"one block": block, **traced.calibration}
+        phases["a block is pruned"] = {"one block": block, "statistics": traced.statistics, "criterion": criterion}
+        if options.reconstruct:
+            phases["a block is reconstructed"] = {"one block": block, **traced.reconstruction}
+    else:
+        phases["a block is pruned"] = {"one block": block, "criterion": criterion}
+    phase, parts = max(phases.items(), key=lambda item: sum(item[1].values()))
+    return PruningPrediction(
+        parts={**libraries("spp.pruning.prune", device), **parts},
+        phase=phase,
+        available=available_bytes(device),
+        device=str(device),
+        blocks=len(blocks),
+        disk_bytes=sum(layout.nbytes for layout in layouts.values()),
+        states_bytes=states,
+    )
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _scratch_of_criterion(options: PruneOptions, matrices: Sequence[Matrix], device: torch.device) -> int:
+    """Most bytes that choosing the weights of one matrix takes."""
+    copies = _COPIES if device.type == "cpu" else _GPU_COPIES
+    squares = _SQUARES if options.criterion == "sparsegpt" else 0
+    return max(_FP32 * (copies * matrix.weight.numel() + squares * matrix.weight.shape[1] ** 2) for matrix in matrices)
+
+
+class _Traced:
+    """What passes over the model take, from running them on fake tensors.
+
+    Attributes:
+        outside: bytes of the embeddings.
+        capture: what computing them takes, by part.
+        calibration: what the pass that feeds the statistics takes, by part.
+        statistics: bytes that are left of it.
+        reconstruction: what tuning a block takes, by part; empty where that is not asked for.
+    """
+
+    def __init__(
+        self,
+        options: PruneOptions,
+        model: PreTrainedModel,
+        pruner: BlockPruner,
+        index: int,
+        window: int,
+        device: torch.device,
+    ) -> None:
+        prefix, blocks = decoder_blocks(model)
+        self.outside = _nbytes(model.get_input_embeddings().parameters())
+        experts = [one for one in prunable_matrices(f"{prefix}.{index}", blocks[index]) if one.expert is not None]
+        of_experts = sum(pruner.statistic_bytes(matrix) for matrix in experts)
+        for owner in {matrix.owner for matrix in experts}:
+            owner.forward = _stand_in  # where tokens go depends on numbers, which fake tensors have not
+        tokens = torch.zeros(options.samples, window, dtype=torch.int64)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            make_fake(model, device)
+            batch = torch.zeros(batched(tokens)[0].shape, dtype=torch.int64, device=device)
+            hidden: dict[int, Tensor] = {}
+            with torch.no_grad(), LiveBytes() as live:
+                calls = capture(model, blocks, {0: batch}, hidden)[index]
+            self.capture = {"hidden states of a batch": live.peak}
+
+            def run() -> Tensor:
+                return calls.run(blocks[index], 0, hidden[0])
+
+            linears = [one for one in pruner.matrices(f"{prefix}.{index}", blocks[index]) if one.expert is None]
+            with torch.no_grad(), LiveBytes() as live:
+                kept = observe(linears, pruner.kinds, run)
+            self.calibration = {"statistics and activations": live.peak + of_experts}
+            self.statistics = live.now + of_experts
+            del kept
+            self.reconstruction = _reconstruction(linears, run) if options.reconstruct else {}
+
+
+def _stand_in(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    """What experts give, as far as sizes go."""
+    return torch.zeros_like(hidden)
+
+
+def _reconstruction(matrices: Sequence[Matrix], run: Callable[[], Tensor]) -> dict[str, int]:
+    """Bytes by part of a step that tunes these matrices."""
+    for matrix in matrices:
+        matrix.owner.get_parameter(matrix.parameter).requires_grad_()
+    with LiveBytes() as live:
+        run().square().sum().backward()
+    tuned = sum(matrix.weight.numel() for matrix in matrices)
+    return {"activations and gradients": live.peak, "tuned weights and optimiser": _TUNED_BYTES * tuned}

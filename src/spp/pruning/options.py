@@ -1,0 +1,96 @@
+"""Options of pruning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self, cast, get_args
+
+from pydantic import Field, model_validator
+
+from spp.options import LoadingOptions, Options, OutputOptions, PatternText, SeedSettings, WindowSettings
+
+BlockPart = Literal["block", "attention", "mlp"]
+Criterion = Literal["magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt"]
+
+
+class PruningSettings(Options):
+    """What to remove and by which criterion."""
+
+    pattern: PatternText = Field(
+        "2:4", description="what to keep: N:M keeps N of every M consecutive weights (2:4, 4:8, 2:8); 50% removes half"
+    )
+    criterion: Criterion = Field("wanda", description="how weights are chosen")
+    allocation: Literal["uniform", "owl"] = Field(
+        "uniform",
+        description="sparsity of blocks: uniform, or less where there are more outliers (not for N:M)",
+    )
+    owl_limit: float = Field(0.08, gt=0, lt=0.5, description="owl: how far a block's sparsity may be from the mean")
+    owl_threshold: float = Field(5.0, gt=1, description="owl: above so many times the mean Wanda score is an outlier")
+    refine: Literal["dsnot"] | None = Field(
+        None, description="afterwards exchange removed and kept weights, without training (not for sparsegpt)"
+    )
+    reconstruct: str | None = Field(
+        None,
+        description="afterwards tune what is left of each block towards its dense outputs: block (all at once), "
+        "attention, mlp, or attention,mlp (one after the other)",
+    )
+    reconstruct_params: Literal["weights", "spp"] = Field(
+        "weights", description="what reconstruction tunes: the weights that are left, or SPP's A and B"
+    )
+    reconstruct_epochs: int = Field(8, ge=1, description="passes of reconstruction over the calibration windows")
+    reconstruct_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate of reconstruction (default: 0.1 for spp; 0.05 for weights, times their size)",
+    )
+    keep_zeros: bool = Field(
+        False, description="prune nothing, and adopt the zeros that the model has; pattern and criterion do not count"
+    )
+    calibration: str | None = Field(
+        None,
+        description="calibration text: a file or datasets id (default: spp run's training data, else python-stdlib)",
+    )
+    samples: int = Field(128, ge=1, description="calibration windows")
+    min_expert_tokens: int = Field(
+        64, ge=0, description="an expert that fewer calibration tokens reach is pruned by magnitude"
+    )
+    skip_indivisible: bool = Field(
+        False, description="leave a layer dense, and say so, where M does not divide its input dimension"
+    )
+
+    @property
+    def reconstructed_parts(self) -> tuple[BlockPart, ...]:
+        """What reconstruction tunes, one after the other."""
+        return cast(tuple[BlockPart, ...], tuple(self.reconstruct.split(","))) if self.reconstruct else ()
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if problems := _conflicts(self):
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _conflicts(settings: PruningSettings) -> list[str]:
+    """What in these settings excludes what."""
+    problems = []
+    if settings.allocation == "owl" and ":" in settings.pattern:
+        problems.append(f"allocation owl varies the sparsity, and pattern {settings.pattern} fixes it; give 50% or so")
+    if settings.refine and settings.criterion == "sparsegpt":
+        problems.append("refine dsnot exchanges weights, and sparsegpt has changed them; use wanda, ria or magnitude")
+    if odd := [part for part in settings.reconstructed_parts if part not in get_args(BlockPart)]:
+        problems.append(f"reconstruct takes block, attention, mlp, or attention,mlp, and not {odd[0]!r}")
+    given = [
+        name.replace("_", "-")
+        for name in ("pattern", "criterion", "allocation", "refine", "reconstruct")
+        if getattr(settings, name) != PruningSettings.model_fields[name].default
+    ]
+    if settings.keep_zeros and given:
+        problems.append(f"keep-zeros prunes nothing, so leave out {', '.join(given)}")
+    return problems
+
+
+class PruneOptions(PruningSettings, WindowSettings, SeedSettings, LoadingOptions, OutputOptions):
+    """`spp prune MODEL OUT`: remove weights from a dense model."""
+
+    model: str = Field(description="dense model: a folder or a hub id")
+    out: Path = Field(description="folder for the pruned model")

@@ -1,0 +1,228 @@
+"""Prune the matrices of one block: take statistics of their inputs, choose, refine, reconstruct."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp.errors import SppError, raise_problems
+from spp.models.architecture import Matrix, prunable_matrices
+from spp.ops.zeros import all_finite
+from spp.patterns import Pattern, parse_pattern
+from spp.pruning import dsnot
+from spp.pruning.calibration.input_hooks import Statistics, observe
+from spp.pruning.calibration.input_statistics import Moments, Statistic
+from spp.pruning.criteria.result import Pruned, survivors
+from spp.pruning.criteria.table import CRITERIA
+from spp.pruning.options import BlockPart, Criterion, PruningSettings
+from spp.pruning.reconstruction import Fit, Reconstruction, Targets, reconstruct
+from spp.runtime import distributed
+
+logger = logging.getLogger("spp")
+
+Runs = Mapping[int, Callable[[Callable[..., Any]], Tensor]]
+"""Calibration batch -> function that runs a block, or what stands for it, on that batch, and returns its output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixResult:
+    """What was done to a matrix.
+
+    Attributes:
+        criterion: that was used; None where nothing was pruned.
+        tokens: calibration tokens that reached it; None where none were needed.
+        expert: whether it belongs to one of several experts.
+    """
+
+    name: str
+    criterion: Criterion | None
+    tokens: int | None
+    expert: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockResult:
+    """What was done to a block.
+
+    Attributes:
+        name: of the block.
+        matrices: of those that were pruned, in their order.
+        fits: part that was reconstructed -> how well.
+    """
+
+    name: str
+    matrices: list[MatrixResult]
+    fits: dict[BlockPart, Fit]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> BlockResult:
+        """From what `dataclasses.asdict` made of it, and JSON."""
+        matrices = [MatrixResult(**matrix) for matrix in values["matrices"]]
+        return cls(
+            name=values["name"], matrices=matrices, fits={part: Fit(**fit) for part, fit in values["fits"].items()}
+        )
+
+
+class BlockPruner:
+    """Prunes blocks as the settings say.
+
+    Args:
+        settings: what to remove, and how.
+        names: of the matrices that are to be pruned.
+
+    Attributes:
+        pattern: what to keep where no other is given.
+        kinds: of the statistics that it needs.
+    """
+
+    def __init__(self, settings: PruningSettings, names: Set[str]) -> None:
+        self.pattern = parse_pattern(settings.pattern)
+        self._settings, self._names = settings, names
+        self._method = CRITERIA[settings.criterion]
+        self.kinds: list[type[Statistic]] = [] if settings.keep_zeros else self._needed()
+
+    def _needed(self) -> list[type[Statistic]]:
+        wanted = [self._method.statistic, Moments if self._settings.refine else None]
+        return [kind for kind in wanted if kind is not None]
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether blocks are run on calibration text."""
+        settings = self._settings
+        return bool(self.kinds or settings.reconstruct or settings.allocation == "owl")
+
+    def statistic_bytes(self, matrix: Matrix) -> int:
+        """What the statistics of a matrix's inputs take, where it shares them with no other."""
+        return sum(kind(matrix.weight.shape[1]).nbytes for kind in self.kinds)
+
+    def matrices(self, name: str, block: nn.Module) -> list[Matrix]:
+        """Those of a block that are to be pruned."""
+        return [matrix for matrix in prunable_matrices(name, block) if matrix.name in self._names]
+
+    def prune(self, name: str, block: nn.Module, pattern: Pattern, runs: Runs, targets: Targets) -> BlockResult:
+        """Prune a block in place.
+
+        Args:
+            name: of the block.
+            block: with its weights.
+            pattern: what to keep.
+            runs: this process's share of the calibration; empty where there is none.
+            targets: what the block ought to give for each batch, for reconstruction.
+
+        Raises:
+            SppError: see `spp.pruning.engine.prune_model`.
+        """
+        matrices = self.matrices(name, block)
+        _check_weights(matrices)
+        statistics: dict[str, Statistics] = {}
+        if self.kinds:
+            statistics = observe(matrices, self.kinds, partial(_run_all, runs, block))
+            add_up(statistics)
+        results = self._share_out(matrices, statistics, pattern)
+        fits = self._reconstruct(name, block, matrices, runs, targets)
+        return BlockResult(name=name, matrices=results, fits=fits)
+
+    def _reconstruct(
+        self, name: str, block: nn.Module, matrices: list[Matrix], runs: Runs, targets: Targets
+    ) -> dict[BlockPart, Fit]:
+        settings = self._settings
+        if settings.reconstruct is None:
+            return {}
+        how = Reconstruction(
+            parts=settings.reconstructed_parts,
+            parameters=settings.reconstruct_params,
+            epochs=settings.reconstruct_epochs,
+            learning_rate=settings.reconstruct_learning_rate,
+        )
+        return reconstruct(name, block, lambda one, batch: runs[batch](one), targets, list(runs), matrices, how)
+
+    def _share_out(
+        self, matrices: list[Matrix], statistics: Mapping[str, Statistics], pattern: Pattern
+    ) -> list[MatrixResult]:
+        """Prune the matrices, each of several processes its share, so that all have all of them in the end."""
+        processes_ = distributed.count()
+        mine = {
+            index: self._prune_matrix(matrix, statistics.get(matrix.name, {}), pattern)
+            for index, matrix in enumerate(matrices)
+            if index % processes_ == distributed.rank()
+        }
+        for index, matrix in enumerate(matrices):
+            distributed.broadcast(matrix.weight, index % processes_)
+        everyones = {index: result for part in distributed.gathered(mine) for index, result in part.items()}
+        return [everyones[index] for index in range(len(matrices))]
+
+    def _prune_matrix(self, matrix: Matrix, statistics: Statistics, pattern: Pattern) -> MatrixResult:
+        """Prune one matrix in place."""
+        settings = self._settings
+        tokens = next((statistic.tokens for statistic in statistics.values()), None)
+        criterion: Criterion | None = settings.criterion
+        if settings.keep_zeros:
+            criterion, pruned = None, survivors(matrix.weight, torch.ones_like(matrix.weight, dtype=torch.bool))
+        elif matrix.expert is not None and tokens is not None and tokens < max(settings.min_expert_tokens, 1):
+            criterion = "magnitude"
+            pruned = CRITERIA[criterion].prune(matrix.weight, None, pattern)
+        else:
+            pruned = self._chosen(matrix, statistics, pattern)
+        _put(matrix, pruned)
+        return MatrixResult(name=matrix.name, criterion=criterion, tokens=tokens, expert=matrix.expert is not None)
+
+    def _chosen(self, matrix: Matrix, statistics: Statistics, pattern: Pattern) -> Pruned:
+        """The criterion's choice, refined if that is asked for."""
+        for statistic in statistics.values():
+            _check_statistic(matrix.name, statistic)
+        method = self._method
+        try:
+            value: Any = statistics[method.statistic].value() if method.statistic else None
+            pruned = method.prune(matrix.weight, value, pattern)
+            if self._settings.refine:
+                pruned = dsnot.refine(matrix.weight, pruned, statistics[Moments].value(), pattern)
+        except SppError as error:
+            raise type(error)(f"{matrix.name}: {error}") from error
+        if pruned.note:
+            logger.warning("%s: %s", matrix.name, pruned.note)
+        return pruned
+
+
+def _run_all(runs: Runs, block: nn.Module) -> None:
+    """Run a block over the calibration for what is seen on the way; no output is kept."""
+    for run in runs.values():
+        run(block)
+
+
+def add_up(statistics: Mapping[str, Statistics]) -> None:
+    """Add up what all processes have counted, each statistic once, whoever shares it."""
+    distinct = {id(one): one for kinds in statistics.values() for one in kinds.values()}
+    for statistic in distinct.values():
+        statistic.all_reduce()
+
+
+def _check_weights(matrices: list[Matrix]) -> None:
+    bad = [matrix.name for matrix in matrices if not all_finite(matrix.weight)]
+    raise_problems([f"{name}: the weight holds NaN or infinity; the model is damaged" for name in bad], SppError)
+
+
+def _check_statistic(name: str, statistic: Statistic) -> None:
+    if not statistic.tokens:
+        raise SppError(f"{name}: no calibration token reached this layer; calibrate with more samples")
+    if not statistic.is_finite():
+        raise SppError(
+            f"{name}: its calibration inputs hold NaN or infinity; compute in float32 or bfloat16 (--dtype), or "
+            "check the model"
+        )
+
+
+def _put(matrix: Matrix, pruned: Pruned) -> None:
+    """Write a pruned weight into its place, rounded to the dtype there."""
+    weight = matrix.weight.copy_(pruned.weight)
+    weight.masked_fill_(weight == 0, 0)  # a tiny negative survivor may have been rounded to -0.0
+    if not all_finite(weight):
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise SppError(
+            f"{matrix.name}: an updated weight is NaN, or too large for {dtype}; compute in float32 (--dtype)"
+        )

@@ -1,0 +1,120 @@
+"""The files of a pruned model in the making: finished blocks go in, and what they are like now comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp.checkpoints.checkpoint import Checkpoint
+from spp.checkpoints.rewrite import Rewriting
+from spp.errors import SppError
+from spp.models.weight_map import Part
+from spp.ops.zero_proof import lost_zeros
+from spp.ops.zeros import all_finite
+from spp.patterns import detect_pattern
+from spp.runtime.progress import track
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFacts:
+    """A pruned tensor as it lies in the file.
+
+    Attributes:
+        entries: weights in it.
+        zeros: zeros among them.
+        zeros_before: those that were there before.
+        pattern: what it obeys, if it is sparse; looked for only where zeros are adopted.
+        transposed: whether the file holds it as (I, O) instead of (O, I).
+    """
+
+    entries: int
+    zeros: int
+    zeros_before: int
+    pattern: str | None
+    transposed: bool
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return self.zeros / self.entries
+
+
+class PrunedFiles:
+    """Takes the tensors of a model in any order, and writes them under the names and in the dtypes that they had.
+
+    Args:
+        source: the model before.
+        folder: where to write; what an earlier run wrote there is gone on with.
+        pruned: names of the parameters that are pruned.
+        adopt: whether the zeros are those of somebody else, whose pattern is to be found out.
+
+    Raises:
+        SppError: there is no room for the files.
+    """
+
+    def __init__(self, source: Checkpoint, folder: Path, pruned: Collection[str], *, adopt: bool) -> None:
+        self._source, self._pruned, self._adopt = source, pruned, adopt
+        self._files = Rewriting(source, folder)
+
+    def copy(self, names: Iterable[str]) -> None:
+        """Write tensors as they were."""
+        for name in track(sorted(names), "copying what is not pruned"):
+            self._files.write(name, self._source.tensor(name))
+        self._files.sync()
+
+    def keep(self, block: dict[str, tuple[Part, Tensor]]) -> dict[str, Any]:
+        """Write the tensors of a finished block; returns the facts of those that were pruned, by name, for JSON.
+
+        Raises:
+            SppError: an updated weight is too large for the file's dtype, or a zero was lost.
+        """
+        facts = {}
+        for name, (part, after) in block.items():
+            before = self._source.tensor(name)
+            if part.parameter in self._pruned:
+                after = _in_file_dtype(name, before, after)
+                facts[name] = asdict(self._facts(name, before, after))
+                self._files.write(name, after)
+            else:
+                self._files.write(name, before)
+        self._files.sync()
+        return facts
+
+    def _facts(self, name: str, before: Tensor, after: Tensor) -> TensorFacts:
+        if lost := lost_zeros(before, after):
+            raise SppError(f"{name}: {lost} weights that were zero are not any more; this is a bug of spp")
+        transposed = self._source.transposed(name)
+        pattern = detect_pattern(after.T if transposed else after) if self._adopt else None
+        return TensorFacts(
+            entries=after.numel(),
+            zeros=int((after == 0).count_nonzero()),
+            zeros_before=int((before == 0).count_nonzero()),
+            pattern=str(pattern) if pattern else None,
+            transposed=transposed,
+        )
+
+    def finish(self) -> None:
+        """Add what else belongs to the model."""
+        self._files.finish()
+
+
+def _in_file_dtype(name: str, before: Tensor, after: Tensor) -> Tensor:
+    """The pruned weight in the dtype of the file; entries that pruning did not touch keep the file's bits.
+
+    So a survivor is exact even where the model computed in a narrower dtype than its file has.
+    """
+    after = after.to(before.device)
+    written = after.to(before.dtype)
+    # Back from a wider dtype, untouched entries have the file's bits anyway.
+    if torch.promote_types(before.dtype, after.dtype) != after.dtype:
+        untouched = (after != 0) & (after == before.to(after.dtype))
+        written = torch.where(untouched, before, written)
+    if not all_finite(written):
+        dtype = str(before.dtype).removeprefix("torch.")
+        raise SppError(f"{name}: an updated weight is too large for the checkpoint's {dtype}; use the criterion wanda")
+    return written

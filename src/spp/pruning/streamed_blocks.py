@@ -1,0 +1,120 @@
+"""Decoder blocks of a model that stays in its files: read when it is their turn, handed over when done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spp.checkpoints.checkpoint import Checkpoint
+from spp.models.architecture import decoder_blocks
+from spp.models.weight_map import Part, require_filled, weight_map
+from spp.runtime.memory import return_freed_memory
+
+Keep = Callable[[dict[str, tuple[Part, Tensor]]], Any]
+"""What to do with a finished block: name in the file -> which part of which parameter it is, and that part's values."""
+
+
+class StreamedBlocks:
+    """See `spp.pruning.engine.Blocks`.
+
+    Args:
+        model: without weights: its parameters are on the meta device, its buffers real.
+        checkpoint: where the weights are.
+        device: where to compute.
+        keep: takes the tensors of a block that is finished, and returns what is to be noted of it.
+
+    Raises:
+        SppError: the checkpoint lacks weights, or holds them in another layout.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device, keep: Keep) -> None:
+        self.model, self.device = model, device
+        self._checkpoint, self._keep = checkpoint, keep
+        self._prefix, self._blocks = decoder_blocks(model)
+        parts = weight_map(model, checkpoint)
+        self._parts: dict[str, dict[str, Part]] = {}
+        for name, part in parts.items():
+            self._parts.setdefault(part.parameter, {})[name] = part
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+        inside = (name for name, _ in model.named_parameters() if name.startswith(f"{self._prefix}."))
+        require_filled(parts, inside, checkpoint)
+
+    def stored_names(self) -> set[str]:
+        """Names in the file of all tensors that belong to blocks."""
+        inside = [parts for name, parts in self._parts.items() if name.startswith(f"{self._prefix}.")]
+        return {name for parts in inside for name in parts}
+
+    @contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Inside, a module outside of the blocks gets its weights when it is first called."""
+        inside = {id(module) for block in self._blocks for module in block.modules()}
+        outside = [(name, one) for name, one in self.model.named_modules() if id(one) not in inside]
+        hooks = [
+            module.register_forward_pre_hook(lambda module, _, name=name: self._fill(name, module))
+            for name, module in outside
+        ]
+        try:
+            embeddings = self.model.get_input_embeddings()
+            for name, module in outside:
+                if module is embeddings:  # some models send token ids to where its weight is
+                    self._fill(name, module)
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for _, module in outside:
+                _empty(module)
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """Inside, a block has the weights that its files have."""
+        block = self._blocks[index]
+        for name, module in block.named_modules(prefix=f"{self._prefix}.{index}"):
+            self._fill(name, module)
+        try:
+            yield block
+        finally:
+            for module in block.modules():
+                _empty(module)
+            return_freed_memory()  # or each block would find less room than the one before it
+
+    def keep(self, index: int) -> Any:
+        """Hand over the tensors of a block."""
+        block = self._blocks[index]
+        tensors = dict(block.named_parameters(prefix=f"{self._prefix}.{index}"))
+        tensors |= dict(block.named_buffers(prefix=f"{self._prefix}.{index}"))
+        return self._keep(
+            {
+                stored: (part, part.view(tensor.detach()))
+                for name, tensor in tensors.items()
+                for stored, part in self._parts.get(name, {}).items()
+            }
+        )
+
+    def _fill(self, name: str, module: nn.Module) -> None:
+        """Read a module's own weights, unless it has them."""
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                require_filled(self._parts.get(f"{name}.{key}", {}), [f"{name}.{key}"], self._checkpoint)
+                real = torch.empty_like(parameter, device=self.device)
+                self._read(f"{name}.{key}", real)
+                module.register_parameter(key, nn.Parameter(real, requires_grad=False))
+        for key, buffer in module.named_buffers(recurse=False):
+            self._read(f"{name}.{key}", buffer)
+
+    def _read(self, name: str, real: Tensor) -> None:
+        for stored, part in self._parts.get(name, {}).items():
+            part.view(real).copy_(self._checkpoint.tensor(stored))
+
+
+def _empty(module: nn.Module) -> None:
+    """Forget a module's own weights."""
+    for key, parameter in module.named_parameters(recurse=False):
+        module.register_parameter(key, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))

@@ -1,0 +1,191 @@
+"""What a report is made from: results.json files of runs and rows of benchmarks, checked before anything is drawn."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spp.checkpoints.json_files import read_json
+from spp.errors import SppError, UsageError
+
+RESULTS, RECORDS = "results.json", "stages"
+"""Names in the folder of a run: its results, and the folder with a record of every finished stage."""
+
+_REQUIRED_COLUMNS = ("date", "device", "hardware")
+_WRONG_SHOWN = 5
+
+_Point = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class _Part(BaseModel):
+    """Types of what the report reads; anything else may be there too."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Protocol(_Part):
+    model: str | None = None
+    pattern: str | None = None
+    criterion: str | None = None
+    evaluation: dict[str, Any] | None = None
+
+
+class _Training(_Part):
+    losses: list[_Point] | None = None
+    validation: list[_Point] | None = None
+    trainable_parameters: int | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+class _PrunedTensor(_Part):
+    sparsity: float | None = None
+
+
+class _Sparsity(_Part):
+    overall: float | None = None
+    tensors: dict[str, _PrunedTensor] | None = None
+    skipped: list[str] | None = None
+
+
+class _Verification(_Part):
+    verified: bool | None = None
+    zeros: int | None = None
+    problems: list[str] | None = None
+    tensors: dict[str, dict[str, float]] | None = None
+
+
+class _Results(_Part):
+    perplexity: dict[str, float | None]
+    protocol: _Protocol
+    gap_closed: float | None = None
+    verified: bool | None = None
+    seconds: dict[str, float] | None = None
+    peak_rss_bytes: float | None = None
+    versions: dict[str, Any] | None = None
+    environment: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+    command: str | None = None
+    training: _Training | None = None
+    sparsity: _Sparsity | None = None
+    verification: _Verification | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: the name that tells it from the others, and what its results.json holds."""
+
+    name: str
+    results: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A CSV file of benchmark rows: its name, and the text of every cell by column."""
+
+    name: str
+    rows: Sequence[dict[str, str]]
+
+
+def results_path(path: Path) -> Path:
+    """The results.json of a run that is named by its folder or by that file."""
+    return path / RESULTS if path.is_dir() else path
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read what `spp run` left in a folder or a results.json.
+
+    Raises:
+        UsageError: there is nothing, the run is unfinished, or the file holds something else.
+        SppError: it is not JSON.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
+    if path.is_dir() and not (path / RESULTS).is_file():
+        raise UsageError(f"{path}: {_why_no_results(path)}")
+    file = results_path(path)
+    results = read_json(file)
+    if not isinstance(results, dict) or not {"perplexity", "protocol"} <= set(results):
+        raise UsageError(f"{file}: not the results of spp run, which are an object with perplexity and protocol")
+    try:
+        _Results.model_validate(results)
+    except ValidationError as error:
+        wrong = [_describe(problem) for problem in error.errors()]
+        more = f"; and {len(wrong) - _WRONG_SHOWN} more" if len(wrong) > _WRONG_SHOWN else ""
+        raise UsageError(
+            f"{file}: not the results of spp run: {'; '.join(wrong[:_WRONG_SHOWN])}{more}; make it again with spp run"
+        ) from error
+    return results
+
+
+def _why_no_results(folder: Path) -> str:
+    records = sorted((folder / RECORDS).glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if not records:
+        return f"no {RESULTS} there; name a folder that spp run wrote, or the file itself"
+    done = ", ".join(path.stem for path in records)
+    return f"the run is unfinished: no {RESULTS} yet, done are {done}; repeat its spp run command to finish it"
+
+
+def _describe(problem: Any) -> str:
+    seen = repr(problem["input"])
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{'.'.join(map(str, problem['loc']))}: {message}, but it is {seen if len(seen) < 60 else seen[:57] + '...'}"
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths that tell them apart: a folder's name, with its parents where two have the same.
+
+    Raises:
+        UsageError: a run is given twice.
+    """
+    places = [_place(path) for path in paths]
+    if twice := sorted({str(path) for path, place in zip(paths, places, strict=True) if places.count(place) > 1}):
+        raise UsageError(f"the same run is given more than once: {', '.join(twice)}")
+
+    def end(place: Path, length: int) -> str:
+        return str(Path(*place.parts[-length:]))
+
+    return [
+        next(name for n in count(1) if [end(other, n) for other in places].count(name := end(place, n)) == 1)
+        for place in places
+    ]
+
+
+def _place(path: Path) -> Path:
+    path = path.resolve()
+    return path.parent if path.name == RESULTS else path
+
+
+def read_benchmark(path: Path) -> Benchmark:
+    """Read rows as the scripts in benchmarks/ write them.
+
+    Raises:
+        UsageError: there is no such file, or it holds something else.
+        SppError: it is not CSV.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; --benchmarks takes CSV files of benchmark rows")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            header, *rows = list(csv.reader(file, strict=True)) or [[]]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise SppError(f"{path}: not CSV in UTF-8 ({error})") from error
+    if missing := [column for column in _REQUIRED_COLUMNS if column not in header]:
+        found = ", ".join(header) or "nothing"
+        raise UsageError(f"{path}: not benchmark rows: no column {', '.join(missing)} among its columns ({found})")
+    if doubled := sorted({column for column in header if header.count(column) > 1}):
+        raise UsageError(f"{path}: more than one column has the name {', '.join(doubled)}")
+    if not rows:
+        raise UsageError(f"{path}: no benchmark rows under its header")
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(header):
+            raise UsageError(f"{path}: row {number} has {len(row)} values for {len(header)} columns")
+    return Benchmark(path.stem, [dict(zip(header, row, strict=True)) for row in rows])

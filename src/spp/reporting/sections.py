@@ -1,0 +1,140 @@
+"""What the report shows of one run, as text and charts. A part that an older file lacks is left out."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+from spp.reporting.charts import Bar, Cell, bar_chart, heat_map
+from spp.reporting.inputs import Run
+from spp.reporting.key_values import facts
+from spp.reporting.line_chart import Line, line_chart
+from spp.reporting.summary import MODELS, headline, perplexities, subject, verdict
+from spp.reporting.tensor_table import tensor_table
+from spp.reporting.units import duration, figure, share
+
+_LAYER = re.compile(r"^(?:.*?\.)?(\d+)\.(.+?)(?:\.weight)?$")
+
+
+def run_sections(run: Run, prefix: str) -> dict[str, Any]:
+    """Everything that the template shows of a run; `prefix` makes its ids unique in the page."""
+    results = run.results
+    return {
+        "name": run.name,
+        "prefix": prefix,
+        "subject": subject(results),
+        "verdict": verdict(results),
+        "headline": headline(results),
+        "perplexity": _perplexity_section(results, prefix),
+        "training": _training_section(results.get("training") or {}, prefix),
+        "layers": _layer_charts(results, prefix),
+        "skipped": (results.get("sparsity") or {}).get("skipped") or [],
+        "tensors": tensor_table(results),
+        "stages": _stage_chart(results.get("seconds") or {}, prefix),
+        "options": list(facts(results.get("options") or {}, missing="default")),
+        "command": results.get("command"),
+    }
+
+
+def _perplexity_section(results: Mapping[str, Any], prefix: str) -> dict[str, Any] | None:
+    models = perplexities(results)
+    if not models:
+        return None
+    bars = [Bar(MODELS[name], value, figure(value), name) for name, value in models.items()]
+    dense = models.get("dense")
+    rows = [
+        (
+            MODELS[name],
+            figure(value),
+            figure(math.log(value)) if value > 0 else "",
+            f"{value / dense:.3f} x" if dense and math.isfinite(value / dense) else "",
+        )
+        for name, value in models.items()
+    ]
+    chart = bar_chart(f"{prefix}perplexity", "Perplexity of the three models, lower is better", bars)
+    return {"chart": chart, "rows": rows}
+
+
+def _training_section(training: Mapping[str, Any], prefix: str) -> dict[str, Any] | None:
+    if not training:
+        return None
+    losses = finite_points(training, "losses")
+    lines = [Line("training", losses)] if losses else []
+    if validation := finite_points(training, "validation"):
+        lines.append(Line("validation", validation, smooth=False))
+    chart = None
+    if lines:
+        chart = line_chart(f"{prefix}loss", "Loss by optimiser step", lines, "optimiser step", "loss, nats per token")
+    return {
+        "chart": chart,
+        "note": _loss_note(len(training.get("losses") or []), len(losses)),
+        "facts": list(facts(training, skip={"losses", "validation", "out"})),
+    }
+
+
+def finite_points(training: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
+    """(step, loss) of every recorded loss that can be drawn."""
+    return [(step, loss) for step, loss in training.get(key) or [] if math.isfinite(step) and math.isfinite(loss)]
+
+
+def _loss_note(recorded: int, drawn: int) -> str:
+    if not recorded:
+        return "No losses were recorded."
+    return f"{recorded - drawn} of {recorded} losses are not finite and not drawn." if drawn < recorded else ""
+
+
+def _layer_charts(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
+    """Heat maps of layers by kinds of matrices: sparsity, and the largest relative change."""
+    pruned = (results.get("sparsity") or {}).get("tensors") or {}
+    compared = (results.get("verification") or {}).get("tensors") or {}
+    sparsities = _known(pruned, pruned, "sparsity")
+    changes = _known(pruned or compared, compared, "largest_relative_change")  # rows in one order in both charts
+    charts = []
+    for name, title, values, ceiling in (
+        ("sparsity", "Sparsity after pruning", sparsities, 1.0),
+        ("change", "Largest relative change of a survivor", changes, None),
+    ):
+        if cells := _cells(values):
+            high = ceiling or max((cell.value for cell in cells.values() if math.isfinite(cell.value)), default=1.0)
+            note = f"Per cent, from 0% (faint) to {share(high)} (full)."
+            if any("*" in kind for kind, _ in cells):
+                note += " Experts of a layer share a cell: the largest value of any."
+            chart = heat_map(f"{prefix}{name}", title, cells, high, "layer")
+            charts.append({"title": title, "svg": chart, "note": note})
+    return charts
+
+
+def _known(names: Mapping[str, Any], tensors: Mapping[str, Any], key: str) -> dict[str, float]:
+    values = {name: (tensors.get(name) or {}).get(key) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _cells(values: Mapping[str, float]) -> dict[tuple[str, int], Cell]:
+    """Cells by (kind, layer) of tensors with a layer number in their names; experts share one: the largest of them."""
+    largest: dict[tuple[str, int], float] = {}
+    for name, value in values.items():
+        if found := _LAYER.match(name):
+            key = re.sub(r"\.\d+\.", ".*.", found[2]), int(found[1])
+            largest[key] = max(value, largest.get(key, value))
+    return {
+        (kind, layer): Cell(value, _percent(value), f"layer {layer}, {kind}: {share(value)}")
+        for (kind, layer), value in largest.items()
+    }
+
+
+def _percent(value: float) -> str:
+    """A percentage that fits a cell."""
+    if not math.isfinite(value):
+        return "!"
+    return f"{value * 100:.0f}" if value < 9.995 else f"{value * 100:.0e}".replace("e+0", "e")
+
+
+def _stage_chart(seconds: Mapping[str, float], prefix: str) -> Markup | None:
+    if not seconds:
+        return None
+    bars = [Bar(name.replace("_", " "), value, duration(value)) for name, value in seconds.items()]
+    return bar_chart(f"{prefix}stages", "Time of each stage", bars)

@@ -1,0 +1,114 @@
+"""What came out of a run in a few words and figures: for the top of the report, and for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from spp.reporting.units import duration, figure, share, size
+
+MODELS = {"dense": "dense", "pruned": "pruned", "spp": "pruned + SPP"}
+_CRITERIA = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "ria": "RIA"}
+_PROBLEMS_SHOWN = 20
+
+
+def summary_table(results: Mapping[str, Any]) -> Table:
+    """What came out, in a few rows."""
+    table = Table(show_header=False, box=None)
+    rows = [(f"{MODELS[name]} perplexity", figure(value)) for name, value in perplexities(results).items()]
+    rows.append(("verified", verdict(results)["sentence"]))
+    rows += [(label.lower(), f"{value} ({meaning})") for label, value, meaning in headline(results)]
+    for label, value in rows:
+        table.add_row(label, Text(value))
+    return table
+
+
+def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether the zeros were kept: state (`good`, `bad`, `unknown`), title, sentence, and the first of the problems."""
+    verification = results.get("verification") or {}
+    verified = results.get("verified", verification.get("verified"))
+    problems = verification.get("problems") or []
+    if verified:
+        counted = f"all {verification['zeros']:,} zeros" if verification.get("zeros") is not None else "all zeros"
+        state, title = "good", "Sparsity kept"
+        sentence = f"Proved: {counted} of the pruned model are an exact +0.0 in the fine-tuned one."
+    elif verified is None:
+        state, title = "unknown", "Not verified"
+        sentence = "This run holds no proof that the zeros were kept."
+    else:
+        found = f" with {len(problems)} problem{'' if len(problems) == 1 else 's'}" if problems else ""
+        state, title = "bad", "Verification failed: sparsity not kept"
+        sentence = f"FAILED{found}: the fine-tuned model must not be taken for a sparse one."
+    return {
+        "state": state,
+        "title": title,
+        "sentence": sentence,
+        "problems": problems[:_PROBLEMS_SHOWN],
+        "more": max(len(problems) - _PROBLEMS_SHOWN, 0),
+    }
+
+
+def subject(results: Mapping[str, Any]) -> dict[str, str | None]:
+    """What the run was about: model, pattern, and criterion in the field's spelling."""
+    protocol = results.get("protocol") or {}
+    criterion = protocol.get("criterion")
+    return {
+        "model": _short(str(protocol.get("model") or "a model")),
+        "pattern": protocol.get("pattern"),
+        "criterion": _CRITERIA.get(criterion or "", criterion),
+    }
+
+
+def _short(model: str) -> str:
+    """A folder by its last name alone; a hub id as it is."""
+    return Path(model).name or model if model.startswith(("/", ".", "~")) or model.count("/") > 1 else model
+
+
+def perplexities(results: Mapping[str, Any]) -> dict[str, float]:
+    """Those that are known of the dense, the pruned and the fine-tuned model."""
+    found = results.get("perplexity") or {}
+    return {name: found[name] for name in MODELS if found.get(name) is not None}
+
+
+def headline(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The figures that people ask for first: label, value, and what it means."""
+    rows = [("Gap closed", *gap(results))]
+    sparsity = results.get("sparsity") or {}
+    if sparsity.get("overall") is not None:
+        matrices = f"of {len(sparsity.get('tensors') or {})} matrices"
+        skipped = len(sparsity.get("skipped") or [])
+        rows.append(("Sparsity", share(sparsity["overall"]), matrices + (f"; {skipped} left dense" if skipped else "")))
+    if seconds := results.get("seconds"):
+        rows.append(("Time", duration(sum(seconds.values())), f"{len(seconds)} stages"))
+    if peak := results.get("peak_rss_bytes"):
+        rows.append(("Peak memory", size(peak), "resident, of the whole process"))
+    return rows
+
+
+def gap(results: Mapping[str, Any]) -> tuple[str, str]:
+    """The gap closed, or that it is not defined, and what that means."""
+    value = gap_value(results)
+    if value is None:
+        return "not defined", _why_no_gap(perplexities(results))
+    if value < 0:
+        return share(value), "fine-tuning made the model worse"
+    return share(value), "of the loss that pruning cost"
+
+
+def gap_value(results: Mapping[str, Any]) -> float | None:
+    """The gap closed, where it is defined."""
+    value = results.get("gap_closed")
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _why_no_gap(models: Mapping[str, float]) -> str:
+    if len(models) < len(MODELS):
+        return "perplexities are missing"
+    if not all(map(math.isfinite, models.values())):
+        return "perplexities are not finite"
+    return "pruning did not raise the perplexity"

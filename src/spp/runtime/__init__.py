@@ -1,0 +1,1 @@
+"""The machine under the work: devices, processes, memory, progress."""

@@ -1,0 +1,43 @@
+"""Which device to compute on, and in which dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from spp.errors import UsageError
+from spp.runtime import distributed
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that `auto` or a name stands for: an accelerator where there is one, else the CPU.
+
+    Of several processes that torchrun started on a machine, each gets an accelerator of its own.
+
+    Raises:
+        UsageError: the device is unknown or not on this machine, or one and the same for several processes.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        picked = (accelerator or torch.device("cpu")) if device == "auto" else torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device {device!r} is unknown; use auto, cpu, cuda, cuda:1 or mps") from None
+    if picked.type != "cpu" and (number := distributed.local_rank()) is not None:
+        if picked.index is not None:
+            raise UsageError(f"device {device!r} is one for several processes; pass --device {picked.type}")
+        if number >= (count := torch.accelerator.device_count()):
+            raise UsageError(f"{count} accelerators are not enough for {number + 1} processes; start no more than that")
+        picked = torch.device(picked.type, number)
+    known = picked.type == "cpu" or (accelerator is not None and picked.type == accelerator.type)
+    if not known or (picked.type != "cpu" and (picked.index or 0) >= torch.accelerator.device_count()):
+        raise UsageError(f"device {device!r} is not on this machine; pass --device auto or cpu")
+    return picked
+
+
+def compute_dtype(asked: str, device: torch.device) -> str | torch.dtype:
+    """What transformers gets as `dtype`: the asked one; for `auto` fp32 on a CPU, else the checkpoint's own.
+
+    Every bf16 and fp16 weight is exact in fp32, and most CPUs multiply fp32 several times faster.
+    """
+    if asked != "auto":
+        return getattr(torch, asked)
+    return torch.float32 if device.type == "cpu" else "auto"

@@ -1,1 +1,0 @@
-"""The stages of the pipeline, one a file; they exchange folders and JSON manifests only."""

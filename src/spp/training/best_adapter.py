@@ -1,0 +1,58 @@
+"""The best adapter of a training run, by its loss on examples that were held out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from spp.checkpoints.atomic_folder import new_folder
+from spp.checkpoints.json_files import read_json, write_json
+
+_WEIGHTS, _RECORD = "adapter.safetensors", "best.json"
+
+
+class Best(TrainerCallback):
+    """Keeps the adapter of the lowest validation loss, apart from the checkpoints to resume from.
+
+    Args:
+        folder: where; the best of an earlier part of the same run is found again.
+        tensors: the adapter's, as they are now.
+
+    Attributes:
+        loss: of the best so far, in nats per token.
+        step: after which it was.
+    """
+
+    def __init__(self, folder: Path, tensors: Callable[[], dict[str, Tensor]]) -> None:
+        self._folder, self._tensors = folder, tensors
+        self.loss, self.step = math.inf, 0
+        if (record := folder / _RECORD).is_file():
+            self.loss, self.step = (read_json(record)[name] for name in ("loss", "step"))
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = (metrics or {}).get("eval_loss", math.nan)
+        if not loss < self.loss:
+            return
+        self.loss, self.step = loss, state.global_step
+        tensors = self._tensors()  # of which every process may have a part
+        if state.is_world_process_zero:
+            with new_folder(self._folder, overwrite=True) as partial:
+                save_file({name: one.contiguous() for name, one in tensors.items()}, partial / _WEIGHTS)
+                write_json(partial / _RECORD, {"loss": loss, "step": state.global_step})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The best adapter's."""
+        return load_file(self._folder / _WEIGHTS)

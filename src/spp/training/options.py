@@ -1,0 +1,121 @@
+"""Options of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from spp.adapters.options import AdapterSettings
+from spp.options import LoadingOptions, Options, OutputOptions, SeedSettings, WindowSettings
+
+
+class ExampleSettings(Options):
+    """How text becomes examples to train on."""
+
+    packing: bool | None = Field(
+        None,
+        description="join documents and cut them into full windows "
+        "(default: where documents are longer than a window on average)",
+    )
+    max_tokens: int | None = Field(
+        None, ge=2, description="read only the first so many tokens of the data, as a stream (default: all of it)"
+    )
+    completion_only: bool = Field(
+        False, description="loss on answers alone: completions, Alpaca's output, the assistant's messages"
+    )
+
+
+class TeacherSettings(Options):
+    """Learning from the dense model as well as from the data."""
+
+    teacher: str | None = Field(
+        None, description="dense model to learn from: a folder, a hub id, or what spp cache-teacher wrote"
+    )
+    teacher_weight: float = Field(
+        0.5, ge=0, le=1, description="share of the loss that is the divergence from the teacher; the rest is the data's"
+    )
+    teacher_temperature: float | None = Field(
+        None, gt=0, description="temperature of both distributions (default: 1, or that of the cache)"
+    )
+    teacher_features: float = Field(
+        0.0, ge=0, description="weight of the relative squared error of every block's output; 0 leaves it out"
+    )
+
+    @model_validator(mode="after")
+    def _check_teacher(self) -> Self:
+        given = [name for name, field in TeacherSettings.model_fields.items() if getattr(self, name) != field.default]
+        if self.teacher is None and given:
+            names = ", ".join(name.replace("_", "-") for name in given)
+            raise ValueError(f"{names}: there is no teacher to learn from; pass --teacher")
+        return self
+
+
+class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
+    """How the adapter is trained. `recipes/paper.yaml` has the published values."""
+
+    learning_rate: float = Field(2e-2, gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay on A and B")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps over which the rate rises")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="how the rate falls after warm-up")
+    epochs: float = Field(1.0, gt=0, description="passes over the training data")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps, whatever the epochs")
+    batch_size: int = Field(8, ge=1, description="sequences per optimiser step, over all processes")
+    device_batch_size: int | None = Field(
+        None, ge=1, description="sequences computed at once on a device (default: batch-size, at most 8)"
+    )
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="recompute activations in backward: less memory, slower (default: where training would not fit "
+        "without)",
+    )
+    pack: bool | None = Field(
+        None,
+        description="keep the base weights packed, without their zeros (default: where 30 % or more are zero)",
+    )
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="keep the base in 4 or 8 bits while training (bitsandbytes); merge into the model as it was before",
+    )
+    save_steps: int = Field(100, ge=1, description="optimiser steps between checkpoints to resume from")
+    keep: int = Field(2, ge=1, description="checkpoints to keep while training; the best adapter is kept besides")
+    validation: int = Field(
+        0, ge=0, description="hold out so many examples, and take the adapter that has the lowest loss on them"
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="optimiser steps between evaluations on the held-out examples (default: save-steps)"
+    )
+    sharding: Literal["none", "fsdp", "zero3"] = Field(
+        "none",
+        description="what several processes do with the model: none gives each all of it (DDP), fsdp and zero3 "
+        "(DeepSpeed) a share",
+    )
+    report_to: str = Field(
+        "none", description="also log to tensorboard, wandb, trackio, ... (names separated by commas)"
+    )
+
+    @model_validator(mode="after")
+    def _check_base(self) -> Self:
+        excluded = {"pack": self.pack is True, f"sharding {self.sharding}": self.sharding != "none"}
+        if self.quantize != "none" and (names := [name for name, given in excluded.items() if given]):
+            raise ValueError(f"quantize {self.quantize} does not go with {' or '.join(names)}; leave one of them out")
+        return self
+
+
+class TrainOptions(TrainingSettings, WindowSettings, SeedSettings, LoadingOptions, OutputOptions):
+    """`spp train MODEL OUT --data FILE`: fine-tune a sparse model with SPP."""
+
+    model: str = Field(description="sparse model, whoever pruned it: a folder or a hub id")
+    out: Path = Field(description="folder for the adapter")
+    data: str = Field("python-stdlib", description="training data: a file, a datasets id, or python-stdlib")
+
+
+class CacheTeacherOptions(ExampleSettings, WindowSettings, LoadingOptions, OutputOptions):
+    """`spp cache-teacher MODEL OUT --data FILE`: ask a dense model once, so that training holds one model only."""
+
+    model: str = Field(description="dense model: a folder or a hub id")
+    out: Path = Field(description="folder for its answers, to be given to spp train as --teacher")
+    data: str = Field("python-stdlib", description="training data: a file, a datasets id, or python-stdlib")
+    top_k: int = Field(64, ge=1, description="keep so many of the likeliest tokens of each distribution")
+    temperature: float = Field(1.0, gt=0, description="temperature of the distributions")

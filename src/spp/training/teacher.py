@@ -1,0 +1,193 @@
+"""Teachers: what a batch ought to be predicted like, from a dense model or from what one has been asked before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spp.checkpoints.checkpoint import MANIFEST
+from spp.checkpoints.hub import resolve_model
+from spp.checkpoints.json_files import read_object
+from spp.data.examples import IGNORED, Example, digest
+from spp.errors import UsageError
+from spp.models.loading import load_model
+from spp.runtime.devices import compute_dtype
+from spp.training.distillation_loss import divergence, divergence_of_top
+from spp.training.options import TrainOptions
+from spp.training.sharding import divide
+
+CACHE_FILE = "teacher.safetensors"
+CACHE_KIND = "teacher-cache"
+CACHED_TOGETHER = 64
+"""Examples whose distributions are one tensor in the cache."""
+
+_KINDS = ("tokens", "log_probabilities")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher has to say of a batch.
+
+    Attributes:
+        divergence: the student's logits of all predicted tokens, (N, V) -> the sum of their divergences, a scalar.
+        features: outputs of the teacher's blocks at the predicted tokens, (N, H) each; empty if they are not wanted.
+    """
+
+    divergence: Callable[[Tensor], Tensor]
+    features: tuple[Tensor, ...] = ()
+
+
+class Teacher(Protocol):
+    """Where lessons come from."""
+
+    def lesson(self, batch: dict[str, Any], examples: Sequence[int]) -> Lesson:
+        """What to learn from a batch.
+
+        Args:
+            batch: input_ids, attention_mask and labels, (N, T) each.
+            examples: numbers of its examples among all, (N,).
+        """
+        ...
+
+
+def predicted(labels: Tensor) -> Tensor:
+    """True where a position (N, T - 1) predicts a token that counts: that of the label after it (N, T)."""
+    return labels[:, 1:] != IGNORED
+
+
+class LiveTeacher:
+    """A dense model, run beside the student.
+
+    Args:
+        model: in eval mode, on the student's device, or on the CPU until `divide` is called.
+        temperature: of both distributions.
+        features: whether outputs of its blocks are wanted.
+    """
+
+    def __init__(self, model: PreTrainedModel, temperature: float, *, features: bool) -> None:
+        self._model, self._temperature, self._features = model, temperature, features
+
+    def divide(self, device: torch.device) -> None:
+        """Leave each of several processes a share of the model, as FSDP does with the student's."""
+        divide(self._model, device)
+
+    @torch.no_grad()
+    def lesson(self, batch: dict[str, Any], examples: Sequence[int]) -> Lesson:
+        rows = predicted(batch["labels"])
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        output = self._model(**inputs, use_cache=False, output_hidden_states=self._features)
+        logits = output.logits[:, :-1][rows]
+        features = tuple(one[:, :-1][rows] for one in output.hidden_states[1:]) if self._features else ()
+        return Lesson(lambda student: divergence(student, logits, self._temperature), features)
+
+
+class CachedTeacher:
+    """What `spp cache-teacher` wrote.
+
+    Args:
+        folder: of the cache.
+        temperature: that the teacher was asked at.
+        examples: all that it was asked about.
+    """
+
+    def __init__(self, folder: Path, temperature: float, examples: Sequence[Example]) -> None:
+        self._file = safe_open(folder / CACHE_FILE, framework="pt")
+        self._temperature = temperature
+        self._rows: list[slice] = []  # of each example in its part
+        end = 0
+        for index, one in enumerate(examples):
+            start = end if index % CACHED_TOGETHER else 0
+            end = start + one.predictions
+            self._rows.append(slice(start, end))
+
+    def lesson(self, batch: dict[str, Any], examples: Sequence[int]) -> Lesson:
+        device = batch["labels"].device
+        tokens, log_probabilities = (
+            torch.cat([self._read(kind, example) for example in examples]).to(device) for kind in _KINDS
+        )
+        return Lesson(lambda student: divergence_of_top(student, tokens, log_probabilities, self._temperature))
+
+    def _read(self, kind: str, example: int) -> Tensor:
+        rows: Any = self._file.get_slice(f"{kind}.{example // CACHED_TOGETHER}")
+        return rows[self._rows[example]]
+
+
+def cached_names(part: int) -> tuple[str, str]:
+    """Names in the cache of the tokens of a part, and of their log-probabilities."""
+    tokens, log_probabilities = (f"{kind}.{part}" for kind in _KINDS)
+    return tokens, log_probabilities
+
+
+def open_teacher(
+    options: TrainOptions, examples: Sequence[Example], vocabulary: int, device: torch.device
+) -> Teacher | None:
+    """The teacher that the options name, if they name one.
+
+    Args:
+        options: of the training run.
+        examples: all that there are, also those that are held out.
+        vocabulary: the student's.
+        device: where a model is put.
+
+    Raises:
+        UsageError: the teacher has another vocabulary, or its cache was made for other examples or settings.
+    """
+    if options.teacher is None:
+        return None
+    folder = resolve_model(options.teacher)
+    if (manifest := cache_manifest(folder)) is not None:
+        _require_fit(options, manifest, examples, vocabulary)
+        return CachedTeacher(folder, manifest["temperature"], examples)
+    dtype = teacher_dtype(options.dtype, device)
+    place = "cpu" if options.sharding == "fsdp" else None  # until it is divided
+    model = load_model(options.teacher, options, dtype=dtype, device=place).requires_grad_(False)
+    found = model.config.get_text_config().vocab_size
+    _require_vocabulary(options.teacher, found, vocabulary)
+    temperature = 1.0 if options.teacher_temperature is None else options.teacher_temperature
+    return LiveTeacher(model, temperature, features=options.teacher_features > 0)
+
+
+def teacher_dtype(asked: str, device: torch.device) -> torch.dtype:
+    """What a teacher computes in: what is asked for; for `auto` fp32 on a CPU, else bf16."""
+    dtype = compute_dtype(asked, device)
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+
+
+def cache_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a cache says of itself; None for any other folder."""
+    manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    return manifest if manifest.get("kind") == CACHE_KIND else None
+
+
+def _require_vocabulary(teacher: str, found: int, vocabulary: int) -> None:
+    if found != vocabulary:
+        raise UsageError(
+            f"teacher {teacher} has a vocabulary of {found} tokens, and the model one of {vocabulary}; "
+            "take the dense model that the sparse one was made from"
+        )
+
+
+def _require_fit(
+    options: TrainOptions, manifest: Mapping[str, Any], examples: Sequence[Example], vocabulary: int
+) -> None:
+    teacher = str(options.teacher)
+    _require_vocabulary(teacher, manifest["vocabulary"], vocabulary)
+    if manifest["examples"] != digest(examples):
+        raise UsageError(
+            f"teacher {teacher} was asked about other examples; give spp cache-teacher the same --data, --window, "
+            "--max-tokens, --packing and --completion-only, and a teacher with the same tokenizer"
+        )
+    if options.teacher_temperature not in (None, manifest["temperature"]):
+        raise UsageError(
+            f"teacher {teacher} was asked at temperature {manifest['temperature']}, and not at "
+            f"{options.teacher_temperature}; leave out --teacher-temperature, or ask again"
+        )
+    if options.teacher_features:
+        raise UsageError("teacher-features needs a model as teacher; a cache has only its predictions")

@@ -1,0 +1,194 @@
+"""Fine-tune a sparse model with SPP: transformers' Trainer with our examples, operator and checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from spp._version import __version__
+from spp.checkpoints.atomic_folder import check_output, new_folder
+from spp.checkpoints.checkpoint import MANIFEST, Checkpoint
+from spp.checkpoints.fingerprint import base_fingerprint
+from spp.checkpoints.hub import resolve_model
+from spp.checkpoints.json_files import write_json
+from spp.data.examples import Example, digest
+from spp.models.architecture import sparsity, stacked_weights
+from spp.models.loading import context_window, load_base
+from spp.models.packed_linear import PackedLinear
+from spp.models.quantized import quantise_, require_bitsandbytes
+from spp.runtime import distributed
+from spp.runtime.devices import compute_dtype, pick_device
+from spp.runtime.memory import peak_memory_bytes, return_freed_memory
+from spp.training.memory_estimate import needs_checkpointing
+from spp.training.new_adapter import target_layers, with_new_adapter
+from spp.training.options import TrainingSettings, TrainOptions
+from spp.training.sharding import require_sharding
+from spp.training.teacher import open_teacher
+from spp.training.trainer_arguments import batching, reports
+from spp.training.training_data import hold_out, training_examples
+from spp.training.training_run import Fitting
+
+logger = logging.getLogger("spp")
+
+_DENSE_BELOW = 0.01
+# What a run may go on with in another way; the model and the data are compared by what is in them.
+_FREE_ON_RESUME = {"out", "overwrite", "device", "model", "data", "save_steps", "keep", "report_to"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """The result of `train`.
+
+    Attributes:
+        steps: optimiser steps.
+        examples: sequences to train on, after packing.
+        tokens: tokens trained on, without padding.
+        seconds: time in training, without loading; like `tokens` it includes what was done before a resume.
+        trainable_parameters: entries of A and B.
+        sparsity: share of zeros in the adapted weights.
+        packed: how many of them are packed.
+        peak_memory_bytes: on the device where it is CUDA, else of the process.
+        losses: (step, mean loss of its batch in nats per token), for every step.
+        validation: (step, mean loss on the examples that were held out in nats per token), for every evaluation.
+        best_step: after which the adapter was as it was written; None where nothing was held out.
+    """
+
+    out: Path
+    data: str
+    steps: int
+    examples: int
+    tokens: int
+    window: int
+    packing: bool
+    seconds: float
+    tokens_per_second: float
+    trainable_parameters: int
+    sparsity: float
+    packed: int
+    learning_rate: float
+    batch_size: int
+    peak_memory_bytes: int
+    losses: list[tuple[float, float]]
+    validation: list[tuple[float, float]]
+    best_step: int | None
+
+
+def train(options: TrainOptions) -> TrainReport:
+    """Write `options.out`: an SPP adapter for a sparse model. A killed run with the same options is resumed.
+
+    Checkpoints lie beside `out`, in `<out>.checkpoints`, until the adapter is written.
+
+    Raises:
+        UsageError: a wrong option, a missing model or file, a full output folder, modules that the model lacks.
+        SppError: a damaged model, or a loss or factor that is not finite.
+    """
+    folder = resolve_model(options.model)
+    source = Checkpoint.open(folder)
+    check_output(options.out, options.overwrite, inputs=(folder,))
+    source.require_unquantised("give the sparse model as it was before quantisation")
+    sequences, _ = batching(options)
+    require_sharding(options)
+    if options.quantize != "none":
+        require_bitsandbytes()
+    reports(options)
+    base = base_fingerprint(folder)
+
+    device = pick_device(options.device)
+    # The Trainer moves the model to the device; each of several processes has its own.
+    dtype = compute_dtype(options.dtype, device)
+    pack = False if options.quantize != "none" else options.pack
+    model = load_base(options.model, options, dtype=dtype, pack=pack, on=device)
+    window = context_window(model.config, options.window)
+    examples, packing = training_examples(options, window, model.config.get_text_config().vocab_size)
+    teacher = open_teacher(options, examples, model.config.get_text_config().vocab_size, device)
+    targets = target_layers(model, options.target_modules)
+    share_of_zeros = sparsity(targets.values())
+    if share_of_zeros < _DENSE_BELOW:
+        logger.warning(
+            "%s IS DENSE: %.2f %% of its weights are zero. SPP keeps zeros, and there are none to keep; "
+            "prune it first (spp prune), or use LoRA",
+            options.model,
+            100 * share_of_zeros,
+        )
+    if unreached := stacked_weights(model):
+        logger.warning("%d weights are no linear layers and get no adapter, e.g. %s", len(unreached), unreached[0])
+    batch = torch.Size((sequences, max(len(one.input_ids) for one in examples)))
+    checkpointing = needs_checkpointing(options, model, batch, device)
+    if checkpointing and options.gradient_checkpointing is None:
+        logger.info("gradient checkpointing is on: the batch would not fit into memory without")
+    if checkpointing and device.type == "cpu":
+        return_freed_memory()  # where memory counts more than speed, anyway
+    if options.quantize != "none":
+        targets = quantise_(model, targets, options.quantize, device)
+    set_seed(options.seed)
+    adapted = with_new_adapter(model, targets, options)
+    fitting = Fitting(
+        adapted,
+        *hold_out(examples, options),
+        teacher,
+        options,
+        folder=_beside(options.out),
+        request=_request(options, base, examples),
+        device=device,
+        gradient_checkpointing=checkpointing,
+    )
+    fitted = fitting.run()
+    report = TrainReport(
+        out=options.out,
+        data=options.data,
+        steps=fitted.steps,
+        examples=len(examples) - options.validation,
+        tokens=fitted.tokens,
+        window=window,
+        packing=packing,
+        seconds=fitted.seconds,
+        tokens_per_second=fitted.tokens / max(fitted.seconds, 1e-9),
+        trainable_parameters=sum(factor.numel() for factor in fitted.factors.values()),
+        sparsity=share_of_zeros,
+        packed=sum(isinstance(target, PackedLinear) for target in targets.values()),
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        peak_memory_bytes=peak_memory_bytes(fitted.device),
+        losses=fitted.losses,
+        validation=fitted.validation,
+        best_step=fitted.best_step,
+    )
+    if fitted.is_first:
+        # Only now: PEFT asks the hub about a hub id whenever it saves a checkpoint.
+        adapted.peft_config["default"].base_model_name_or_path = options.model
+        with new_folder(options.out, overwrite=options.overwrite) as partial:
+            adapted.save_pretrained(str(partial), state_dict=fitted.factors, save_embedding_layers=False)
+            write_json(partial / MANIFEST, _manifest(options, base, report))
+        fitting.remove_checkpoints()
+    return report
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.checkpoints")
+
+
+def _request(options: TrainOptions, base: str, examples: list[Example]) -> dict[str, Any]:
+    """All that the adapter depends on; a checkpoint made for anything else is not resumed."""
+    what = options.model_dump(mode="json", exclude=_FREE_ON_RESUME)
+    if options.sharding == "zero3":
+        what["processes"] = distributed.started()  # DeepSpeed's checkpoints are of that number
+    return {**what, "base": base, "examples": digest(examples), "version": __version__}
+
+
+def _manifest(options: TrainOptions, base: str, report: TrainReport) -> dict[str, Any]:
+    settings = options.model_dump(mode="json", include=set(TrainingSettings.model_fields) | {"window", "seed"})
+    return {
+        "tool": "spp",
+        "version": __version__,
+        "kind": "adapter",
+        "base": {"model": options.model, "fingerprint": base},
+        "data": options.data,
+        "settings": settings,
+        "steps": report.steps,
+        "tokens": report.tokens,
+    }

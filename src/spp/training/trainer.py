@@ -1,0 +1,130 @@
+"""transformers' Trainer with our batches, the loss of a teacher, and a validation loss."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Trainer
+
+from spp.data.examples import Example, collate
+from spp.runtime import distributed
+from spp.training.options import TrainingSettings
+from spp.training.teacher import Lesson, LiveTeacher, Teacher, predicted
+
+Item = tuple[int, Example]
+"""An example and its number among all."""
+
+_NUMBERS = "examples"
+
+
+class SppTrainer(Trainer):
+    """Without a teacher, the model's own loss. With one, per token
+
+        (1 - w) * cross-entropy + w * divergence from the teacher + f * error of the blocks' outputs
+
+    where the last is the mean over blocks of |h - h_teacher|^2 / |h_teacher|^2.
+
+    Args:
+        items: to train on.
+        held_out: to evaluate on; may be empty.
+        teacher: whom to learn from, or None.
+        settings: w and f.
+        arguments: the Trainer's own.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        held_out: Sequence[Example],
+        teacher: Teacher | None,
+        settings: TrainingSettings,
+        **arguments: Any,
+    ) -> None:
+        loss = {} if teacher is None else {"compute_loss_func": self._loss}
+        super().__init__(
+            train_dataset=items,  # pyright: ignore[reportArgumentType]
+            eval_dataset=held_out or None,  # pyright: ignore[reportArgumentType]
+            data_collator=_batch,
+            **loss,
+            **arguments,
+        )
+        if self.is_fsdp_enabled and isinstance(teacher, LiveTeacher):
+            teacher.divide(self.args.device)
+        self._held_out, self._teacher, self._lesson = held_out, teacher, None
+        self._weight, self._features = settings.teacher_weight, settings.teacher_features
+        self._last: deque[Tensor] = deque(maxlen=self.args.gradient_accumulation_steps)
+
+    @property
+    def examples_of_the_step(self) -> list[int]:
+        """Numbers of the examples of the last step on this process, in order."""
+        return [number for numbers in self._last for number in numbers.tolist()]
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer does it; the teacher sees the batch first."""
+        self._last.append(inputs.pop(_NUMBERS))
+        if self._teacher is not None:
+            self._lesson = self._teacher.lesson(inputs, self._last[-1].tolist())
+            if self._features:
+                inputs["output_hidden_states"] = True
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        lesson: Lesson | None = self._lesson
+        assert lesson is not None
+        rows = predicted(labels)
+        logits = outputs.logits[:, :-1][rows]
+        count = len(logits) if num_items_in_batch is None else num_items_in_batch
+        data = F.cross_entropy(logits.float(), labels[:, 1:][rows], reduction="sum")
+        total = (1 - self._weight) * data + self._weight * lesson.divergence(logits)
+        if self._features:
+            total = total + self._features * _feature_error(outputs.hidden_states[1:], lesson.features, rows)
+        return total / count
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The loss on the held-out examples, in nats per token; without a teacher's share."""
+        metrics = {"eval_loss": self._validation_loss()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float:
+        """The same number in every process, each of which computes some of the batches."""
+        model: Any = self.model_wrapped
+        size = self.args.per_device_train_batch_size
+        batches = [self._held_out[first : first + size] for first in range(0, len(self._held_out), size)]
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=distributed.device())
+        for first in range(0, len(batches), distributed.count()):
+            number = first + distributed.rank()
+            # The last batch again, where there is none left: those who share a model wait for each other.
+            batch = self._prepare_inputs(collate(batches[min(number, len(batches) - 1)]))  # pyright: ignore[reportArgumentType]
+            labels = batch.pop("labels")
+            rows = predicted(labels)
+            logits = model(**batch).logits[:, :-1][rows]
+            if number < len(batches):
+                sums[0] += F.cross_entropy(logits.float(), labels[:, 1:][rows], reduction="sum").item()
+                sums[1] += len(logits)
+        model.train(was_training)
+        total, count = distributed.add_up(sums).tolist()
+        return total / count
+
+
+def _batch(items: Sequence[Item]) -> dict[str, Tensor]:
+    return {**collate([one for _, one in items]), _NUMBERS: torch.tensor([number for number, _ in items])}
+
+
+def _feature_error(states: tuple[Tensor, ...], expected: tuple[Tensor, ...], rows: Tensor) -> Tensor:
+    """Sum over tokens of the mean over blocks of the relative squared error."""
+    errors = []
+    for state, target in zip(states, expected, strict=True):
+        target = target.float()
+        difference = (state[:, :-1][rows].float() - target).square().sum(dim=-1)
+        errors.append(difference / target.square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny))
+    return torch.stack(errors).mean(dim=0).sum()

@@ -1,0 +1,138 @@
+"""Our training options as the arguments of transformers' Trainer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+from spp.errors import UsageError
+from spp.runtime import distributed
+from spp.training.options import TrainingSettings, TrainOptions
+from spp.training.sharding import sharding_arguments
+
+_MOST_AT_ONCE = 8
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+def batching(options: TrainingSettings) -> tuple[int, int]:
+    """Sequences at once on a device, and how many such batches make a step.
+
+    Raises:
+        UsageError: the batch does not divide.
+    """
+    count = distributed.started()
+    if options.batch_size % count:
+        raise UsageError(
+            f"batch-size {options.batch_size} does not divide over {count} processes; make it a multiple of them"
+        )
+    share = _share(options)
+    at_once = options.device_batch_size
+    if at_once is None:
+        at_once = max(count for count in range(1, min(share, _MOST_AT_ONCE) + 1) if share % count == 0)
+    if share % at_once:
+        raise UsageError(
+            f"device-batch-size {at_once} does not divide the {share} sequences of a step that each of {count} "
+            f"process(es) computes (batch-size {options.batch_size}); choose a divisor"
+        )
+    return at_once, share // at_once
+
+
+def reports(options: TrainingSettings) -> list[str]:
+    """Where to log to besides the report.
+
+    Raises:
+        UsageError: a name is not known, or its library is not installed.
+    """
+    wanted = [name.strip() for name in options.report_to.split(",") if name.strip() not in ("", "none")]
+    available = get_available_reporting_integrations()
+    if missing := [name for name in wanted if name not in available]:
+        raise UsageError(
+            f"report-to: {', '.join(missing)} cannot be used here, because it is not installed or not known to "
+            f"transformers; available: {', '.join(available) or 'none'}"
+        )
+    return wanted
+
+
+def smaller_batch(options: TrainingSettings, sequences: int) -> int | None:
+    """The next smaller number of sequences at once that gives the same steps, where the user leaves it to us.
+
+    Several processes could not agree on it, since only one of them may be out of memory.
+    """
+    if options.device_batch_size is not None or distributed.started() > 1:
+        return None
+    return max((count for count in range(1, sequences) if options.batch_size % count == 0), default=None)
+
+
+def training_arguments(
+    options: TrainOptions,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    sequences: int,
+    *,
+    gradient_checkpointing: bool,
+) -> TrainingArguments:
+    """The Trainer's arguments.
+
+    Args:
+        options: ours.
+        folder: where checkpoints go.
+        dtype: that the model computes in.
+        device: to train on.
+        sequences: at once on a device.
+        gradient_checkpointing: whether to recompute activations in backward.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=sequences,
+        gradient_accumulation_steps=_share(options) // sequences,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        warmup_steps=options.warmup_ratio if options.warmup_ratio < 1 else 1 - 1e-9,  # below 1 it is a share
+        lr_scheduler_type=_SCHEDULES[options.schedule],
+        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        fp16=dtype == torch.float16 and device.type != "cpu",  # scales the loss, which fp16 gradients need
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        save_total_limit=options.keep,
+        eval_strategy="steps" if options.validation else "no",
+        eval_steps=options.eval_steps or options.save_steps,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        seed=options.seed,
+        report_to=reports(options),
+        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
+        **sharding_arguments(options, dtype),
+    )
+    if device.type == "cpu":
+        _use(arguments, device)
+    elif "WORLD_SIZE" not in os.environ and torch.accelerator.device_count() > 1:
+        chosen = torch.device(device.type, device.index or 0)
+        torch.accelerator.set_device_index(chosen.index)
+        _use(arguments, chosen)
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _use(arguments: TrainingArguments, device: torch.device) -> None:
+    """Replace the device that the arguments found for themselves.
+
+    A single process would take the first GPU, whatever was asked for, and spread its batches over all that it sees.
+    One of several on a CPU would take "cpu:0", which optimiser states cannot be loaded to.
+    """
+    arguments.__dict__["_setup_devices"] = device  # the cache behind `arguments.device`
+
+
+def _share(options: TrainingSettings) -> int:
+    """Sequences of a step that one process computes."""
+    return options.batch_size // distributed.started()

@@ -1,0 +1,218 @@
+"""Train the factors of a model with transformers' Trainer: resumed, in batches that fit, ending with the best ones."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PrinterCallback, set_seed
+from transformers.trainer_callback import ProgressCallback
+
+from spp.data.examples import Example
+from spp.errors import SppError
+from spp.ops.zeros import all_finite
+from spp.training.best_adapter import Best
+from spp.training.checkpoints import Checkpoints
+from spp.training.options import TrainOptions
+from spp.training.progress_callback import LossNotFinite, Watch
+from spp.training.sharding import set_factors, whole_factors
+from spp.training.teacher import Teacher
+from spp.training.trainer import Item, SppTrainer
+from spp.training.trainer_arguments import batching, smaller_batch, training_arguments
+
+logger = logging.getLogger("spp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """How training went.
+
+    Attributes:
+        factors: name of every trained parameter -> its value in the end, the best or the last one.
+        steps: optimiser steps.
+        tokens: trained on, without padding; like `seconds` it includes what was done before a resume.
+        seconds: in training.
+        losses: (step, loss), for every step.
+        validation: (step, loss on what was held out), for every evaluation.
+        best_step: after which the adapter was as it is now; None where nothing was held out.
+        device: that it was on.
+        is_first: whether this is the process that writes.
+    """
+
+    factors: dict[str, Tensor]
+    steps: int
+    tokens: int
+    seconds: float
+    losses: list[tuple[float, float]]
+    validation: list[tuple[float, float]]
+    best_step: int | None
+    device: torch.device
+    is_first: bool
+
+
+class Fitting:
+    """A training run, which may have to be tried with fewer sequences at once.
+
+    Args:
+        adapted: the model with a new adapter, which is trained in place.
+        items: what to train on.
+        held_out: what to evaluate on; may be empty.
+        teacher: whom to learn from, or None.
+        options: of the run.
+        folder: of its checkpoints; made if it is not there.
+        request: everything that the result depends on, as JSON values.
+        device: to train on.
+        gradient_checkpointing: whether to recompute activations in backward.
+    """
+
+    def __init__(
+        self,
+        adapted: PeftModel,
+        items: Sequence[Item],
+        held_out: Sequence[Example],
+        teacher: Teacher | None,
+        options: TrainOptions,
+        *,
+        folder: Path,
+        request: dict[str, Any],
+        device: torch.device,
+        gradient_checkpointing: bool,
+    ) -> None:
+        self._adapted, self._items, self._held_out, self._teacher = adapted, items, held_out, teacher
+        self._options, self._folder, self._request, self._device = options, folder, request, device
+        self._gradient_checkpointing = gradient_checkpointing
+        self._first = whole_factors(adapted)
+        self._checkpoints: Checkpoints | None = None
+
+    def run(self) -> Fitted:
+        """Train to the end.
+
+        Raises:
+            SppError: a loss or factor that is not finite, or no batch fits into memory.
+        """
+        sequences: int | None = batching(self._options)[0]
+        while sequences is not None:
+            trainer, watch, latest = self._trainer(sequences)
+            if self._runs_through(trainer, watch, latest):
+                return self._finished(trainer, watch)
+            del trainer, watch  # what they hold is in the way of the next try
+            torch.cuda.empty_cache()
+            set_factors(self._adapted, self._first)
+            if fewer := smaller_batch(self._options, sequences):
+                logger.warning("%d sequences at once do not fit into memory; going on with %d", sequences, fewer)
+            sequences = fewer
+        raise SppError(
+            "out of memory: lower --device-batch-size (the result stays the same) or --window, or pass "
+            "--gradient-checkpointing"
+        )
+
+    def remove_checkpoints(self) -> None:
+        """When the adapter is safe."""
+        if self._checkpoints is not None:
+            self._checkpoints.remove()
+
+    def _trainer(self, sequences: int) -> tuple[SppTrainer, Watch, Path | None]:
+        """The Trainer, and the checkpoint to go on from."""
+        options = self._options
+        set_seed(options.seed)
+        if options.report_to != "none":
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(options.out.with_name(f"{options.out.name}.logs")))
+        arguments = training_arguments(
+            options,
+            self._folder,
+            self._adapted.dtype,
+            self._device,
+            sequences,
+            gradient_checkpointing=self._gradient_checkpointing,
+        )
+        with arguments.main_process_first(local=False):  # the first process tidies up, the others find it done
+            self._checkpoints = Checkpoints(self._folder, self._request, overwrite=options.overwrite)
+            latest = self._checkpoints.latest()
+        watch = Watch()
+        best = [self._best()] if self._held_out else []
+        trainer = SppTrainer(
+            self._items,
+            self._held_out,
+            self._teacher,
+            options,
+            model=self._adapted,
+            args=arguments,
+            callbacks=[watch, self._checkpoints, *best],
+        )
+        for printer in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(printer)
+        return trainer, watch, latest
+
+    def _runs_through(self, trainer: SppTrainer, watch: Watch, latest: Path | None) -> bool:
+        """Train; False where memory did not suffice."""
+        if latest is not None:
+            logger.info("resuming from %s", latest)
+        try:
+            trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+        except torch.OutOfMemoryError:
+            return False
+        except (OSError, RuntimeError) as error:  # torch.save has its own error for what the disk refuses
+            if not _disk_is_full(error):
+                raise
+            raise SppError(
+                f"no space is left on the disk of {self._folder} ({error}); earlier checkpoints are kept: make room, "
+                "and repeat the command to go on"
+            ) from error
+        except LossNotFinite as error:
+            examples = ", ".join(map(str, trainer.examples_of_the_step))
+            good = self._checkpoints.latest() if self._checkpoints else None
+            raise SppError(
+                f"{error} Its examples, counted from 0: {examples}. "
+                + (f"The last good checkpoint is {good}" if good else "There is no checkpoint before it")
+            ) from error
+        finally:
+            watch.close()
+        return True
+
+    def _finished(self, trainer: SppTrainer, watch: Watch) -> Fitted:
+        history, best_step = trainer.state.log_history, None
+        if self._held_out:
+            if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history):
+                trainer.evaluate()
+            trainer.accelerator.wait_for_everyone()  # for the one that writes it
+            best = self._best()
+            if not math.isfinite(best.loss):
+                raise SppError("the loss on held-out examples never was finite; nothing was written; check the data")
+            best_step, factors = best.step, best.tensors()
+        else:
+            factors = whole_factors(self._adapted)
+        _require_finite(factors)
+        return Fitted(
+            factors=factors,
+            steps=trainer.state.global_step,
+            tokens=int(trainer.state.num_input_tokens_seen),
+            seconds=watch.seconds,
+            losses=[(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
+            validation=[(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry],
+            best_step=best_step,
+            device=trainer.args.device,
+            is_first=trainer.is_world_process_zero(),
+        )
+
+    def _best(self) -> Best:
+        return Best(self._folder / "best", lambda: whole_factors(self._adapted))
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    causes = (error, error.__cause__, error.__context__)
+    return any(isinstance(one, OSError) and one.errno == errno.ENOSPC for one in causes)
+
+
+def _require_finite(factors: dict[str, Tensor]) -> None:
+    """The last step's update is seen by no loss."""
+    if not all(map(all_finite, factors.values())):
+        raise SppError("the last step made the adapter NaN or infinite; nothing was written. Lower --learning-rate")
