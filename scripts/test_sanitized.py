@@ -14,7 +14,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = ROOT / "src" / "spp" / "ops" / "native"
-TESTS = ("tests/ops/test_native.py", "tests/test_proof.py", "tests/ops/test_operator.py", "tests/test_packing.py")
+TESTS = (
+    "tests/ops/test_native.py",
+    "tests/ops/test_zero_proof.py",
+    "tests/ops/test_operator.py",
+    "tests/models/test_pack_model.py",
+)
 FLAGS = (
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spp.errors import UsageError
+from spp.patterns import NM, Unstructured
 from spp.pipeline.options import RunOptions
 from spp.pipeline.recipes import load_recipe, shipped_recipes
 from spp.pruning.options import PruneOptions
@@ -32,8 +33,8 @@ def test_what_is_required_is_said():
 
 
 def test_patterns_are_written_one_way():
-    assert RunOptions.build({"pattern": " 2 : 4 "}).pattern == "2:4"
-    assert RunOptions.build({"pattern": "0.5"}).pattern == "50%"
+    assert RunOptions.build({"pattern": " 2 : 4 "}).pattern == NM(2, 4)
+    assert RunOptions.build({"pattern": "0.5"}).pattern == Unstructured(0.5)
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spp import patterns
+from spp import keep_masks
 from spp.errors import UsageError
 from spp.patterns import NM, Pattern, Unstructured, detect_pattern, parse_pattern
 
@@ -145,13 +145,13 @@ def test_selection_is_a_stable_sort(
     if strided:
         scores = scores.T.contiguous().T
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patterns, "_PART", 30)
+        patch.setattr(keep_masks, "_PART", 30)
         if long:
-            patch.setattr(patterns, "_SMALL_GROUP", 0)
-            patch.setattr(patterns, "_LONG_ROW", 0)
-            patch.setattr(patterns, "_SAMPLE", 8)
+            patch.setattr(keep_masks, "_SMALL_GROUP", 0)
+            patch.setattr(keep_masks, "_LONG_ROW", 0)
+            patch.setattr(keep_masks, "_SAMPLE", 8)
         count = min(count, columns)
-        assert patterns.keep_all_but_lowest(scores, count).equal(patterns._reference(scores, count))
+        assert keep_masks.keep_all_but_lowest(scores, count).equal(keep_masks._reference(scores, count))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -159,8 +159,8 @@ def test_selection_is_a_stable_sort(
 def test_groups_of_columns_are_those_of_rows(size: int, dtype: torch.dtype) -> None:
     groups = adversarial_scores(size, 500, size, 0.5, dtype).nan_to_num()
     for removed in range(size + 1):
-        expected = patterns._reference(groups.T, removed).T
-        assert patterns.keep_in_groups(groups, removed).equal(expected)
+        expected = keep_masks._reference(groups.T, removed).T
+        assert keep_masks.keep_in_groups(groups, removed).equal(expected)
 
 
 @pytest.mark.parametrize("levels", [None, 2, 1000])
@@ -168,15 +168,15 @@ def test_groups_of_columns_are_those_of_rows(size: int, dtype: torch.dtype) -> N
 def test_a_long_row_has_the_exact_count(share: float, levels: int | None) -> None:
     scores = random_scores(1, 300_001, 5, levels=levels)
     mask = Unstructured(share).keep_mask(scores)
-    assert mask.equal(patterns._reference(scores, Unstructured(share).removed_of(300_001)))
+    assert mask.equal(keep_masks._reference(scores, Unstructured(share).removed_of(300_001)))
 
 
 def test_an_unlucky_sample_only_costs_time() -> None:
     row = torch.zeros(300_001)
-    row[:: 300_001 // patterns._SAMPLE] = torch.rand(len(row[:: 300_001 // patterns._SAMPLE])) + 1
+    row[:: 300_001 // keep_masks._SAMPLE] = torch.rand(len(row[:: 300_001 // keep_masks._SAMPLE])) + 1
     row[1] = -1
     for count in (1, 2, 150_000, 299_000):
-        assert patterns.keep_all_but_lowest(row[None], count).equal(patterns._reference(row[None], count))
+        assert keep_masks.keep_all_but_lowest(row[None], count).equal(keep_masks._reference(row[None], count))
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 2), NM(5, 20), Unstructured(0.3)], ids=str)
@@ -200,12 +200,12 @@ def test_transposed_scores(pattern: Pattern, dtype: torch.dtype) -> None:
     assert mask.equal(pattern.keep_mask(scores.contiguous()))
     groups = scores.unflatten(1, (-1, pattern.m if isinstance(pattern, NM) else 40))
     removed = pattern.m - pattern.n if isinstance(pattern, NM) else 12
-    assert mask.equal(patterns._reference(groups, removed).flatten(1))
+    assert mask.equal(keep_masks._reference(groups, removed).flatten(1))
 
 
 def test_nothing_to_choose_from() -> None:
     for shape in ((0, 4), (4, 0), (0, 0)):
-        assert patterns.keep_all_but_lowest(torch.zeros(shape), 0).shape == shape
+        assert keep_masks.keep_all_but_lowest(torch.zeros(shape), 0).shape == shape
     assert NM(2, 4).keep_mask(torch.zeros(0, 8)).shape == (0, 8)
 
 

@@ -35,7 +35,9 @@ if TYPE_CHECKING:  # explicit re-exports
     from spp.ops import spp_linear as spp_linear
     from spp.pipeline.options import RunOptions as RunOptions
     from spp.pipeline.run import run as run
+    from spp.pruning.in_memory import prune_model as prune_model
     from spp.pruning.options import PruneOptions as PruneOptions
+    from spp.pruning.options import PruningSettings as PruningSettings
     from spp.pruning.prune import prune as prune
     from spp.training.options import TrainOptions as TrainOptions
     from spp.training.train import train as train
@@ -46,6 +48,7 @@ _HOMES = {
     "MergeOptions": "spp.options",
     "PackedLinear": "spp.models.packed_linear",
     "PruneOptions": "spp.options",
+    "PruningSettings": "spp.pruning.options",
     "PushOptions": "spp.options",
     "RunOptions": "spp.options",
     "SppConfig": "spp.adapters.tuner",
@@ -59,6 +62,7 @@ _HOMES = {
     "merge": "spp.adapters.merge",
     "pack_": "spp.models.pack_model",
     "prune": "spp.pruning.prune",
+    "prune_model": "spp.pruning.in_memory",
     "push_to_hub": "spp.checkpoints.push",
     "run": "spp.pipeline.run",
     "spp_linear": "spp.ops",

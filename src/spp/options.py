@@ -11,20 +11,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
 from spp.errors import UsageError, raise_problems
-from spp.patterns import parse_pattern
+from spp.patterns import Pattern, parse_pattern
 
 
-def _checked_pattern(text: str) -> str:
+def _as_pattern(value: Any) -> Pattern:
+    if isinstance(value, Pattern):
+        return value
     try:
-        return str(parse_pattern(text))
+        return parse_pattern(str(value))
     except UsageError as error:
         raise ValueError(str(error)) from None
 
 
-PatternText = Annotated[str, AfterValidator(_checked_pattern)]
+PatternOption = Annotated[Pattern, PlainValidator(_as_pattern), PlainSerializer(str, return_type=str)]
+"""A pattern, which may be given as it is written (`2:4`), and is written so in JSON."""
+
+RENAMED = {"packing": "join-documents"}
+"""Options that had another name, and what they are called now."""
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Options(BaseModel):
@@ -47,10 +55,16 @@ class Options(BaseModel):
             raise AssertionError("a validation error without a problem") from error
 
 
+def no_such_option(name: str) -> str:
+    """What to say of an unknown option: what it is called now, where it had that name before."""
+    new = RENAMED.get(name.replace("_", "-"))
+    return f"no such option; it is called {new} now" if new else "no such option"
+
+
 def _describe(problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"{name}: no such option"
+        return f"{name}: {no_such_option(name)}"
     if problem["type"] == "missing":
         return f"{name}: is required"
     message = problem["msg"].removeprefix("Value error, ")
@@ -63,8 +77,10 @@ def _describe(problem: Any) -> str:
 class LoadingOptions(Options):
     """How models are loaded."""
 
-    device: str = Field("auto", description="where to compute: auto, cpu, cuda, cuda:1, mps")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    device: str = Field(
+        "auto", description="where to compute: auto, cpu, cuda, cuda:1, mps", json_schema_extra={"metavar": "DEVICE"}
+    )
+    dtype: DtypeName = Field(
         "auto",
         description="dtype to compute in; auto is the checkpoint's own on an accelerator and float32 on a CPU, "
         "where it is faster and holds bfloat16 weights exactly",

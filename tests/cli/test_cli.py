@@ -11,7 +11,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from spp.cli import entry_point as cli
+from spp.errors import UsageError
 from spp.options import Options
+from spp.training.options import TrainOptions
 
 
 def test_help_needs_no_torch():
@@ -53,10 +55,36 @@ def test_the_help_shows_defaults_of_zero(capsys):
 
 def test_choices_that_depend_on_the_data_can_be_turned_off():
     parse = cli.build_parser().parse_args
-    assert parse(["run", "--no-packing", "--per-document"]).packing is False
-    assert not hasattr(parse(["run"]), "packing")
+    assert parse(["run", "--no-join-documents", "--per-document"]).join_documents is False
+    assert not hasattr(parse(["run"]), "join_documents")
     with pytest.raises(SystemExit):
         parse(["run", "--no-overwrite"])
+
+
+def test_flags_are_not_abbreviated(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["prune", "dense", "out", "--crit", "wanda"])
+    assert "unrecognized arguments: --crit wanda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("old", "new"), [("--packing", "--join-documents"), ("--no-packing", "--no-join-documents")])
+def test_a_flag_that_was_renamed_is_refused_with_its_new_name(capsys, old, new):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "model", "out", old])
+    assert stopped.value.code == 2 and f"{old} (it is called {new} now)" in capsys.readouterr().err
+
+
+def test_an_option_that_was_renamed_is_refused_with_its_new_name():
+    with pytest.raises(UsageError, match="packing: no such option; it is called join-documents now"):
+        TrainOptions.build({"model": "model", "out": "out", "packing": True})
+
+
+def test_the_help_says_what_a_text_is_of():
+    for command in cli.COMMANDS.values():
+        for name, field in command.options.model_fields.items():
+            if field.annotation in (str, str | None) and name not in command.positional:
+                extra = field.json_schema_extra
+                assert isinstance(extra, dict) and extra.get("metavar"), f"{name}: give its Field a metavar"
 
 
 def run(*words: object) -> int:

@@ -35,7 +35,7 @@ def without(monkeypatch):
     """Make importing a package fail, and by default look as if it were not installed."""
 
     def break_(name: str, error: Exception | None = None, version: str | None = None) -> None:
-        real_import, real_version = doctor.import_module, doctor.metadata.version
+        real_import, real_version = doctor.import_module, importlib.metadata.version
 
         def import_module(asked: str):
             if asked.split(".")[0] == name:
@@ -49,8 +49,9 @@ def without(monkeypatch):
                 raise importlib.metadata.PackageNotFoundError(name)
             return version
 
-        monkeypatch.setattr(doctor, "import_module", import_module)
-        monkeypatch.setattr(doctor.metadata, "version", find_version)
+        for module in (doctor, sys.modules["spp.runtime.environment"]):
+            monkeypatch.setattr(module, "import_module", import_module)
+        monkeypatch.setattr(importlib.metadata, "version", find_version)
 
     return break_
 
@@ -151,5 +152,6 @@ def test_accelerators_come_with_their_memory(monkeypatch):
 
 def test_without_a_compiler_it_is_said_what_to_do(monkeypatch):
     monkeypatch.setattr(native, "_LIBRARY", None)
+    monkeypatch.setattr(native, "why_not_loaded", "it was not built when spp was installed")
     state = diagnose().backends["native"]
     assert state.startswith("not available: it was not built") and "C++ compiler" in state

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from spp.data.examples import IGNORED, Example, pack, truncate, whole_examples
+from spp.data.examples import IGNORED, Example, join, truncate, whole_examples
 from spp.errors import UsageError
 
 BOS, EOS = 1, 2
@@ -110,7 +110,7 @@ def test_examples_that_teach_nothing_are_left_out():
     only_the_first = Example([1, 5], [1, IGNORED])
     assert truncate([answer_cut_off, one_token, only_the_first], 3) == []
     assert truncate([answer_cut_off], 4) == [answer_cut_off]
-    assert pack([one_token], 4) == []
+    assert join([one_token], 4) == []
 
 
 @given(ids_lists, st.integers(2, 9))
@@ -120,23 +120,23 @@ def test_truncation_keeps_the_beginning(lists, window):
 
 
 @given(ids_lists, st.integers(2, 9))
-def test_packing_keeps_every_token_and_the_order(lists, window):
+def test_joining_keeps_every_token_and_the_order(lists, window):
     examples = [Example(ids, [-token for token in ids]) for ids in lists]
-    packed = pack(examples, window)
+    windows = join(examples, window)
     tokens = [token for ids in lists for token in ids]
-    joined = [token for one in packed for token in one.input_ids]
+    joined = [token for one in windows for token in one.input_ids]
     assert joined == tokens[: len(joined)]
-    assert [label for one in packed for label in one.labels] == [-token for token in joined]
-    assert all(len(one.input_ids) == window for one in packed) or len(packed) == 1
+    assert [label for one in windows for label in one.labels] == [-token for token in joined]
+    assert all(len(one.input_ids) == window for one in windows) or len(windows) == 1
     lost = len(tokens) - len(joined)
     assert lost < window
     if 2 <= len(tokens) < window:
         assert lost == 0
 
 
-def test_packed_windows_of_prompts_alone_are_left_out():
+def test_windows_of_prompts_alone_are_left_out():
     prompt, answer = Example([3] * 4, [IGNORED] * 4), Example([4] * 4, [4] * 4)
-    assert pack([prompt, answer, prompt], 4) == [answer]
+    assert join([prompt, answer, prompt], 4) == [answer]
 
 
 @pytest.fixture

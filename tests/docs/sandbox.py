@@ -178,6 +178,8 @@ def _problem(program: str, words: list[str]) -> int | str:
         known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
         unknown = set(filter(None, extras.split(","))) - set(known)
         return f"no extra {unknown}" if unknown else 0
+    if words[0] == "-m":
+        words = [f"{words[1].replace('.', '/')}.py", *words[2:]]
     script = ROOT / words[0]
     if not script.is_file():
         return f"no script {script}"

@@ -27,7 +27,7 @@ def models(tmp_path, tiny_checkpoint, tiny_model) -> list[str]:
 
 
 def fails(capsys, *words: object) -> str:
-    assert main.main(["eval", *map(str, words)]) == 2
+    assert main(["eval", *map(str, words)]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and "Traceback" not in captured.err
     return captured.err
@@ -36,14 +36,14 @@ def fails(capsys, *words: object) -> str:
 def test_perplexities_side_by_side(models, stories, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["eval", *models, "--text", str(stories), "--limit", "3"]
-    assert main.main([*words, "--json"]) == 0
+    assert main([*words, "--json"]) == 0
     reports = json.loads(capsys.readouterr().out)["models"]
     assert list(reports) == models
     base, copy, adapter = (report["perplexity"] for report in reports.values())
     assert base == copy == pytest.approx(adapter)  # a new adapter changes nothing
 
     monkeypatch.setenv("COLUMNS", "400")
-    assert main.main([*words, "--compare"]) == 0
+    assert main([*words, "--compare"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in models) and "plotted in comparison.svg" in printed
     chart = ET.parse("comparison.svg").getroot()
@@ -58,9 +58,9 @@ def test_perplexities_of_other_windows_are_called_out(models, stories, capsys):
     config = Path(models[1]) / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 32}))
     words = ["eval", *models[:2], "--text", str(stories), "--limit", "3", "--no-per-document"]
-    assert main.main(words) == 0
+    assert main(words) == 0
     assert "these perplexities do not compare" in capsys.readouterr().err
-    assert main.main([*words, "--window", "32"]) == 0
+    assert main([*words, "--window", "32"]) == 0
     assert "do not compare" not in capsys.readouterr().err
 
 
@@ -70,7 +70,7 @@ def test_nothing_is_overwritten_unless_asked(models, stories, tmp_path, capsys):
     words = [*models[:2], "--text", stories, "--limit", "3", "--compare", "--plot", plot]
     assert "exists; name another file with --plot, or pass --overwrite" in fails(capsys, *words)
     assert plot.read_text() == "years of work"
-    assert main.main(["eval", *map(str, words), "--overwrite"]) == 0
+    assert main(["eval", *map(str, words), "--overwrite"]) == 0
     assert "perplexity" in plot.read_text()
 
 
@@ -105,8 +105,8 @@ def test_an_adapter_whose_model_is_elsewhere(models, stories, tmp_path, capsys):
 def test_settings_that_are_none(models, stories, tmp_path, capsys):
     (tmp_path / "adapter" / "spp.json").write_text("[]")
     words = ["eval", "--text", str(stories)]
-    assert main.main([*words, models[2]]) == 1
+    assert main([*words, models[2]]) == 1
     assert "spp.json: a JSON object is expected" in capsys.readouterr().err
     (tmp_path / "adapter" / "adapter_config.json").write_text("[]")
-    assert main.main([*words, models[2]]) == 1
+    assert main([*words, models[2]]) == 1
     assert "adapter_config.json: a JSON object is expected" in capsys.readouterr().err

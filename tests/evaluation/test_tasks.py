@@ -202,7 +202,7 @@ def test_the_papers_seven_from_a_folder(tmp_path, tiny_checkpoint, capsys):
         row = TWINS[name][0]
         write(tmp_path / "files" / f"{name}.jsonl", [row, {**row, "label": 1 - row["label"]}, row])
     words = ["eval", str(tiny_checkpoint), "--tasks", "paper", "--task-folder", str(tmp_path / "files")]
-    assert main.main([*words, "--json"]) == 0
+    assert main([*words, "--json"]) == 0
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     missing = ["hellaswag", "arc_easy", "arc_challenge", "openbookqa"]
@@ -212,7 +212,7 @@ def test_the_papers_seven_from_a_folder(tmp_path, tiny_checkpoint, capsys):
     found = [task["metrics"]["acc"] for task in report["tasks"].values()]
     assert report["mean"]["value"] == pytest.approx(sum(metric["value"] for metric in found) / 3)
     assert report["mean"]["stderr"] == pytest.approx(math.sqrt(sum(metric["stderr"] ** 2 for metric in found)) / 3)
-    assert main.main(words) == 0
+    assert main(words) == 0
     assert "this is not the mean of the paper's seven tasks" in capsys.readouterr().out
 
 
@@ -254,11 +254,11 @@ def test_merged_packed_and_adapter_score_alike(tmp_path, tiny_checkpoint, storie
         ["merge", pruned, adapter, merged],
         ["pack", merged, packed],
     ):
-        assert main.main([str(word) for word in words]) == 0
+        assert main([str(word) for word in words]) == 0
     capsys.readouterr()
     plot = tmp_path / "plot.svg"
     words = ["eval", pruned, merged, packed, adapter, "--tasks", quiz, "--compare", "--plot", plot, "--json"]
-    assert main.main([str(word) for word in words]) == 0
+    assert main([str(word) for word in words]) == 0
     models = json.loads(capsys.readouterr().out)["models"]
     found = [models[str(path)]["tasks"]["quiz"]["metrics"] for path in (merged, packed, adapter)]
     assert found[0] == found[1] == found[2]
@@ -299,7 +299,7 @@ def test_problems_of_several_files_come_together(tmp_path, tiny_checkpoint, caps
     (tmp_path / "b.jsonl").write_text("")
     (tmp_path / "c.jsonl").write_bytes(b'{"question": "\xff"}\n')
     names = ",".join(str(tmp_path / f"{name}.jsonl") for name in "abcd")
-    assert main.main(["eval", str(tiny_checkpoint), "--tasks", names]) == 2
+    assert main(["eval", str(tiny_checkpoint), "--tasks", names]) == 2
     message = capsys.readouterr().err
     for part in ("4 problems", "a.jsonl, line 1", "b.jsonl: the file is empty", "c.jsonl, line 1", "d.jsonl: no such"):
         assert part in message
@@ -354,7 +354,7 @@ def test_requests_that_cannot_be_met(tmp_path, tiny_checkpoint, quiz, capsys, wo
     places = {"FILES": str(tmp_path / "files"), "EMPTY": str(tmp_path / "empty")}
     for word, place in places.items():
         words = [given.replace(word, place) for given in words]
-    assert main.main(["eval", str(tiny_checkpoint), *words]) == 2
+    assert main(["eval", str(tiny_checkpoint), *words]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ")
     assert re.search(message, captured.err), captured.err
@@ -362,7 +362,7 @@ def test_requests_that_cannot_be_met(tmp_path, tiny_checkpoint, quiz, capsys, wo
 
 def test_without_lm_eval(tiny_checkpoint, quiz, monkeypatch, capsys):
     monkeypatch.setattr(task_loading.importlib.util, "find_spec", lambda name: None)
-    assert main.main(["eval", str(tiny_checkpoint), "--tasks", str(quiz)]) == 2
+    assert main(["eval", str(tiny_checkpoint), "--tasks", str(quiz)]) == 2
     assert capsys.readouterr().err == 'error: tasks need lm-eval: pip install "spp[eval]"\n'
 
 
@@ -371,7 +371,7 @@ def test_without_a_hub(tiny_checkpoint, monkeypatch, capsys):
         raise ConnectionError("Couldn't reach 'aps/super_glue' on the Hub")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    assert main.main(["eval", str(tiny_checkpoint), "--tasks", "paper"]) == 2
+    assert main(["eval", str(tiny_checkpoint), "--tasks", "paper"]) == 2
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1
     for part in ("task 'boolq'", "Couldn't reach", "boolq.jsonl", "--task-folder", "HF_HUB_OFFLINE=1"):

@@ -20,5 +20,5 @@ def test_training_takes_from_a_recipe_what_a_run_takes(name):
 
 def test_the_paper_adapts_every_projection_and_learns_prompts_too():
     values = RunOptions.build(load_recipe("paper"))
-    assert (values.pattern, values.criterion, values.target_modules) == ("2:4", "wanda", "all-linear")
-    assert values.packing is False and values.completion_only is False and values.max_steps is None
+    assert (str(values.pattern), values.criterion, values.target_modules) == ("2:4", "wanda", "all-linear")
+    assert values.join_documents is False and values.completion_only is False and values.max_steps is None

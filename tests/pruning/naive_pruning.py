@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spp.patterns import NM, Pattern, Unstructured
+from spp.patterns import NM, Pattern
+from spp.pruning.criteria import reference
+from spp.pruning.criteria.sparsegpt import Inverse
 
 
 def removed_positions(scores: list[float], pattern: Pattern) -> list[int]:
@@ -35,33 +37,17 @@ def wanda(weight: Tensor, inputs: Tensor, pattern: Pattern) -> Tensor:
     return mask_by_rows(weight.abs().float() * inputs.float().norm(dim=0), pattern)
 
 
-def sparsegpt(weight: Tensor, inputs: Tensor, pattern: Pattern, *, blocksize: int = 128) -> tuple[Tensor, Tensor]:
-    """arXiv 2301.00774, algorithm 1, in float64 and column by column: every column is updated at once, not lazily."""
-    w, x = weight.double().clone(), inputs.double()
+def sparsegpt(weight: Tensor, inputs: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """arXiv 2301.00774: eq. 2 to 4 and the damping as they are written, in float64, then the readable loop."""
+    x = inputs.double()
     hessian = 2 / len(x) * x.T @ x
     dead = hessian.diagonal() == 0
     hessian[dead, dead] = 1
-    w[:, dead] = 0
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian)).T  # H^-1 = U^T U with U upper triangular
-    rows, columns = w.shape
-    mask = torch.ones_like(w, dtype=torch.bool)
-    for j in range(columns):
-        cost = w**2 / factor.diagonal() ** 2
-        if isinstance(pattern, Unstructured) and j % blocksize == 0:
-            end = min(j + blocksize, columns)
-            flat = cost[:, j:end].flatten()
-            gone = flat.argsort(stable=True)[: int(rows * (end - j) * pattern.sparsity + 1e-9)]
-            part = torch.ones_like(flat, dtype=torch.bool)
-            part[gone] = False
-            mask[:, j:end] = part.view(rows, end - j)
-        if isinstance(pattern, NM) and j % pattern.m == 0:
-            for row in range(rows):
-                mask[row, j + cost[row, j : j + pattern.m].argsort(stable=True)[: pattern.m - pattern.n]] = False
-        error = torch.where(mask[:, j], 0.0, w[:, j] / factor[j, j])
-        w[:, j:] -= error[:, None] * factor[j, j:]
-        w[~mask[:, j], j] = 0
-    return w, mask
+    scale = factor.diagonal()
+    pruned = reference.sparsegpt(weight, Inverse(factor / scale[:, None], scale, dead, None), pattern)
+    return pruned.weight, pruned.mask
 
 
 def magnitude_over_the_matrix(weight: Tensor, pattern: Pattern) -> Tensor:

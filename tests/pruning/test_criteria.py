@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spp import patterns
+from spp import keep_masks
 from spp.errors import SppError, UsageError
 from spp.patterns import NM, Pattern, parse_pattern
 from spp.pruning.calibration.input_statistics import Gram, InputNorm, Moments, Statistic
-from spp.pruning.criteria import magnitude, ria, sparsegpt, wanda
+from spp.pruning.criteria import magnitude, reference, ria, sparsegpt, wanda
 from spp.pruning.criteria.result import Pruned
-from spp.pruning.criteria.table import CRITERIA
+from spp.pruning.criteria.table import CRITERIA, method_of
+from spp.pruning.options import Criterion, PruningSettings
 
 PATTERNS = [parse_pattern(text) for text in ("50%", "75%", "2:4", "4:8", "2:8", "1:4")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -88,6 +89,20 @@ def test_sparsegpt_equals_the_formula(pattern: Pattern, columns: int) -> None:
     assert pruned.note is None
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (5, 128), (7, 264)])
+@pytest.mark.parametrize("pattern", [parse_pattern("30%"), NM(2, 4), NM(1, 8)], ids=str)
+def test_sparsegpt_equals_its_readable_version(pattern: Pattern, rows: int, columns: int, dtype: torch.dtype) -> None:
+    weight, inputs = layer(rows, columns, dtype=dtype)
+    weight[rows // 2] = 0.0  # a row of zeros, and zeros of either sign elsewhere
+    weight[:, ::5] *= -0.0
+    inverse = sparsegpt.damped_inverse(2 / len(inputs) * inputs.float().T @ inputs.float())
+    fast, readable = sparsegpt.prune(weight, inverse, pattern), reference.sparsegpt(weight, inverse, pattern)
+    assert fast.mask.equal(readable.mask)
+    torch.testing.assert_close(fast.weight, readable.weight, rtol=1e-4, atol=1e-4)
+    assert not fast.weight[weight == 0].any() and not readable.weight[weight == 0].any()
+
+
 def test_sparsegpt_blocks_hold_whole_groups() -> None:
     weight, inputs = layer(8, 270)
     pattern = NM(2, 5)  # 128 is no multiple of 5: blocks of 125
@@ -151,7 +166,7 @@ def test_result_does_not_depend_on_how_rows_are_split(
 ) -> None:
     weight, inputs = layer(37, 64, dtype=dtype)
     whole = run(criterion, weight, inputs, pattern)
-    monkeypatch.setattr(patterns, "_PART", 3 * 64)
+    monkeypatch.setattr(keep_masks, "_PART", 3 * 64)
     split = run(criterion, weight, inputs, pattern)
     assert split.weight.equal(whole.weight)
     assert split.mask.equal(whole.mask)
@@ -176,7 +191,7 @@ def test_factor_is_that_of_the_inverse(size: int) -> None:
     inputs = layer(1, size)[1].double()
     hessian = (2 / len(inputs) * inputs.T @ inputs).float()
     before = hessian.clone()
-    found = sparsegpt.inverse(hessian)
+    found = sparsegpt.damped_inverse(hessian)
     upper = found.factor * found.scale[:, None]
     damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(size, dtype=torch.float64)
     expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
@@ -249,12 +264,12 @@ def test_processes_add_up_what_they_have_seen(tmp_path: Path, first: int) -> Non
 def test_sparsegpt_by_hand() -> None:
     """Two columns of correlated inputs: the survivor takes over what it can, w2 += w1 * H12 / H22."""
     hessian = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
-    pruned = sparsegpt.prune(torch.tensor([[1.0, 3.0]]), sparsegpt.inverse(hessian), NM(1, 2))
+    pruned = sparsegpt.prune(torch.tensor([[1.0, 3.0]]), sparsegpt.damped_inverse(hessian), NM(1, 2))
     # Damping adds 0.02 to the diagonal.
     assert pruned.mask.tolist() == [[False, True]]
     assert pruned.weight[0].tolist() == pytest.approx([0.0, 3 + 1 / 2.02])
     # The second column has nothing after it that could make up for it.
-    last = sparsegpt.prune(torch.tensor([[3.0, 1.0]]), sparsegpt.inverse(hessian), NM(1, 2))
+    last = sparsegpt.prune(torch.tensor([[3.0, 1.0]]), sparsegpt.damped_inverse(hessian), NM(1, 2))
     assert last.weight.tolist() == [[3.0, 0.0]]
 
 
@@ -308,7 +323,7 @@ def test_sparsegpt_with_no_input_at_all_removes_everything() -> None:
 def test_sparsegpt_says_when_it_took_more_damping() -> None:
     # An eigenvalue of -0.05 against a damping of 0.01 * mean diagonal = 0.01, and of 0.1 on the retry.
     hessian = torch.diag(torch.tensor([2.0, 2.0, 0.025, -0.025]))
-    pruned = sparsegpt.prune(torch.ones(1, 4), sparsegpt.inverse(hessian), NM(2, 4))
+    pruned = sparsegpt.prune(torch.ones(1, 4), sparsegpt.damped_inverse(hessian), NM(2, 4))
     assert pruned.note is not None
     assert "10 times the usual damping" in pruned.note
     assert torch.isfinite(pruned.weight).all()
@@ -317,7 +332,7 @@ def test_sparsegpt_says_when_it_took_more_damping() -> None:
 def test_sparsegpt_raises_instead_of_guessing() -> None:
     hessian = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0]))
     with pytest.raises(SppError, match="cannot invert the Hessian"):
-        sparsegpt.prune(torch.ones(1, 4), sparsegpt.inverse(hessian), NM(2, 4))
+        sparsegpt.prune(torch.ones(1, 4), sparsegpt.damped_inverse(hessian), NM(2, 4))
 
 
 def test_sparsegpt_handles_fewer_tokens_than_features() -> None:
@@ -333,10 +348,10 @@ def test_indivisible_dimension_is_refused(criterion: str) -> None:
         run(criterion, *layer(4, 10), NM(2, 4))
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "ria", "sparsegpt"])
-def test_calibrated_criteria_need_their_statistic(criterion: str) -> None:
-    with pytest.raises(ValueError, match="needs"):
-        CRITERIA[criterion].prune(torch.ones(1, 4), None, NM(2, 4))  # type: ignore[index]
+@pytest.mark.parametrize("criterion", [name for name, method in CRITERIA.items() if method.changes_weights])
+def test_weights_that_have_changed_are_not_exchanged(criterion: Criterion) -> None:
+    with pytest.raises(UsageError, match=f"{criterion} has changed them; use one of magnitude"):
+        method_of(PruningSettings(criterion=criterion, refine="dsnot"))
 
 
 @settings(deadline=None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spp import patterns
+from spp import keep_masks
 from spp.patterns import NM, Pattern, parse_pattern
 from spp.pruning import dsnot
 from spp.pruning.calibration.input_statistics import InputMoments, Moments
@@ -104,7 +104,7 @@ def test_inputs_without_variance(inputs: Tensor, pattern: Pattern) -> None:
 def test_rows_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, inputs = layer()
     _, whole = refined(weight, inputs, PATTERNS[0])
-    monkeypatch.setattr(patterns, "_PART", 5 * 64)
+    monkeypatch.setattr(keep_masks, "_PART", 5 * 64)
     assert refined(weight, inputs, PATTERNS[0])[1].mask.equal(whole.mask)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from spp.errors import SppError, UsageError
 from spp.models.architecture import decoder_blocks, prunable_linears, weight_oi
 from spp.patterns import NM, Pattern, parse_pattern
 from spp.pruning.calibration import block_calls as block_calls
-from spp.pruning.engine import LoadedBlocks, prune_blocks, prune_model
+from spp.pruning.engine import prune_blocks
+from spp.pruning.in_memory import LoadedBlocks, prune_model
 from spp.pruning.journal import FolderJournal
 from spp.pruning.options import Criterion, PruningSettings
 from spp.runtime.tensor_memory import LiveBytes
@@ -335,7 +337,7 @@ def test_updates_too_large_for_the_dtype_are_named(tiny_model: MakeModel, monkey
         pruned = sparsegpt.prune(weight, value, pattern)
         return Pruned(pruned.weight * 1e8, pruned.mask)
 
-    monkeypatch.setitem(table.CRITERIA, "sparsegpt", table.Method(sparsegpt.InverseFactor, huge))
+    monkeypatch.setitem(table.CRITERIA, "sparsegpt", dataclasses.replace(table.CRITERIA["sparsegpt"], prune=huge))
     with pytest.raises(SppError, match=r"q_proj: an updated weight is .*too large for float16"):
         prune(tiny_model("llama", dtype=torch.float16), "sparsegpt", NM(2, 4), windows())
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spp import patterns
+from spp import keep_masks
 from spp.pruning.owl import outlier_share, owl_ratios
 
 
@@ -67,5 +67,5 @@ def test_outliers_do_not_depend_on_how_rows_are_split(monkeypatch: pytest.Monkey
     generator = torch.Generator().manual_seed(0)
     scored = [(torch.randn(37, 16, generator=generator) ** 3, torch.rand(16, generator=generator)) for _ in range(3)]
     whole = outlier_share(scored, 3.0)
-    monkeypatch.setattr(patterns, "_PART", 100)
+    monkeypatch.setattr(keep_masks, "_PART", 100)
     assert outlier_share(scored, 3.0) == whole > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -23,8 +24,8 @@ from spp.models.architecture import is_transposed, prunable_linears, weight_oi
 from spp.patterns import NM, Pattern, parse_pattern
 from spp.pruning.criteria import magnitude
 from spp.pruning.criteria.result import Pruned
-from spp.pruning.criteria.table import CRITERIA, Method
-from spp.pruning.engine import prune_model
+from spp.pruning.criteria.table import CRITERIA
+from spp.pruning.in_memory import prune_model
 from spp.pruning.options import PruneOptions, PruningSettings
 from spp.pruning.prune import PruneReport, prune
 
@@ -119,7 +120,7 @@ def test_updates_too_large_for_the_file_are_named(
         return Pruned(pruned.weight * 1e7, pruned.mask)
 
     tiny_model("llama", dtype=torch.float16).save_pretrained(tmp_path / "dense")
-    monkeypatch.setitem(CRITERIA, "magnitude", Method(None, huge))
+    monkeypatch.setitem(CRITERIA, "magnitude", dataclasses.replace(CRITERIA["magnitude"], prune=huge))
     with pytest.raises(SppError, match=r"proj\.weight: an updated weight is too large for the checkpoint's float16"):
         run(tmp_path / "dense", criterion="magnitude", dtype="float32")
     assert not (tmp_path / "pruned").exists()

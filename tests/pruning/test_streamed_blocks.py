@@ -116,7 +116,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 
 
 PRUNE = """
-from spp.options import PruneOptions
+from spp.pruning.options import PruneOptions
 from spp.pruning.prune import prune
 
 prune(PruneOptions.build({values!r}))

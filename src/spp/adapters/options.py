@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from spp.options import Options, OutputOptions, SeedSettings
+from spp.options import DtypeName, Options, OutputOptions, SeedSettings
 
 
 class AdapterSettings(Options):
@@ -31,7 +31,9 @@ class AdapterSettings(Options):
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter branch; above 0 costs one more GEMM")
     target_modules: str = Field(
-        "all-linear", description="modules to adapt: all-linear, or names separated by commas (q_proj,v_proj)"
+        "all-linear",
+        description="modules to adapt: all-linear, or names separated by commas (q_proj,v_proj)",
+        json_schema_extra={"metavar": "NAMES"},
     )
 
 
@@ -48,22 +50,28 @@ class MergingSettings(Options):
 class MergeOptions(MergingSettings, SeedSettings, OutputOptions):
     """`spp merge MODEL ADAPTER OUT`: fold an adapter into its model and prove that the zeros stayed."""
 
-    model: str = Field(description="the sparse model that the adapter was trained on: a folder or a hub id")
-    adapter: Path = Field(description="folder of the SPP adapter")
-    out: Path = Field(description="folder for the merged model")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of the result; auto leaves every tensor its own"
+    model: str = Field(
+        description="the sparse model that the adapter was trained on: a folder or a hub id",
+        json_schema_extra={"metavar": "MODEL"},
     )
+    adapter: Path = Field(description="folder of the SPP adapter", json_schema_extra={"metavar": "DIR"})
+    out: Path = Field(description="folder for the merged model", json_schema_extra={"metavar": "DIR"})
+    dtype: DtypeName = Field("auto", description="dtype of the result; auto leaves every tensor its own")
 
 
 class ConvertOptions(OutputOptions):
     """`spp convert ADAPTER OUT`: make an SPP adapter a HiRA adapter, which stock PEFT loads, or the other way round."""
 
-    adapter: Path = Field(description="folder of an SPP adapter, a HiRA adapter, or one of the published SPP code")
-    out: Path = Field(description="folder for the converted adapter")
+    adapter: Path = Field(
+        description="folder of an SPP adapter, a HiRA adapter, or one of the published SPP code",
+        json_schema_extra={"metavar": "DIR"},
+    )
+    out: Path = Field(description="folder for the converted adapter", json_schema_extra={"metavar": "DIR"})
     to: Literal["spp", "hira"] | None = Field(
         None, description="what to write (default: hira from an SPP adapter, spp from any other)"
     )
     base: str | None = Field(
-        None, description="the sparse model it belongs to, a folder or a hub id: shapes are checked, and the name noted"
+        None,
+        description="the sparse model it belongs to, a folder or a hub id: shapes are checked, and the name noted",
+        json_schema_extra={"metavar": "MODEL"},
     )

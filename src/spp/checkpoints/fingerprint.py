@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spp.checkpoints.checkpoint import MANIFEST, Checkpoint
 from spp.checkpoints.json_files import read_object
-from spp.checkpoints.safetensors_file import FLOATS
+from spp.ops.dtypes import FLOATS
 
 logger = logging.getLogger("spp")
 
@@ -32,7 +32,8 @@ def base_fingerprint(folder: Path) -> str:
     checkpoint = Checkpoint.open(folder)
     tensors: dict[str, str] = {}
     for name, shape, row in checkpoint.heads():
-        tensors[name] = _sha256([name, list(shape), FLOATS.get(row.dtype, str(row.dtype))], row)
+        dtype = FLOATS[row.dtype].safetensors if row.dtype in FLOATS else str(row.dtype)
+        tensors[name] = _sha256([name, list(shape), dtype], row)
     config = [checkpoint.config.get(name) for name in _CONFIG]
     return _sha256([config, sorted(tensors.items())])
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from spp.checkpoints.checkpoint import Checkpoint
 from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.options import InspectOptions
+from spp.ops.dtypes import dtype_name
 from spp.ops.zeros import all_finite, is_float
 from spp.patterns import detect_pattern
 from spp.runtime.progress import track
@@ -166,7 +167,7 @@ def _facts(tensor: Tensor, count: _Count, *, transposed: bool) -> MatrixFacts:
     return MatrixFacts(
         shape=tuple(matrix.shape),
         transposed=matrix is not tensor,
-        dtype=str(tensor.dtype).removeprefix("torch."),
+        dtype=dtype_name(tensor.dtype),
         zeros=count.zeros,
         sparsity=count.zeros / max(count.entries, 1),
         pattern=str(pattern) if pattern else None,

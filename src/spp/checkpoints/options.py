@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from spp.options import Options, OutputOptions, PatternText
+from spp.options import Options, OutputOptions, PatternOption
 
 
 class VerifyOptions(Options):
@@ -14,8 +14,10 @@ class VerifyOptions(Options):
 
     base: str = Field(description="the model whose zeros count: a folder or a hub id")
     other: str = Field(description="the model to check: a folder or a hub id")
-    pattern: PatternText | None = Field(
-        None, description="also check that the sparse weights of OTHER obey this pattern"
+    pattern: PatternOption | None = Field(
+        None,
+        description="also check that the sparse weights of OTHER obey this pattern",
+        json_schema_extra={"metavar": "PATTERN"},
     )
 
 

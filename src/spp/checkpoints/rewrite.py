@@ -18,6 +18,7 @@ from spp.checkpoints.json_files import sync, write_json
 from spp.checkpoints.packed_archive import dense_name
 from spp.checkpoints.safetensors_file import TensorFile, in_dtype
 from spp.errors import SppError
+from spp.ops.dtypes import dtype_name
 from spp.ops.zero_proof import may_hold_negative_zeros
 from spp.ops.zeros import canonical_zeros, is_float
 
@@ -102,7 +103,7 @@ def write_companions(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | 
             shutil.copyfile(path, folder / path.name)
     config = {name: value for name, value in checkpoint.config.items() if name not in _ANNOUNCEMENTS}
     if dtype is not None:
-        config = _with_dtype(config, str(dtype).removeprefix("torch."))
+        config = _with_dtype(config, dtype_name(dtype))
     if config != checkpoint.config:
         write_json(folder / "config.json", config)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from spp.checkpoints.json_files import sync
+from spp.ops.dtypes import FLOATS
 
 _ALIGNMENT = 8
 _PIECE = 2**23  # bytes that are copied at once
@@ -32,18 +33,14 @@ class Layout:
     nbytes: int
 
 
-FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
-"""What safetensors calls the dtypes that weights are computed with."""
-
-
-_DTYPES = {name: dtype for dtype, name in FLOATS.items()}
+_DTYPES = {one.safetensors: dtype for dtype, one in FLOATS.items()}
 
 
 def in_dtype(layout: Layout, dtype: torch.dtype) -> Layout:
     """The layout of the same tensor in another float dtype; itself, where it holds no floats of 16 bits or more."""
-    if layout.dtype not in FLOATS.values():
+    if layout.dtype not in _DTYPES:
         return layout
-    return Layout(FLOATS[dtype], layout.shape, torch.Size(layout.shape).numel() * dtype.itemsize)
+    return Layout(FLOATS[dtype].safetensors, layout.shape, torch.Size(layout.shape).numel() * dtype.itemsize)
 
 
 def read_layouts(path: Path) -> dict[str, Layout]:

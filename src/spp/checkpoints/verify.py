@@ -14,9 +14,10 @@ from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.options import VerifyOptions
 from spp.checkpoints.prefetch import read_ahead
 from spp.errors import UsageError
+from spp.ops.dtypes import dtype_name
 from spp.ops.zero_proof import TensorProof, compare
 from spp.ops.zeros import is_float
-from spp.patterns import Pattern, parse_pattern
+from spp.patterns import Pattern
 from spp.runtime.progress import track_bytes
 
 logger = logging.getLogger("spp")
@@ -53,7 +54,7 @@ def verify(options: VerifyOptions) -> VerifyReport:
     base, other = (Checkpoint.open(resolve_model(model)) for model in (options.base, options.other))
     if not set(base.files) & set(other.files):
         raise UsageError(f"{options.base} and {options.other} have no tensor name in common; are they the same model?")
-    pattern = parse_pattern(options.pattern) if options.pattern else None
+    pattern = options.pattern
 
     tensors: dict[str, TensorProof] = {}
     problems: list[str] = []
@@ -84,7 +85,7 @@ def verify(options: VerifyOptions) -> VerifyReport:
         verified=not problems,
         base=options.base,
         other=options.other,
-        pattern=options.pattern,
+        pattern=str(pattern) if pattern else None,
         zeros=sum(proof.zeros for proof in tensors.values()),
         tensors=tensors,
         problems=problems,
@@ -123,7 +124,7 @@ def _same_bytes(before: Tensor, after: Tensor) -> bool:
 
 
 def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}"
 
 
 def _unit(pattern: Pattern) -> str:

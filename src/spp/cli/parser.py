@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import re
 import types
 import typing
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from pydantic.fields import FieldInfo
 
 from spp._version import __version__
 from spp.cli.commands import COMMANDS, Command
-from spp.options import Options
+from spp.options import RENAMED, Options
 
 _DOCTOR_HELP = "Versions, devices and active back-ends of this installation."
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes flags by their whole names alone, and names the new flag where an old one is given."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        for old, new in RENAMED.items():
+            message = re.sub(rf"--(no-)?{old}(?![\w-])", rf"\g<0> (it is called --\g<1>{new} now)", message)
+        super().error(message)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line, made from `COMMANDS` and the option models."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="spp",
         description="Fine-tune pruned LLMs without losing their sparsity: prune, train, merge, verify, evaluate.",
         epilog="Start with `spp run`: it needs no arguments, and shows the whole way on a small bundled model.",
@@ -47,18 +63,20 @@ def _add_command(commands: Any, name: str, command: Command) -> None:
         extra: dict[str, Any] = {"nargs": "?"} if name == "run" else {}
         help_text = "YAML file with options, or a shipped recipe (demo, paper); flags override it"
         parser.add_argument(*flags, metavar="RECIPE", help=help_text, **extra)
-    groups: dict[type, Any] = {}
-    for field_name, field in command.options.model_fields.items():
+    _add_options(parser, command)
+
+
+def _add_options(parser: argparse.ArgumentParser, command: Command) -> None:
+    """One flag per field, in a group for each option set that the command shares with others."""
+    groups: dict[type, Any] = {command.options: parser}
+    for name, field in command.options.model_fields.items():
         owner = next(
-            base for base in reversed(command.options.__mro__) if field_name in vars(base).get("__annotations__", {})
+            base for base in reversed(command.options.__mro__) if name in vars(base).get("__annotations__", {})
         )
-        if field_name in command.positional:
-            group = parser
-        else:
-            group = groups.setdefault(owner, parser) if owner is command.options else groups.get(owner)
-            if group is None:
-                group = groups[owner] = parser.add_argument_group(_summary(owner).rstrip("."))
-        _add_option(group, field_name, field, positional=field_name in command.positional)
+        positional = name in command.positional
+        if not positional and owner not in groups:
+            groups[owner] = parser.add_argument_group(_summary(owner).rstrip("."))
+        _add_option(parser if positional else groups[owner], name, field, positional=positional)
 
 
 def _summary(options: type[Options]) -> str:
@@ -68,8 +86,8 @@ def _summary(options: type[Options]) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _add_option(group: Any, name: str, field: Any, *, positional: bool) -> None:
-    help_text = field.description.replace("%", "%%")
+def _add_option(group: Any, name: str, field: FieldInfo, *, positional: bool) -> None:
+    help_text = (field.description or "").replace("%", "%%")
     if not (field.is_required() or field.default is None or field.default is False or field.default == ()):
         help_text += f" (default: {field.default})".replace("%", "%%")
     kinds = _kinds(field.annotation)
@@ -86,7 +104,9 @@ def _add_option(group: Any, name: str, field: Any, *, positional: bool) -> None:
         action = argparse.BooleanOptionalAction if field.default is None else "store_true"
         group.add_argument(flag, action=action, help=help_text)
     else:
-        group.add_argument(flag, metavar=_metavar(name, kinds), help=help_text, required=field.is_required(), **several)
+        group.add_argument(
+            flag, metavar=_metavar(field, kinds[0]), help=help_text, required=field.is_required(), **several
+        )
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
@@ -96,23 +116,10 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def _metavar(name: str, kinds: tuple[Any, ...]) -> str:
-    if typing.get_origin(kinds[0]) is Literal:
-        return "|".join(typing.get_args(kinds[0]))
-    if kinds[0] in (int, float):
-        return "N" if kinds[0] is int else "X"
-    return {
-        "out": "PATH",
-        "adapter": "DIR",
-        "pattern": "P",
-        "device": "DEVICE",
-        "model": "MODEL",
-        "base": "MODEL",
-        "teacher": "MODEL",
-        "prompt": "TEXT",
-        "target_modules": "NAMES",
-        "report_to": "NAMES",
-        "tasks": "NAMES",
-        "task_folder": "DIR",
-        "reconstruct": "PARTS",
-    }.get(name, "FILE")
+def _metavar(field: FieldInfo, kind: Any) -> str:
+    """What stands for the value in the help: said by the field, or plain from the type."""
+    if isinstance(field.json_schema_extra, dict) and "metavar" in field.json_schema_extra:
+        return str(field.json_schema_extra["metavar"])
+    if typing.get_origin(kind) is Literal:
+        return "|".join(typing.get_args(kind))
+    return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")

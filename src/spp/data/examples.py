@@ -105,7 +105,7 @@ def truncate(examples: Sequence[Example], window: int) -> list[Example]:
     return _teaching(Example(one.input_ids[:window], one.labels[:window]) for one in examples)
 
 
-def pack(examples: Sequence[Example], window: int) -> list[Example]:
+def join(examples: Sequence[Example], window: int) -> list[Example]:
     """Examples joined and cut into windows of exactly `window` tokens.
 
     The incomplete last window is dropped, unless it is the only one.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
-from spp.options import LoadingOptions, Options, SeedSettings, WindowSettings
+from spp.options import DtypeName, LoadingOptions, Options, SeedSettings, WindowSettings
 
 
 class ScoringSettings(Options):
@@ -28,9 +28,12 @@ class TaskSettings(Options):
         None,
         description="score tasks instead of a text: names that lm-eval knows, paper (the seven of the SPP paper), "
         ".jsonl files, or folders of them, separated by commas",
+        json_schema_extra={"metavar": "NAMES"},
     )
     task_folder: Path | None = Field(
-        None, description="take every task NAME from the file NAME.jsonl in this folder, and nothing from the hub"
+        None,
+        description="take every task NAME from the file NAME.jsonl in this folder, and nothing from the hub",
+        json_schema_extra={"metavar": "DIR"},
     )
     num_fewshot: int | None = Field(
         None, ge=0, description="solved examples in front of each item (default: the task's own)"
@@ -48,10 +51,18 @@ class EvalOptions(TaskSettings, ScoringSettings, WindowSettings, LoadingOptions)
 
     model: str = Field(description="a folder or a hub id, plain or packed; or an adapter's folder")
     others: tuple[str, ...] = Field((), description="more models, to be shown side by side")
-    adapter: Path | None = Field(None, description="folder of an adapter to evaluate on top of the model")
-    text: str = Field("python-stdlib", description="evaluation text: a file, a datasets id, or python-stdlib")
+    adapter: Path | None = Field(
+        None, description="folder of an adapter to evaluate on top of the model", json_schema_extra={"metavar": "DIR"}
+    )
+    text: str = Field(
+        "python-stdlib",
+        description="evaluation text: a file, a datasets id, or python-stdlib",
+        json_schema_extra={"metavar": "DATA"},
+    )
     compare: bool = Field(False, description="also plot the scores of several models")
-    plot: Path = Field(Path("comparison.svg"), description="file for the plot of --compare")
+    plot: Path = Field(
+        Path("comparison.svg"), description="file for the plot of --compare", json_schema_extra={"metavar": "FILE"}
+    )
     overwrite: bool = Field(False, description="replace the plot if it exists")
 
     @model_validator(mode="after")
@@ -79,11 +90,11 @@ class GenerateOptions(SeedSettings, LoadingOptions):
     """`spp generate MODEL --prompt TEXT`: continue a text, and say how fast and in how much memory."""
 
     model: str = Field(description="a folder or a hub id, plain or packed")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype to compute in; auto is the checkpoint's own"
+    dtype: DtypeName = Field("auto", description="dtype to compute in; auto is the checkpoint's own")
+    adapter: Path | None = Field(
+        None, description="folder of an adapter to use on top of the model", json_schema_extra={"metavar": "DIR"}
     )
-    adapter: Path | None = Field(None, description="folder of an adapter to use on top of the model")
-    prompt: str = Field(min_length=1, description="text to continue")
+    prompt: str = Field(min_length=1, description="text to continue", json_schema_extra={"metavar": "TEXT"})
     max_new_tokens: int = Field(64, ge=1, description="stop after so many tokens")
     temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; above, draw at this temperature")
     pack: bool | None = Field(None, description="keep sparse weights packed (default: where 30 % or more are zero)")

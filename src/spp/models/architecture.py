@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spp.errors import UsageError
 from spp.models.packed_linear import PackedLinear
+from spp.ops.dtypes import dtype_name
 from spp.ops.zeros import is_float
 
 AutoClass = type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]
@@ -203,7 +204,7 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
     for name, module in linears.items():
         if not isinstance(module, PackedLinear) and not is_float(weight_oi(module)):
-            dtype = str(weight_oi(module).dtype).removeprefix("torch.")
+            dtype = dtype_name(weight_oi(module).dtype)
             raise UsageError(f"{name}: the weight is quantised ({dtype}); give the model as it was before quantisation")
     if not linears:
         raise UsageError(f"{type(model).__name__}: there is no linear layer in its decoder blocks")

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spp.errors import SppError, UsageError
 from spp.models.packed_linear import PackedLinear
+from spp.ops.dtypes import dtype_name
 from spp.patterns import NM
 
 _PATTERN = NM(2, 4)
@@ -93,7 +94,7 @@ def _objection(name: str, layer: nn.Module, users: Counter[int]) -> str | None:
         return "has an adapter; merge it first"
     weight = layer.weight
     if weight.dtype not in _DTYPES:
-        dtype = str(weight.dtype).removeprefix("torch.")
+        dtype = dtype_name(weight.dtype)
         return f"is {dtype}, and sparse tensor cores take float16 and bfloat16; call model.to(torch.bfloat16) first"
     if any(size % multiple for size, multiple in zip(weight.shape, _MULTIPLES, strict=True)):
         return f"is {tuple(weight.shape)}, and multiples of {_MULTIPLES} are taken"

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from spp.errors import SppError
+from spp.ops.dtypes import FLOATS
 
 WORTH_PACKING = 0.3
 """Sparsity from which packing saves more than it costs to compute with."""
 
 
 WORD_BITS = 32
-PACKABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ def require_packable(weight: Tensor) -> None:
     """
     if weight.ndim != 2 or not weight.numel():
         raise ValueError(f"only a matrix can be packed, and this tensor has the shape {tuple(weight.shape)}")
-    if weight.dtype not in PACKABLE:
+    if weight.dtype not in FLOATS:
         raise ValueError(f"a {weight.dtype} weight cannot be packed; convert it to bfloat16, float16 or float32 first")
 
 
@@ -153,7 +153,7 @@ def problems(packed: PackedWeight) -> Iterator[str]:
     """What is wrong with a packed weight that somebody else made: shapes, dtypes, counts, row by row."""
     rows, words = len(packed.bitmask), word_count(packed.in_features)
     expected = (
-        ("values", packed.values, PACKABLE, (packed.values.numel(),)),
+        ("values", packed.values, FLOATS, (packed.values.numel(),)),
         ("bitmask", packed.bitmask, (torch.int32,), (rows, words)),
         ("row_offsets", packed.row_offsets, (torch.int64,), (rows + 1,)),
     )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from spp.errors import SppError
+from spp.ops.dtypes import KERNEL_DTYPES
 from spp.ops.packed import PackedWeight, Weight, word_count
 
 try:
@@ -30,8 +31,6 @@ try:
     import triton.language as tl
 except ImportError:
     triton = tl = None
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class _Tile(NamedTuple):
@@ -190,7 +189,7 @@ def why_not(*tensors: Tensor | PackedWeight) -> str | None:
             return f"it runs on a GPU, and a tensor is on {tensor.device}"
         if tensor.device != tensors[0].device:
             return f"the tensors are on {tensors[0].device} and {tensor.device}"
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in KERNEL_DTYPES:
             return f"it computes in bfloat16, float16 and float32, and a tensor is {tensor.dtype}"
     return None
 

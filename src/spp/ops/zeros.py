@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from spp.ops.dtypes import FLOATS
 
 
 def is_float(tensor: Tensor) -> bool:
     """Whether a tensor holds weights in one of the dtypes that zeros can be proved in (fp16, bf16, fp32, fp64)."""
-    return tensor.dtype in _FLOATS
+    return tensor.dtype in FLOATS
 
 
 def canonical_zeros(tensor: Tensor) -> Tensor:

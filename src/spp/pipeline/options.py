@@ -25,7 +25,21 @@ class RunOptions(
 ):
     """`spp run`: prune, fine-tune, merge, verify, evaluate, report."""
 
-    model: str | None = Field(None, description="dense model: a folder or a hub id (default: the bundled one)")
-    train: str = Field("python-stdlib", description="training data: a file, a datasets id, or python-stdlib")
-    eval: str = Field("python-stdlib", description="evaluation text: a file, a datasets id, or python-stdlib")
-    out: Path | None = Field(None, description="output folder (default: runs/<date-time>)")
+    model: str | None = Field(
+        None,
+        description="dense model: a folder or a hub id (default: the bundled one)",
+        json_schema_extra={"metavar": "MODEL"},
+    )
+    train: str = Field(
+        "python-stdlib",
+        description="training data: a file, a datasets id, or python-stdlib",
+        json_schema_extra={"metavar": "DATA"},
+    )
+    eval: str = Field(
+        "python-stdlib",
+        description="evaluation text: a file, a datasets id, or python-stdlib",
+        json_schema_extra={"metavar": "DATA"},
+    )
+    out: Path | None = Field(
+        None, description="output folder (default: runs/<date-time>)", json_schema_extra={"metavar": "DIR"}
+    )

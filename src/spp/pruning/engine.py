@@ -9,7 +9,7 @@ have counted is added up, so that each of them has the same blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Protocol
@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 from spp.data.tokens import require_known_ids
 from spp.errors import UsageError
 from spp.models.architecture import Matrix, decoder_blocks, prunable_matrices
-from spp.patterns import Unstructured, parse_pattern
+from spp.patterns import Unstructured
 from spp.pruning.calibration.block_calls import BlockCalls, batched, capture
 from spp.pruning.calibration.input_hooks import observe
 from spp.pruning.calibration.input_statistics import InputNorm
-from spp.pruning.journal import Journal, MemoryJournal
+from spp.pruning.journal import Journal
 from spp.pruning.options import PruningSettings
 from spp.pruning.owl import outlier_share, owl_ratios
 from spp.pruning.prune_block import BlockPruner, BlockResult, Runs, add_up
@@ -55,45 +55,6 @@ class Blocks(Protocol):
     def keep(self, index: int) -> Any:
         """Keep what was done to the weights of a block that is loaded; returns what is to be noted of it, for JSON."""
         ...
-
-
-class LoadedBlocks:
-    """Those of a model that is in memory as a whole."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.device = model, model.device
-        self._blocks = decoder_blocks(model)[1]
-
-    @contextmanager
-    def surroundings(self) -> Iterator[None]:
-        yield
-
-    @contextmanager
-    def loaded(self, index: int) -> Iterator[nn.Module]:
-        yield self._blocks[index]
-
-    def keep(self, index: int) -> None:
-        pass
-
-
-def prune_model(model: PreTrainedModel, settings: PruningSettings, windows: Tensor | None = None) -> list[BlockResult]:
-    """Prune every matrix inside the decoder blocks of `model`, in place; puts it in eval mode.
-
-    Args:
-        model: a decoder-only causal LM in any float dtype; scores and statistics are fp32.
-        settings: what to remove, and how.
-        windows: (samples, window) int64 token ids to calibrate on; not needed for magnitude.
-
-    Returns:
-        What was done, block by block.
-
-    Raises:
-        UsageError: the pattern does not fit (all matrices concerned are named, and nothing is changed), no calibration
-            windows, or not a decoder-only causal LM.
-        SppError: NaN or infinity in weights or activations, no calibration input for a layer, or a Hessian that
-            cannot be inverted; names the layer. The model is not to be used any more.
-    """
-    return prune_blocks(LoadedBlocks(model.eval()), settings, windows, MemoryJournal())
 
 
 def prune_blocks(
@@ -134,7 +95,7 @@ def matrices_to_prune(model: PreTrainedModel, settings: PruningSettings) -> tupl
     Raises:
         UsageError: some do not fit, and may not be skipped; or none fits.
     """
-    pattern = parse_pattern(settings.pattern)
+    pattern = settings.pattern
     sizes = {matrix.name: matrix.weight.shape[1] for matrix in _all_matrices(model)}
     skipped = [] if settings.keep_zeros else [name for name, columns in sizes.items() if not pattern.fits(columns)]
     if skipped and (not settings.skip_indivisible or len(skipped) == len(sizes)):

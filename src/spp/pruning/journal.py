@@ -29,24 +29,6 @@ class Journal(ABC):
         """Note the next block as finished; what enters the one after it is complete."""
 
 
-class MemoryJournal(Journal):
-    """For runs that need not survive: everything in memory."""
-
-    def __init__(self) -> None:
-        self._results: dict[str, list[Any]] = {}
-        self._states: dict[tuple[str, int], dict[str, dict[int, Any]]] = {}
-
-    def results(self, walk: str) -> list[Any]:
-        return self._results.setdefault(walk, [])
-
-    def states(self, walk: str, block: int, stream: str = "main") -> States:
-        return self._states.setdefault((walk, block), {}).setdefault(stream, {})
-
-    def finish(self, walk: str, result: Any) -> None:
-        self._states.pop((walk, len(self.results(walk))), None)
-        self._results[walk].append(result)
-
-
 class FolderJournal(Journal):
     """In a folder that all processes see; the first of them writes the record.
 

@@ -20,6 +20,7 @@ from spp.models.architecture import Matrix, decoder_blocks, prunable_matrices
 from spp.models.loading import context_window, skeleton
 from spp.pruning.calibration.block_calls import batched, capture
 from spp.pruning.calibration.input_hooks import observe
+from spp.pruning.criteria.table import method_of
 from spp.pruning.engine import matrices_to_prune
 from spp.pruning.options import PruneOptions
 from spp.pruning.prune_block import BlockPruner
@@ -27,10 +28,6 @@ from spp.runtime.devices import compute_dtype, pick_device
 from spp.runtime.memory_estimate import MemoryPrediction, available_bytes, libraries
 from spp.runtime.tensor_memory import LiveBytes, make_fake
 
-_FP32 = 4
-# What a criterion makes of one matrix at its largest, in fp32 copies of it, and in fp32 matrices (I, I). A GPU works on
-# all of its rows at once.
-_COPIES, _GPU_COPIES, _SQUARES = 3, 4, 2
 # Adam's two moments, an fp32 copy, its gradient, and the weight that is computed with.
 _TUNED_BYTES = 20
 
@@ -103,9 +100,8 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 def _scratch_of_criterion(options: PruneOptions, matrices: Sequence[Matrix], device: torch.device) -> int:
     """Most bytes that choosing the weights of one matrix takes."""
-    copies = _COPIES if device.type == "cpu" else _GPU_COPIES
-    squares = _SQUARES if options.criterion == "sparsegpt" else 0
-    return max(_FP32 * (copies * matrix.weight.numel() + squares * matrix.weight.shape[1] ** 2) for matrix in matrices)
+    method = method_of(options)
+    return max(method.scratch_bytes(*matrix.weight.shape, on_gpu=device.type != "cpu") for matrix in matrices)
 
 
 class _Traced:

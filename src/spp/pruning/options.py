@@ -7,7 +7,8 @@ from typing import Literal, Self, cast, get_args
 
 from pydantic import Field, model_validator
 
-from spp.options import LoadingOptions, Options, OutputOptions, PatternText, SeedSettings, WindowSettings
+from spp.options import LoadingOptions, Options, OutputOptions, PatternOption, SeedSettings, WindowSettings
+from spp.patterns import NM
 
 BlockPart = Literal["block", "attention", "mlp"]
 Criterion = Literal["magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt"]
@@ -16,8 +17,10 @@ Criterion = Literal["magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt"
 class PruningSettings(Options):
     """What to remove and by which criterion."""
 
-    pattern: PatternText = Field(
-        "2:4", description="what to keep: N:M keeps N of every M consecutive weights (2:4, 4:8, 2:8); 50% removes half"
+    pattern: PatternOption = Field(
+        NM(2, 4),
+        description="what to keep: N:M keeps N of every M consecutive weights (2:4, 4:8, 2:8); 50% removes half",
+        json_schema_extra={"metavar": "PATTERN"},
     )
     criterion: Criterion = Field("wanda", description="how weights are chosen")
     allocation: Literal["uniform", "owl"] = Field(
@@ -33,6 +36,7 @@ class PruningSettings(Options):
         None,
         description="afterwards tune what is left of each block towards its dense outputs: block (all at once), "
         "attention, mlp, or attention,mlp (one after the other)",
+        json_schema_extra={"metavar": "PARTS"},
     )
     reconstruct_params: Literal["weights", "spp"] = Field(
         "weights", description="what reconstruction tunes: the weights that are left, or SPP's A and B"
@@ -49,6 +53,7 @@ class PruningSettings(Options):
     calibration: str | None = Field(
         None,
         description="calibration text: a file or datasets id (default: spp run's training data, else python-stdlib)",
+        json_schema_extra={"metavar": "DATA"},
     )
     samples: int = Field(128, ge=1, description="calibration windows")
     min_expert_tokens: int = Field(
@@ -73,10 +78,8 @@ class PruningSettings(Options):
 def _conflicts(settings: PruningSettings) -> list[str]:
     """What in these settings excludes what."""
     problems = []
-    if settings.allocation == "owl" and ":" in settings.pattern:
+    if settings.allocation == "owl" and isinstance(settings.pattern, NM):
         problems.append(f"allocation owl varies the sparsity, and pattern {settings.pattern} fixes it; give 50% or so")
-    if settings.refine and settings.criterion == "sparsegpt":
-        problems.append("refine dsnot exchanges weights, and sparsegpt has changed them; use wanda, ria or magnitude")
     if odd := [part for part in settings.reconstructed_parts if part not in get_args(BlockPart)]:
         problems.append(f"reconstruct takes block, attention, mlp, or attention,mlp, and not {odd[0]!r}")
     given = [

@@ -227,7 +227,7 @@ def _report(
     matrices = [matrix for block in results for matrix in block.matrices]
     return PruneReport(
         out=options.out,
-        pattern=_found_pattern(tensors, sparsity) if options.keep_zeros else options.pattern,
+        pattern=_found_pattern(tensors, sparsity) if options.keep_zeros else str(options.pattern),
         criterion=None if options.keep_zeros else options.criterion,
         settings=options.model_dump(mode="json", include=set(PruningSettings.model_fields)),
         sparsity=sparsity,

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from spp.errors import SppError, raise_problems
 from spp.models.architecture import Matrix, prunable_matrices
+from spp.ops.dtypes import dtype_name
 from spp.ops.zeros import all_finite
-from spp.patterns import Pattern, parse_pattern
+from spp.patterns import Pattern
 from spp.pruning import dsnot
 from spp.pruning.calibration.input_hooks import Statistics, observe
 from spp.pruning.calibration.input_statistics import Moments, Statistic
 from spp.pruning.criteria.result import Pruned, survivors
-from spp.pruning.criteria.table import CRITERIA
+from spp.pruning.criteria.table import CRITERIA, method_of
 from spp.pruning.options import BlockPart, Criterion, PruningSettings
 from spp.pruning.reconstruction import Fit, Reconstruction, Targets, reconstruct
 from spp.runtime import distributed
@@ -76,15 +77,18 @@ class BlockPruner:
         settings: what to remove, and how.
         names: of the matrices that are to be pruned.
 
+    Raises:
+        UsageError: see `method_of`.
+
     Attributes:
         pattern: what to keep where no other is given.
         kinds: of the statistics that it needs.
     """
 
     def __init__(self, settings: PruningSettings, names: Set[str]) -> None:
-        self.pattern = parse_pattern(settings.pattern)
+        self.pattern = settings.pattern
         self._settings, self._names = settings, names
-        self._method = CRITERIA[settings.criterion]
+        self._method = method_of(settings)
         self.kinds: list[type[Statistic]] = [] if settings.keep_zeros else self._needed()
 
     def _needed(self) -> list[type[Statistic]]:
@@ -116,7 +120,7 @@ class BlockPruner:
             targets: what the block ought to give for each batch, for reconstruction.
 
         Raises:
-            SppError: see `spp.pruning.engine.prune_model`.
+            SppError: see `spp.pruning.in_memory.prune_model`.
         """
         matrices = self.matrices(name, block)
         _check_weights(matrices)
@@ -222,7 +226,7 @@ def _put(matrix: Matrix, pruned: Pruned) -> None:
     weight = matrix.weight.copy_(pruned.weight)
     weight.masked_fill_(weight == 0, 0)  # a tiny negative survivor may have been rounded to -0.0
     if not all_finite(weight):
-        dtype = str(weight.dtype).removeprefix("torch.")
+        dtype = dtype_name(weight.dtype)
         raise SppError(
             f"{matrix.name}: an updated weight is NaN, or too large for {dtype}; compute in float32 (--dtype)"
         )

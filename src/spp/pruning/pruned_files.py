@@ -14,6 +14,7 @@ from spp.checkpoints.checkpoint import Checkpoint
 from spp.checkpoints.rewrite import Rewriting
 from spp.errors import SppError
 from spp.models.weight_map import Part
+from spp.ops.dtypes import dtype_name
 from spp.ops.zero_proof import lost_zeros
 from spp.ops.zeros import all_finite
 from spp.patterns import detect_pattern
@@ -115,6 +116,6 @@ def _in_file_dtype(name: str, before: Tensor, after: Tensor) -> Tensor:
         untouched = (after != 0) & (after == before.to(after.dtype))
         written = torch.where(untouched, before, written)
     if not all_finite(written):
-        dtype = str(before.dtype).removeprefix("torch.")
+        dtype = dtype_name(before.dtype)
         raise SppError(f"{name}: an updated weight is too large for the checkpoint's {dtype}; use the criterion wanda")
     return written

@@ -14,7 +14,7 @@ from spp.options import LoadingOptions, Options, OutputOptions, SeedSettings, Wi
 class ExampleSettings(Options):
     """How text becomes examples to train on."""
 
-    packing: bool | None = Field(
+    join_documents: bool | None = Field(
         None,
         description="join documents and cut them into full windows "
         "(default: where documents are longer than a window on average)",
@@ -31,7 +31,9 @@ class TeacherSettings(Options):
     """Learning from the dense model as well as from the data."""
 
     teacher: str | None = Field(
-        None, description="dense model to learn from: a folder, a hub id, or what spp cache-teacher wrote"
+        None,
+        description="dense model to learn from: a folder, a hub id, or what spp cache-teacher wrote",
+        json_schema_extra={"metavar": "MODEL"},
     )
     teacher_weight: float = Field(
         0.5, ge=0, le=1, description="share of the loss that is the divergence from the teacher; the rest is the data's"
@@ -92,7 +94,9 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
         "(DeepSpeed) a share",
     )
     report_to: str = Field(
-        "none", description="also log to tensorboard, wandb, trackio, ... (names separated by commas)"
+        "none",
+        description="also log to tensorboard, wandb, trackio, ... (names separated by commas)",
+        json_schema_extra={"metavar": "NAMES"},
     )
 
     @model_validator(mode="after")
@@ -108,7 +112,11 @@ class TrainOptions(TrainingSettings, WindowSettings, SeedSettings, LoadingOption
 
     model: str = Field(description="sparse model, whoever pruned it: a folder or a hub id")
     out: Path = Field(description="folder for the adapter")
-    data: str = Field("python-stdlib", description="training data: a file, a datasets id, or python-stdlib")
+    data: str = Field(
+        "python-stdlib",
+        description="training data: a file, a datasets id, or python-stdlib",
+        json_schema_extra={"metavar": "DATA"},
+    )
 
 
 class CacheTeacherOptions(ExampleSettings, WindowSettings, LoadingOptions, OutputOptions):
@@ -116,6 +124,10 @@ class CacheTeacherOptions(ExampleSettings, WindowSettings, LoadingOptions, Outpu
 
     model: str = Field(description="dense model: a folder or a hub id")
     out: Path = Field(description="folder for its answers, to be given to spp train as --teacher")
-    data: str = Field("python-stdlib", description="training data: a file, a datasets id, or python-stdlib")
+    data: str = Field(
+        "python-stdlib",
+        description="training data: a file, a datasets id, or python-stdlib",
+        json_schema_extra={"metavar": "DATA"},
+    )
     top_k: int = Field(64, ge=1, description="keep so many of the likeliest tokens of each distribution")
     temperature: float = Field(1.0, gt=0, description="temperature of the distributions")

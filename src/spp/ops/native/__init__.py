@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from spp.errors import SppError
+from spp.ops.dtypes import KERNEL_DTYPES
 from spp.ops.packed import PackedWeight, Weight, require_packable, word_count
 from spp.ops.reference import MOST_DIRECTIONS
 
@@ -27,7 +28,6 @@ logger = logging.getLogger("spp")
 ABI = 1
 """The number of the interface that is repeated here: `kAbi` in kernels.h. It rises with every change to one of them."""
 
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _BEST = -1
 _BLOCK_ROWS = 32
 _MOST_COMPARED = 2**16  # entries in one of compare's blocks
@@ -135,7 +135,7 @@ def why_not(weight: Weight, *others: Tensor) -> str | None:
     for tensor in (weight, *others):
         if tensor.device.type != "cpu":
             return f"it runs on the CPU, and a tensor is on {tensor.device}"
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in KERNEL_DTYPES:
             return f"it computes in bfloat16, float16 and float32, and a tensor is {tensor.dtype}"
     if isinstance(weight, Tensor) and weight.stride(-1) != 1 and weight.shape[-1] > 1:
         return "it wants rows that lie in one piece, and the weight is transposed"
@@ -171,7 +171,7 @@ def _effective(weight: Weight, A: Tensor | None, B: Tensor | None, out: Tensor, 
         ctypes.byref(factors),
         int(with_base),
         ctypes.c_void_p(out.data_ptr()),
-        _DTYPES[out.dtype],
+        KERNEL_DTYPES[out.dtype],
     )
     _require_sound(failed)
 
@@ -203,7 +203,7 @@ def add_factor_gradients(
         ctypes.byref(described),
         ctypes.byref(factors),
         ctypes.c_void_p(G.data_ptr()),
-        _DTYPES[G.dtype],
+        KERNEL_DTYPES[G.dtype],
         ctypes.c_int64(first),
         blocks,
         ctypes.c_int64(count),
@@ -217,7 +217,7 @@ def add_factor_gradients(
 def most_tokens(weight: Weight, dtype: torch.dtype, *, level: int = _BEST) -> int:
     """Tokens in this dtype that `matvec` takes at once: 64 in bf16 with AVX512_BF16 and a packed weight, else 4."""
     library, described = _described(weight, level)
-    return library.spp_most_tokens(level, ctypes.byref(described), _DTYPES[dtype])
+    return library.spp_most_tokens(level, ctypes.byref(described), KERNEL_DTYPES[dtype])
 
 
 def matvec(x: Tensor, weight: Weight, bias: Tensor | None, *, level: int = _BEST) -> Tensor:
@@ -237,7 +237,7 @@ def matvec(x: Tensor, weight: Weight, bias: Tensor | None, *, level: int = _BEST
     library, described = _described(weight, level)
     out_features, in_features = weight.shape
     tokens = len(x)
-    most = library.spp_most_tokens(level, ctypes.byref(described), _DTYPES[x.dtype])
+    most = library.spp_most_tokens(level, ctypes.byref(described), KERNEL_DTYPES[x.dtype])
     _require(x.shape[1:] == (in_features,) and 1 <= tokens <= most and x.is_contiguous(), "x", x)
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
     _require(bias is None or bias.shape == (out_features,), "bias", bias)
@@ -248,7 +248,7 @@ def matvec(x: Tensor, weight: Weight, bias: Tensor | None, *, level: int = _BEST
         torch.get_num_threads(),
         ctypes.byref(described),
         ctypes.c_void_p(x.data_ptr()),
-        _DTYPES[x.dtype],
+        KERNEL_DTYPES[x.dtype],
         ctypes.c_int64(tokens),
         None if bias is None else ctypes.c_void_p(bias.data_ptr()),
         ctypes.c_void_p(arranged.data_ptr()),
@@ -297,9 +297,9 @@ def compare(base: Tensor, other: Tensor, *, level: int = _BEST) -> dict[str, int
         level,
         torch.get_num_threads(),
         ctypes.c_void_p(base.data_ptr()),
-        _DTYPES[base.dtype],
+        KERNEL_DTYPES[base.dtype],
         ctypes.c_void_p(other.data_ptr()),
-        _DTYPES[other.dtype],
+        KERNEL_DTYPES[other.dtype],
         ctypes.c_int64(base.numel()),
         parts,
         ctypes.byref(found),
@@ -315,7 +315,7 @@ def _described(weight: Weight, level: int) -> tuple[ctypes.CDLL, _Weight]:
         raise ValueError(f"this CPU has no instruction set of level {level}")
     assert _LIBRARY is not None
     out_features, in_features = weight.shape
-    described = _Weight(out_features=out_features, in_features=in_features, dtype=_DTYPES[weight.dtype])
+    described = _Weight(out_features=out_features, in_features=in_features, dtype=KERNEL_DTYPES[weight.dtype])
     if isinstance(weight, Tensor):
         described.values, described.row_stride = weight.data_ptr(), weight.stride(0)
         return _LIBRARY, described

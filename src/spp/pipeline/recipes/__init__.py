@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from spp.errors import UsageError, raise_problems
-from spp.options import Options
+from spp.options import Options, no_such_option
 from spp.pipeline.options import RunOptions
 from spp.training.options import TrainOptions
 
@@ -40,7 +40,8 @@ def load_recipe(recipe: str, options: type[Options] = RunOptions) -> dict[str, A
     if not isinstance(values, dict):
         raise UsageError(f"recipe {path}: expected `option: value` lines, found a {type(values).__name__}")
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    raise_problems([f"recipe {path}: {name}: no such option" for name in values if name not in RunOptions.model_fields])
+    unknown = [name for name in values if name not in RunOptions.model_fields]
+    raise_problems([f"recipe {path}: {name}: {no_such_option(name)}" for name in unknown])
     if options is TrainOptions and "train" in values:
         values["data"] = values.pop("train")
     return {name: value for name, value in values.items() if name in options.model_fields}

@@ -16,19 +16,17 @@ from spp.pruning.criteria.result import Pruned, prune_rows, row_parts
 _POWER = 0.5
 
 
-def prune(weight: Tensor, statistics: Tensor | None, pattern: Pattern) -> Pruned:
+def prune(weight: Tensor, input_norm: Tensor, pattern: Pattern) -> Pruned:
     """Remove the weights of least relative importance and activation, compared within each row or group.
 
     The score of W[i, j] is (|W[i, j]| / sum_k |W[i, k]| + |W[i, j]| / sum_k |W[k, j]|) * ||X[:, j]||_2 ^ 0.5.
 
     Args:
         weight: (O, I), any float dtype.
-        statistics: (I,) fp32, `InputNorm`.
+        input_norm: (I,) fp32, ||X[:, j]||_2 over the calibration, from `InputNorm`.
         pattern: how many weights to remove.
     """
-    if statistics is None:
-        raise ValueError("RIA needs the norm of the inputs")
-    columns, root = _column_sums(weight), statistics**_POWER
+    columns, root = _column_sums(weight), input_norm**_POWER
 
     def score(rows: Tensor) -> Tensor:
         size = rows.abs().float()

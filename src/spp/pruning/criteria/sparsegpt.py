@@ -58,10 +58,10 @@ class InverseFactor(Gram):
     """
 
     def _finish(self, mean: Tensor) -> Inverse:
-        return inverse(mean)
+        return damped_inverse(mean)
 
 
-def inverse(hessian: Tensor) -> Inverse:
+def damped_inverse(hessian: Tensor) -> Inverse:
     """Damp and invert a Hessian (I, I), fp32, which stays as it is.
 
     Raises:
@@ -74,7 +74,7 @@ def inverse(hessian: Tensor) -> Inverse:
     return Inverse(factor.div_(scale[:, None]), scale, dead, note)
 
 
-def prune(weight: Tensor, statistics: Inverse | None, pattern: Pattern) -> Pruned:
+def prune(weight: Tensor, inverse: Inverse, pattern: Pattern) -> Pruned:
     """Remove the weights of least W^2 / U_jj^2 and update the survivors, all in fp32.
 
     Unstructured: compared over all rows of a block of 128 columns. N:M: compared within each group when the loop
@@ -83,21 +83,19 @@ def prune(weight: Tensor, statistics: Inverse | None, pattern: Pattern) -> Prune
 
     Args:
         weight: (O, I), any float dtype.
-        statistics: `InverseFactor`.
+        inverse: of the layer's damped Hessian, from `InverseFactor`.
         pattern: how many weights to remove.
 
     Returns:
         The weight in fp32. Beside it and its mask, the scratch is one fp32 and one bool copy of the weight.
     """
-    if statistics is None:
-        raise ValueError("SparseGPT needs the Gram matrix of the inputs")
     if isinstance(pattern, NM):
         pattern.require_fit(weight.shape[-1])
     work = torch.empty(weight.shape[::-1], device=weight.device)
-    work.copy_(weight.T)[statistics.dead] = 0
+    work.copy_(weight.T)[inverse.dead] = 0
     with full_fp32():
-        mask = _walk_blocks(work, statistics, pattern)
-    return Pruned(work.T.contiguous(), mask.T.contiguous(), statistics.note)
+        mask = _walk_blocks(work, inverse, pattern)
+    return Pruned(work.T.contiguous(), mask.T.contiguous(), inverse.note)
 
 
 def _inverse_factor(hessian: Tensor, dead: Tensor) -> tuple[Tensor, str | None]:
@@ -164,7 +162,7 @@ def _reverse(matrix: Tensor) -> None:
 
 def _walk_blocks(work: Tensor, inverse: Inverse, pattern: Pattern) -> Tensor:
     """Prune `work` (I, O) in place, block of columns by block; returns the mask (I, O) of the survivors."""
-    mask, size = work != 0, _block_size(pattern)
+    mask, size = work != 0, block_size(pattern)
     errors = torch.empty_like(work[:size])
     for start in range(0, len(work), size):
         end = min(start + size, len(work))
@@ -186,7 +184,7 @@ def _walk_blocks(work: Tensor, inverse: Inverse, pattern: Pattern) -> Tensor:
     return mask
 
 
-def _block_size(pattern: Pattern) -> int:
+def block_size(pattern: Pattern) -> int:
     """128 columns, or the nearest multiple of M below (at least M)."""
     group = pattern.m if isinstance(pattern, NM) else 1
     return max(_BLOCK // group, 1) * group

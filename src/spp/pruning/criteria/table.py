@@ -1,4 +1,4 @@
-"""The table of criteria: what each needs to know about a layer's inputs, and its function."""
+"""The table of criteria: all that the rest of the package knows of one."""
 
 from __future__ import annotations
 
@@ -8,30 +8,72 @@ from typing import Any
 
 from torch import Tensor
 
+from spp.errors import UsageError
 from spp.patterns import Pattern
 from spp.pruning.calibration.input_statistics import InputNorm, Statistic
 from spp.pruning.criteria import magnitude, ria, sparsegpt, wanda
 from spp.pruning.criteria.result import Pruned
-from spp.pruning.options import Criterion
+from spp.pruning.options import Criterion, PruningSettings
+
+_FP32 = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """A criterion.
 
     Attributes:
+        title: what people call it.
         statistic: what it needs of the layer's inputs; None where it needs no calibration.
         prune: (weight (O, I), value of the statistic, pattern) -> Pruned.
+        changes_weights: whether survivors get other values, so that the mask cannot be refined afterwards.
+        squares: fp32 matrices (I, I) that it makes of one layer at most, beside the statistic.
     """
 
+    title: str
     statistic: type[Statistic] | None
     prune: Callable[[Tensor, Any, Pattern], Pruned]
+    changes_weights: bool
+    squares: int
+
+    def scratch_bytes(self, out_features: int, in_features: int, *, on_gpu: bool) -> int:
+        """Most bytes that pruning one matrix takes: fp32 copies of it, and squares."""
+        copies = 4 if on_gpu else 3  # a GPU works on all rows at once
+        return _FP32 * (copies * out_features * in_features + self.squares * in_features**2)
 
 
 CRITERIA: dict[Criterion, Method] = {
-    "magnitude": Method(None, magnitude.prune),
-    "magnitude-matrix": Method(None, magnitude.prune_whole_matrix),
-    "wanda": Method(InputNorm, wanda.prune),
-    "ria": Method(InputNorm, ria.prune),
-    "sparsegpt": Method(sparsegpt.InverseFactor, sparsegpt.prune),
+    "magnitude": Method(title="magnitude", statistic=None, prune=magnitude.prune, changes_weights=False, squares=0),
+    "magnitude-matrix": Method(
+        title="magnitude over the matrix",
+        statistic=None,
+        prune=magnitude.prune_whole_matrix,
+        changes_weights=False,
+        squares=0,
+    ),
+    "wanda": Method(title="Wanda", statistic=InputNorm, prune=wanda.prune, changes_weights=False, squares=0),
+    "ria": Method(title="RIA", statistic=InputNorm, prune=ria.prune, changes_weights=False, squares=0),
+    "sparsegpt": Method(
+        title="SparseGPT",
+        statistic=sparsegpt.InverseFactor,
+        prune=sparsegpt.prune,
+        changes_weights=True,
+        squares=2,
+    ),
 }
+
+
+def method_of(settings: PruningSettings) -> Method:
+    """The criterion that the settings ask for.
+
+    Raises:
+        UsageError: it changes weights, and the settings would exchange some of them afterwards.
+    """
+    method = CRITERIA[settings.criterion]
+    if settings.refine and method.changes_weights:
+        others = ", ".join(name for name, other in CRITERIA.items() if not other.changes_weights)
+        raise UsageError(
+            f"refine {settings.refine} exchanges weights, and {settings.criterion} has changed them; "
+            f"use one of {others}"
+        )
+    return method

@@ -11,14 +11,12 @@ from spp.patterns import Pattern
 from spp.pruning.criteria.result import Pruned, prune_rows
 
 
-def prune(weight: Tensor, statistics: Tensor | None, pattern: Pattern) -> Pruned:
+def prune(weight: Tensor, input_norm: Tensor, pattern: Pattern) -> Pruned:
     """Remove the weights of least |W[i, j]| * ||X[:, j]||_2 (Wanda eq. 1), compared within each row or group.
 
     Args:
         weight: (O, I), any float dtype.
-        statistics: (I,) fp32, `InputNorm`.
+        input_norm: (I,) fp32, ||X[:, j]||_2 over the calibration, from `InputNorm`.
         pattern: how many weights to remove.
     """
-    if statistics is None:
-        raise ValueError("Wanda needs the norm of the inputs")
-    return prune_rows(weight, pattern, lambda rows: rows.abs().float() * statistics)
+    return prune_rows(weight, pattern, lambda rows: rows.abs().float() * input_norm)
