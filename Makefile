@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST := build/oldest
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo docs test test-slow test-peft test-sanitized lint clean
+.PHONY: help install demo docs test test-slow test-peft test-sanitized test-oldest lint clean
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -34,6 +35,12 @@ test-peft: $(INSTALLED)  ## run PEFT's own test-suite with SPP added to it
 
 test-sanitized: $(INSTALLED)  ## run the native kernels' tests under AddressSanitizer and UBSan (needs g++)
 	$(BIN)/python scripts/test_sanitized.py
+
+test-oldest:  ## run scripts/smoke_test.py with the oldest versions of the dependencies, in build/oldest
+	rm -rf $(OLDEST) build/lib* build/temp*
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt .
+	$(OLDEST)/bin/python scripts/smoke_test.py
 
 lint: $(INSTALLED)  ## style, types, and the direction of imports
 	$(BIN)/ruff check

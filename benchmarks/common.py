@@ -6,9 +6,11 @@ import argparse
 import csv
 import fcntl
 import io
+import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +26,8 @@ from torch import Tensor
 
 from spp.runtime.environment import environment, versions
 
-DATA = Path(__file__).resolve().parent / "data"
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "benchmarks" / "data"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _BUSY = 0.5
@@ -127,6 +130,13 @@ def machine_columns(device: str) -> dict[str, Any]:
         "load": round(load, 2),
         **{name: found[name] for name in ("torch", "peft", "spp")},
     }
+
+
+def run_worker(name: str, argument: Any) -> subprocess.CompletedProcess[str]:
+    """Run `python -m benchmarks.NAME` with an argument as JSON, in the folder where we are; its output is captured."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", f"benchmarks.{name}", json.dumps(argument)]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True)
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

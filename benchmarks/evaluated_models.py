@@ -17,7 +17,7 @@ from spp.pipeline.bundled import bundled_model
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class EvaluatedModel:
     """A model and its protocol.
 
     Attributes:
@@ -42,7 +42,7 @@ class Subject:
         return f"{Path(self.evaluation).stem}, {documents}{kind}, {self.window} tokens"
 
 
-def subjects(data: Path | None, scratch: Path, names: Sequence[str] | None) -> list[Subject]:
+def evaluated_models(data: Path | None, scratch: Path, names: Sequence[str] | None) -> list[EvaluatedModel]:
     """The models that there are.
 
     Args:
@@ -50,10 +50,10 @@ def subjects(data: Path | None, scratch: Path, names: Sequence[str] | None) -> l
         scratch: for the two parts of a text that is to be divided.
         names: of those that are wanted; None for all.
     """
-    return [subject for subject in _all(data, scratch) if names is None or subject.name in names]
+    return [evaluated for evaluated in _all(data, scratch) if names is None or evaluated.name in names]
 
 
-def add_subject_arguments(
+def add_model_arguments(
     parser: argparse.ArgumentParser, patterns: Iterable[str], methods: Iterable[str], csv_name: str
 ) -> None:
     """The options of scripts that measure methods on these models."""
@@ -66,9 +66,9 @@ def add_subject_arguments(
     parser.add_argument("--csv", type=Path, default=DATA / csv_name, help="file to append to (default: %(default)s)")
 
 
-def _all(data: Path | None, scratch: Path) -> list[Subject]:
+def _all(data: Path | None, scratch: Path) -> list[EvaluatedModel]:
     found = [
-        Subject(
+        EvaluatedModel(
             name="bundled",
             model=str(bundled_model()),
             calibration="python-stdlib",
@@ -85,7 +85,7 @@ def _all(data: Path | None, scratch: Path) -> list[Subject]:
             "calibration": str(corpora / "tinystories_train.jsonl"),
             "evaluation": str(corpora / "tinystories_valid.jsonl"),
         }
-        found.append(Subject(name=name, model=str(data / "models" / name), window=512, limit=600, **texts))
+        found.append(EvaluatedModel(name=name, model=str(data / "models" / name), window=512, limit=600, **texts))
     text = (corpora / "shakespeare.txt").read_text(encoding="utf-8")
     parts = {
         "calibration": scratch / "shakespeare_first_nine_tenths.txt",
@@ -96,5 +96,7 @@ def _all(data: Path | None, scratch: Path) -> list[Subject]:
     model = str(data / "models" / "shakespeare_opt")
     return [
         *found,
-        Subject(name="shakespeare_opt", model=model, window=64, **{key: str(path) for key, path in parts.items()}),
+        EvaluatedModel(
+            name="shakespeare_opt", model=model, window=64, **{key: str(path) for key, path in parts.items()}
+        ),
     ]

@@ -1,17 +1,9 @@
 """Forward and backward of one linear layer: SPP's back-ends against the GEMM floor, published SPP, and stock PEFT.
 
-python benchmarks/operator.py --shape 4096x4096 --tokens 1024 --dtype bf16 --density 0.5 [--json]
+python -m benchmarks.layer --shape 4096x4096 --tokens 1024 --dtype bf16 --density 0.5 [--json]
 """
 
 from __future__ import annotations
-
-import os
-import sys
-
-if __name__ == "__main__":
-    # Python puts a script's folder first on the path, and there this file stands in for the library's `operator`.
-    _here = os.path.dirname(os.path.realpath(__file__))
-    sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
 
 import argparse
 import itertools
@@ -99,7 +91,7 @@ def rows(machine: Mapping[str, Any], case: Case, found: Mapping[str, Measured | 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmarks/operator.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.layer", description=__doc__.split("\n")[0])
     several = {"action": "extend", "nargs": "+"}
     parser.add_argument("--shape", type=shape_argument, metavar="OxI", **several)
     parser.add_argument("--tokens", type=int, **several)
@@ -107,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--density", type=float, help="share of non-zeros", **several)
     parser.add_argument("--methods", choices=METHODS, help="default: all", **several)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    add_run_arguments(parser, repeats=5, csv_name="operator.csv")
+    add_run_arguments(parser, repeats=5, csv_name="layer.csv")
     return parser
 
 

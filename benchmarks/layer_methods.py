@@ -1,4 +1,4 @@
-"""Every way to run one linear layer forward and backward that `benchmarks/operator.py` compares, by name.
+"""Every way to run one linear layer forward and backward that `benchmarks/layer.py` compares, by name.
 
 All methods share one weight W (O, I), one input x (T, I) that wants a gradient, as in the middle of a network, and one
 dY (T, O). The trained factors are fp32; for bf16 and fp16, methods run under autocast, as a Trainer with bf16=True

@@ -1,31 +1,25 @@
 """Merge a model that is larger than memory: against a plain copy of its files, and what a kill costs.
 
     python scripts/make_synthetic_model.py --gigabytes 20 --sparse 2:4 --adapter FOLDER/adapter FOLDER/model
-    python benchmarks/merging.py FOLDER/model FOLDER/adapter --threads 2 [--json]
+    python -m benchmarks.merging FOLDER/model FOLDER/adapter --threads 2 [--json]
 
 The files are copied and merged in turn, `--repeats` times, each into a new folder that goes afterwards, so that the
 disk needs room for one result at a time. Every turn begins with the model out of the page cache, and ends with the
-result on the disk (fsync). Then a merge is killed (SIGKILL) half-way and repeated, whose files have to be the first
-one's, bit by bit; `spp verify` is timed; and a zero of the result is set to a small number, which it has to find.
+result on the disk (fsync). Then a merge is killed (SIGKILL) half-way and repeated, whose files have to be those of the
+last merge, bit by bit; `spp verify` is timed; and a zero of the result is set to a small number, which it has to find.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-
-if __name__ == "__main__":
-    # Python puts a script's folder first on the path, and there operator.py stands in for the library's `operator`.
-    _here = os.path.dirname(os.path.realpath(__file__))
-    sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
-
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -74,49 +68,63 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     Raises:
         SystemExit: a run failed, the two results differ, the proof is not there, or a lost zero is not found.
     """
-    base, copied, merged = Checkpoint.open(args.model), folder / "copied", folder / "merged"
-    copies, merges, peaks = [], [], []
-    digests: dict[str, str] = {}
-    for turn in range(args.repeats):
-        copies.append(_copy(base, copied))
-        shutil.rmtree(copied)
-        _forget(base)
-        seconds, peak = _run(args, merged)
-        merges.append(seconds)
-        peaks.append(peak)
-        digests = digests or _digests(merged)
-        if turn + 1 < args.repeats:
-            shutil.rmtree(merged)
+    base, merged = Checkpoint.open(args.model), folder / "merged"
+    speed = _copy_and_merge(base, folder / "copied", merged, args)
+    digests = _digests(merged)
     proof = read_json(merged / VERIFICATION)
     if not proof["verified"]:
         raise SystemExit(f"{VERIFICATION} does not say that the zeros were kept")
-    _forget(base)
-    verify_seconds, verify_peak = _spp(["verify", str(args.model), str(merged)], args.threads)
-    _require_caught(base, merged, args)
+    verified = _verify(base, merged, args)
     shutil.rmtree(merged)
-
-    _forget(base)
-    done = _kill_half_way(args, merged, len(base.names))
-    resumed_seconds, resumed_peak = _run(args, merged)
+    resumed = _kill_and_resume(base, merged, args)
     if different := sorted(name for name, digest in _digests(merged).items() if digests.get(name) != digest):
         raise SystemExit(f"the merge that was killed has other bits in {', '.join(different)}")
-    copy, merge = statistics.median(copies), statistics.median(merges)
     return {
         "repeats": args.repeats,
         "files": len(base.shards),
         "disk_bytes": sum(path.stat().st_size for path in base.shards),
         "merged": len(proof["tensors"]),
         "zeros": proof["zeros"],
+        **speed,
+        **verified,
+        **resumed,
+    }
+
+
+def _copy_and_merge(base: Checkpoint, copied: Path, merged: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Copy and merge in turn, `--repeats` times; the last merge stays."""
+    copies, merges, peaks = [], [], []
+    for _ in range(args.repeats):
+        shutil.rmtree(merged, ignore_errors=True)
+        copies.append(_copy(base, copied))
+        shutil.rmtree(copied)
+        _forget(base)
+        seconds, peak = _run(args, merged)
+        merges.append(seconds)
+        peaks.append(peak)
+    copy, merge = statistics.median(copies), statistics.median(merges)
+    return {
         "copy_seconds": round(copy, 2),
         "merge_seconds": round(merge, 2),
         "of_copy_speed": round(copy / merge, 4),
         "peak_bytes": max(peaks),
-        "verify_seconds": round(verify_seconds, 2),
-        "verify_peak_bytes": verify_peak,
-        "killed_after": done,
-        "resumed_seconds": round(resumed_seconds, 2),
-        "resumed_peak_bytes": resumed_peak,
     }
+
+
+def _verify(base: Checkpoint, merged: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Time `spp verify`, and lose a zero of the result, which it has to find."""
+    _forget(base)
+    seconds, peak = _spp(["verify", str(args.model), str(merged)], args.threads)
+    _require_caught(base, merged, args)
+    return {"verify_seconds": round(seconds, 2), "verify_peak_bytes": peak}
+
+
+def _kill_and_resume(base: Checkpoint, merged: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Kill a merge half-way, and time the run that finishes it."""
+    _forget(base)
+    done = _kill_half_way(args, merged, len(base.names))
+    seconds, peak = _run(args, merged)
+    return {"killed_after": done, "resumed_seconds": round(seconds, 2), "resumed_peak_bytes": peak}
 
 
 def _copy(base: Checkpoint, out: Path) -> float:
@@ -197,7 +205,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmarks/merging.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.merging", description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="folder of a sparse model")
     parser.add_argument("adapter", type=Path, help="folder of an SPP adapter for it")
     parser.add_argument("--rounding", choices=("nearest", "stochastic"), default="nearest")

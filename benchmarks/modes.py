@@ -3,18 +3,10 @@
 The figure is the perplexity of the merged bf16 checkpoint, since that is what is deployed, and of the adapter on top of
 the pruned one, before any rounding. Appends rows to data/modes.csv.
 
-python benchmarks/modes.py --steps 60
+python -m benchmarks.modes --steps 60
 """
 
 from __future__ import annotations
-
-import os
-import sys
-
-if __name__ == "__main__":
-    # Python puts a script's folder first on the path, and there operator.py stands in for the library's `operator`.
-    _here = os.path.dirname(os.path.realpath(__file__))
-    sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
 
 import argparse
 import tempfile
@@ -24,15 +16,17 @@ from typing import Any
 
 import spp
 from benchmarks.common import DATA, append_rows, machine_columns, print_table
+from spp.pipeline.bundled import bundled_model
 
-BUNDLED = Path(spp.__file__).parent / "bundled" / "model"
 WINDOW, BATCH = 256, 4
 _RUNS = (("float32", "fused"), ("bfloat16", "fused"), ("bfloat16", "split"))
 
 
 def main() -> None:
     """Prune once, then train, merge and evaluate for every learning rate, dtype and mode."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.modes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, action="append", help="default: 3e-4, 4e-3, 2e-2, 5e-2")
     arguments = parser.parse_args()
@@ -45,13 +39,13 @@ def main() -> None:
 
 def _rows(folder: Path, steps: int, rates: list[float]) -> Iterator[dict[str, Any]]:
     pruned = str(folder / "pruned")
-    spp.prune(spp.PruneOptions.build({"model": str(BUNDLED), "out": pruned, "samples": 32, "window": WINDOW}))
+    spp.prune(spp.PruneOptions.build({"model": str(bundled_model()), "out": pruned, "samples": 32, "window": WINDOW}))
     before = round(_perplexity(pruned), 4)
     for rate in rates:
         for dtype, mode in _RUNS:
             name = f"{rate}-{dtype}-{mode}"
             values = {"model": pruned, "out": folder / f"{name}-adapter", "learning_rate": rate, "max_steps": steps}
-            shape = {"window": WINDOW, "batch_size": BATCH, "packing": True, "dtype": dtype, "mode": mode}
+            shape = {"window": WINDOW, "batch_size": BATCH, "join_documents": True, "dtype": dtype, "mode": mode}
             report = spp.train(spp.TrainOptions.build({**values, **shape}))
             merged = folder / f"{name}-merged"
             proof = spp.merge(spp.MergeOptions(model=pruned, adapter=report.out, out=merged))

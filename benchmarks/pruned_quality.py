@@ -1,22 +1,14 @@
 """What pruning costs: perplexity by criterion, pattern and model, and what SPP makes of it afterwards.
 
-    python benchmarks/pruned_quality.py --data FOLDER --threads 2 [--model story] [--then-train 200]
+    python -m benchmarks.pruned_quality --data FOLDER --threads 2 [--model story] [--then-train 200]
 
-FOLDER has the models in benchmarks/subjects.py; without it, there is the bundled one only.
+FOLDER has the models in benchmarks/evaluated_models.py; without it, there is the bundled one only.
 
 Calibration and evaluation share no text. Every criterion runs on the same windows. With `--then-train`, each pruned
 model is fine-tuned and merged too, always from the same data in the same order.
 """
 
 from __future__ import annotations
-
-import os
-import sys
-
-if __name__ == "__main__":
-    # Python puts a script's folder first on the path, and there operator.py stands in for the library's `operator`.
-    _here = os.path.dirname(os.path.realpath(__file__))
-    sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
 
 import argparse
 import tempfile
@@ -29,7 +21,7 @@ import torch
 
 import spp
 from benchmarks.common import append_rows, machine_columns
-from benchmarks.subjects import Subject, add_subject_arguments, subjects
+from benchmarks.evaluated_models import EvaluatedModel, add_model_arguments, evaluated_models
 from spp.errors import UsageError
 from spp.patterns import NM, parse_pattern
 
@@ -49,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """Name in the table -> options of `spp prune`."""
 
 
-def measure(subject: Subject, pattern: str, method: str, folder: Path, steps: int) -> dict[str, Any] | None:
+def measure(evaluated: EvaluatedModel, pattern: str, method: str, folder: Path, steps: int) -> dict[str, Any] | None:
     """Prune, evaluate, and train if `steps` says so; None where the method or the model has no such pattern."""
     options = METHODS[method]
     if options.get("allocation") == "owl" and isinstance(parse_pattern(pattern), NM):
@@ -60,12 +52,12 @@ def measure(subject: Subject, pattern: str, method: str, folder: Path, steps: in
         report = spp.prune(
             spp.PruneOptions.build(
                 {
-                    "model": subject.model,
+                    "model": evaluated.model,
                     "out": pruned,
                     "pattern": pattern,
-                    "calibration": subject.calibration,
+                    "calibration": evaluated.calibration,
                     "samples": SAMPLES,
-                    "window": subject.window,
+                    "window": evaluated.window,
                     "overwrite": True,
                     **options,
                 }
@@ -79,19 +71,19 @@ def measure(subject: Subject, pattern: str, method: str, folder: Path, steps: in
     return {
         "sparsity": round(report.sparsity, 4),
         "prune_seconds": round(seconds, 1),
-        "perplexity": round(perplexity(subject, str(pruned)), 4),
+        "perplexity": round(perplexity(evaluated, str(pruned)), 4),
         "trained_steps": steps,
-        "trained_perplexity": round(_trained(subject, pruned, folder, steps), 4) if steps else "",
+        "trained_perplexity": round(_trained(evaluated, pruned, folder, steps), 4) if steps else "",
     }
 
 
-def perplexity(subject: Subject, model: str) -> float:
+def perplexity(evaluated: EvaluatedModel, model: str) -> float:
     """Per token, in fp32."""
-    options = {"model": model, "text": subject.evaluation, "window": subject.window, "limit": subject.limit}
+    options = {"model": model, "text": evaluated.evaluation, "window": evaluated.window, "limit": evaluated.limit}
     return spp.evaluate(spp.EvalOptions.build(options | {"dtype": "float32"})).perplexity
 
 
-def _trained(subject: Subject, pruned: Path, folder: Path, steps: int) -> float:
+def _trained(evaluated: EvaluatedModel, pruned: Path, folder: Path, steps: int) -> float:
     """Perplexity of the merged model after SPP fine-tuning on the text that calibration is taken from."""
     adapter, merged = folder / "adapter", folder / "merged"
     spp.train(
@@ -99,15 +91,15 @@ def _trained(subject: Subject, pruned: Path, folder: Path, steps: int) -> float:
             {
                 "model": str(pruned),
                 "out": adapter,
-                "data": subject.calibration,
-                "window": subject.window,
+                "data": evaluated.calibration,
+                "window": evaluated.window,
                 "max_steps": steps,
                 "overwrite": True,
             }
         )
     )
     spp.merge(spp.MergeOptions(model=str(pruned), adapter=adapter, out=merged, overwrite=True))
-    return perplexity(subject, str(merged))
+    return perplexity(evaluated, str(merged))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -117,28 +109,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for subject in subjects(args.data, folder, args.model):
+        for evaluated in evaluated_models(args.data, folder, args.model):
             machine = machine_columns("cpu")
-            case = {"model": subject.name, "protocol": subject.protocol, "samples": SAMPLES}
-            dense = round(perplexity(subject, subject.model), 4)
-            print(f"{subject.name}, dense: {dense} ({subject.protocol})")
+            case = {"model": evaluated.name, "protocol": evaluated.protocol, "samples": SAMPLES}
+            dense = round(perplexity(evaluated, evaluated.model), 4)
+            print(f"{evaluated.name}, dense: {dense} ({evaluated.protocol})")
             for pattern in args.pattern or PATTERNS:
                 for method in args.method or METHODS:
-                    found = measure(subject, pattern, method, folder, args.then_train)
+                    found = measure(evaluated, pattern, method, folder, args.then_train)
                     if found is None:
                         continue
                     append_rows(
                         args.csv, [machine | case | {"pattern": pattern, "method": method, "dense": dense} | found]
                     )
                     print(
-                        f"{subject.name}, {pattern}, {method}: {found['perplexity']} {found['trained_perplexity']}",
+                        f"{evaluated.name}, {pattern}, {method}: {found['perplexity']} {found['trained_perplexity']}",
                         flush=True,
                     )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmarks/pruned_quality.py", description=__doc__.split("\n")[0])
-    add_subject_arguments(parser, PATTERNS, METHODS, "pruned_quality.csv")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pruned_quality", description=__doc__.split("\n")[0])
+    add_model_arguments(parser, PATTERNS, METHODS, "pruned_quality.csv")
     parser.add_argument("--then-train", type=int, default=0, metavar="STEPS", help="also fine-tune (default: not)")
     return parser
 

@@ -1,17 +1,9 @@
 """Prune one weight, from statistics that are ready to its zeros: our criteria against plain torch.
 
-python benchmarks/pruning.py --shape 4096x4096 --pattern 2:4 --threads 2 [--json]
+python -m benchmarks.pruning --shape 4096x4096 --pattern 2:4 --threads 2 [--json]
 """
 
 from __future__ import annotations
-
-import os
-import sys
-
-if __name__ == "__main__":
-    # Python puts a script's folder first on the path, and there operator.py stands in for the library's `operator`.
-    _here = os.path.dirname(os.path.realpath(__file__))
-    sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
 
 import argparse
 import itertools
@@ -114,7 +106,7 @@ class Layer:
                 return lambda: ria.prune(weight, norm, pattern), lambda: plain.ria(weight, norm, pattern)
             case "sparsegpt":
                 return (
-                    lambda: sparsegpt.prune(weight, sparsegpt.inverse(hessian), pattern),
+                    lambda: sparsegpt.prune(weight, sparsegpt.damped_inverse(hessian), pattern),
                     lambda: plain.sparsegpt(weight, hessian, pattern),
                 )
         return self._refinement(pattern)
@@ -144,7 +136,7 @@ def rows(case: Mapping[str, Any], found: Mapping[str, Measured | None]) -> list[
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmarks/pruning.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning", description=__doc__.split("\n")[0])
     several = {"action": "extend", "nargs": "+"}
     parser.add_argument("--shape", type=shape_argument, metavar="OxI", **several)
     parser.add_argument("--dtype", choices=DTYPES, **several)

@@ -1,22 +1,14 @@
 """What fine-tuning wins back: SPP and other methods that keep zeros, from the same pruned model, text, order and steps.
 
-    python benchmarks/quality.py --data FOLDER --threads 2 [--model story] [--pattern 2:4] [--method SPP HiRA]
+    python -m benchmarks.quality --data FOLDER --threads 2 [--model story] [--pattern 2:4] [--method SPP HiRA]
 
-FOLDER has the models in benchmarks/subjects.py; without it, there is the bundled one only. Every method is tried at the
-same number of learning rates with the first seed. The one with the lowest loss on examples that were held out is taken,
-with all seeds, and evaluated on the text that perplexity is reported on. What the CSV file already has is not measured
-again.
+FOLDER has the models in benchmarks/evaluated_models.py; without it, there is the bundled one only. Every method is
+tried at the same number of learning rates with the first seed. The one with the lowest loss on examples that were held
+out is taken, with all seeds, and evaluated on the text that perplexity is reported on. What the CSV file already has is
+not measured again.
 """
 
 from __future__ import annotations
-
-import os
-import sys
-
-if __name__ == "__main__":
-    # Python puts a script's folder first on the path, and there operator.py stands in for the library's `operator`.
-    _here = os.path.dirname(os.path.realpath(__file__))
-    sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
 
 import argparse
 import math
@@ -39,14 +31,14 @@ from transformers import PreTrainedModel
 import spp
 from benchmarks.baselines.finetuning import Lora, MaskedLora, MaskedWeight, replace_linears
 from benchmarks.common import append_rows, machine_columns, read_rows
-from benchmarks.subjects import Subject, add_subject_arguments, subjects
+from benchmarks.evaluated_models import EvaluatedModel, add_model_arguments, evaluated_models
 from spp.adapters.options import AdapterSettings
 from spp.data.examples import Example, collate
 from spp.evaluation.perplexity import perplexity_of, read_windows
 from spp.models.architecture import prunable_linears
 from spp.models.loading import load_model
 from spp.options import LoadingOptions
-from spp.pipeline.run import gap_closed
+from spp.reporting.results import gap_closed
 from spp.training.distillation_loss import divergence
 from spp.training.new_adapter import target_layers, with_new_adapter
 from spp.training.teacher import predicted
@@ -89,7 +81,7 @@ def _hira(model: PreTrainedModel) -> nn.Module:
 
 _RATES = (0.01, 0.02, 0.04, 0.08)
 _LORA_RATES = (4e-3, 8e-3, 0.016, 0.032)
-_PUBLISHED = {"rank": 16, "directions": 1, "init": "published"}
+_PUBLISHED = {"r": 16, "directions": 1, "init_weights": "published"}
 METHODS: dict[str, Method] = {
     "SPP": Method(adapt=_spp, rates=_RATES),
     "HiRA": Method(adapt=_hira, rates=_RATES),
@@ -110,31 +102,31 @@ class Cell:
     """A model at a pattern: what all methods share.
 
     Args:
-        subject: the model.
+        evaluated: the model.
         pattern: of its zeros.
         folder: for pruned models.
         device: cpu or cuda; everything is computed in fp32.
     """
 
-    def __init__(self, subject: Subject, pattern: str, folder: Path, device: str = "cpu") -> None:
-        self.subject, self.pattern, self.device = subject, pattern, device
+    def __init__(self, evaluated: EvaluatedModel, pattern: str, folder: Path, device: str = "cpu") -> None:
+        self.evaluated, self.pattern, self.device = evaluated, pattern, device
         self._loading = LoadingOptions(dtype="float32", device=device)
-        self._folder = folder / f"{subject.name}-{pattern.replace(':', 'of').replace('%', '')}"
+        self._folder = folder / f"{evaluated.name}-{pattern.replace(':', 'of').replace('%', '')}"
         options = spp.EvalOptions(
-            model=subject.model, text=subject.evaluation, window=subject.window, limit=subject.limit
+            model=evaluated.model, text=evaluated.evaluation, window=evaluated.window, limit=evaluated.limit
         )
         self._text = read_windows(options).windows
-        self.dense = load_model(subject.model, self._loading)
+        self.dense = load_model(evaluated.model, self._loading)
         training = spp.TrainOptions.build(
             {
-                "model": subject.model,
+                "model": evaluated.model,
                 "out": folder / "none",
-                "data": subject.calibration,
-                "window": subject.window,
+                "data": evaluated.calibration,
+                "window": evaluated.window,
                 "validation": _HELD_OUT,
             }
         )
-        examples, _ = training_examples(training, subject.window, self.dense.config.vocab_size)
+        examples, _ = training_examples(training, evaluated.window, self.dense.config.vocab_size)
         items, self._held_out = hold_out(examples, training)
         self._training = [one for _, one in items]
         mean = sum(len(one.input_ids) for one in self._training) / len(self._training)
@@ -144,10 +136,10 @@ class Cell:
         """The pruned model, made once."""
         out = self._folder / ("reconstructed" if reconstructed else "pruned")
         if not out.is_dir():
-            values = {"model": self.subject.model, "out": out, "pattern": self.pattern, "samples": SAMPLES}
+            values = {"model": self.evaluated.model, "out": out, "pattern": self.pattern, "samples": SAMPLES}
             values |= {
-                "calibration": self.subject.calibration,
-                "window": self.subject.window,
+                "calibration": self.evaluated.calibration,
+                "window": self.evaluated.window,
                 "device": self.device,
             }
             spp.prune(spp.PruneOptions.build(values | ({"reconstruct": "block"} if reconstructed else {})))
@@ -198,18 +190,18 @@ def fit(cell: Cell, method: Method, rate: float, seed: int, steps: int) -> tuple
     torch.manual_seed(seed)
     model = method.adapt(cell.start(reconstructed=method.reconstructed))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = AdamW(trained, lr=rate, weight_decay=method.weight_decay)
+    optimizer = AdamW(trained, lr=rate, weight_decay=method.weight_decay)
     warm = math.ceil(_WARM_UP * steps)
-    schedule = LambdaLR(optimiser, lambda step: min((step + 1) / warm, 1.0) * (1 - step / steps))
+    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warm, 1.0) * (1 - step / steps))
     model.train()
     began = _seconds(cell.device)
     for examples in cell.batches(seed, steps):
         total, count = _losses(model, examples, cell.dense, method.teacher)
         (total / count).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
     found = {
         "trainable": sum(parameter.numel() for parameter in trained),
         "train_seconds": round(_seconds(cell.device) - began, 1),
@@ -246,19 +238,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        for subject in subjects(args.data, Path(scratch), args.model):
+        for evaluated in evaluated_models(args.data, Path(scratch), args.model):
             machine = machine_columns(args.device)
             for pattern in args.pattern or PATTERNS:
                 asked = args.method or METHODS
-                if methods := [name for name in asked if not _is_measured(subject, pattern, name, args)]:
-                    _measure_cell(Cell(subject, pattern, Path(scratch), args.device), methods, machine, args)
+                if methods := [name for name in asked if not _is_measured(evaluated, pattern, name, args)]:
+                    _measure_cell(Cell(evaluated, pattern, Path(scratch), args.device), methods, machine, args)
 
 
 def _measure_cell(cell: Cell, methods: Sequence[str], machine: dict[str, Any], args: argparse.Namespace) -> None:
     dense = cell.perplexity(cell.dense)
     pruned = {which: cell.perplexity(cell.start(reconstructed=which)) for which in (False, True)}
-    common = {"model": cell.subject.name, "pattern": cell.pattern, "protocol": cell.subject.protocol}
-    print(f"{cell.subject.name}, {cell.pattern}: dense {dense:.3f}, pruned {pruned[False]:.3f}, "
+    common = {"model": cell.evaluated.name, "pattern": cell.pattern, "protocol": cell.evaluated.protocol}
+    print(f"{cell.evaluated.name}, {cell.pattern}: dense {dense:.3f}, pruned {pruned[False]:.3f}, "
           f"reconstructed {pruned[True]:.3f}", flush=True)  # fmt: skip
     for name in methods:
         for found in measure(cell, METHODS[name], args.seeds, args.steps):
@@ -280,17 +272,19 @@ def _measure_cell(cell: Cell, methods: Sequence[str], machine: dict[str, Any], a
                   f"gap closed {row['gap_closed']}, {found['trainable']:,} parameters", flush=True)  # fmt: skip
 
 
-def _is_measured(subject: Subject, pattern: str, method: str, args: argparse.Namespace) -> bool:
+def _is_measured(evaluated: EvaluatedModel, pattern: str, method: str, args: argparse.Namespace) -> bool:
     """Whether the file has the rows of an earlier run, which may have been killed after them."""
-    asked = {(subject.name, pattern, method, str(args.steps), str(_TOKENS_PER_STEP), str(seed)) for seed in args.seeds}
+    asked = {
+        (evaluated.name, pattern, method, str(args.steps), str(_TOKENS_PER_STEP), str(seed)) for seed in args.seeds
+    }
     names = ("model", "pattern", "method", "steps", "tokens_per_step", "seed")
     return asked <= {tuple(row[name] for name in names) for row in read_rows(args.csv)}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmarks/quality.py", description=__doc__.split("\n")[0])
-    add_subject_arguments(parser, PATTERNS, METHODS, "quality.csv")
-    parser.add_argument("--steps", type=int, default=100, help="optimiser steps (default: %(default)s)")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n")[0])
+    add_model_arguments(parser, PATTERNS, METHODS, "quality.csv")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser

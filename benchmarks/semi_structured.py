@@ -1,17 +1,9 @@
 """2:4 weights on CUDA's sparse tensor cores against torch's dense product: large GEMMs, and decoding at batch 1.
 
-python benchmarks/semi_structured.py --shape 4096x4096 --tokens 1 4096 --dtype bf16 [--json]
+python -m benchmarks.semi_structured --shape 4096x4096 --tokens 1 4096 --dtype bf16 [--json]
 """
 
 from __future__ import annotations
-
-import os
-import sys
-
-if __name__ == "__main__":
-    # Python puts a script's folder first on the path, and there operator.py stands in for the library's `operator`.
-    _here = os.path.dirname(os.path.realpath(__file__))
-    sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
 
 import argparse
 import itertools
@@ -123,7 +115,7 @@ def rows(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmarks/semi_structured.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.semi_structured", description=__doc__.split("\n")[0])
     several = {"action": "extend", "nargs": "+"}
     parser.add_argument("--shape", type=shape_argument, metavar="OxI", **several)
     parser.add_argument("--tokens", type=int, **several)

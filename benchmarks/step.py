@@ -1,35 +1,34 @@
 """A whole training step of a random pruned Llama, and its peak memory: SPP, packed and dense, against stock PEFT.
 
-    python benchmarks/step.py --size 300m --sparsity 0.75 --batch 1 --tokens 512 [--json]
+    python -m benchmarks.step --size 300m --sparsity 0.75 --batch 1 --tokens 512 [--json]
 
 Every method runs in processes of its own (`step_worker.py`), so that no method's memory counts for another.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-
-if __name__ == "__main__":
-    # Python puts a script's folder first on the path, and there operator.py stands in for the library's `operator`.
-    _here = os.path.dirname(os.path.realpath(__file__))
-    sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
-
 import argparse
 import json
 import statistics
-import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import TIMES, Measured, add_run_arguments, append_rows, machine_columns, print_table, ratio
+from benchmarks.common import (
+    TIMES,
+    Measured,
+    add_run_arguments,
+    append_rows,
+    machine_columns,
+    print_table,
+    ratio,
+    run_worker,
+)
 from benchmarks.step_worker import METHODS, SIZES, Settings
 
-_WORKER = Path(__file__).with_name("step_worker.py")
 _MEMORY = ("imports_bytes", "built_bytes", "peak_bytes")
 
 
@@ -62,8 +61,7 @@ def collect(settings: Settings, methods: Sequence[str], rounds: int) -> dict[str
 
 
 def _in_a_process(settings: Settings) -> dict[str, Any]:
-    command = [sys.executable, str(_WORKER), json.dumps(asdict(settings))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = run_worker("step_worker", asdict(settings))
     if done.returncode:
         raise SystemExit(f"{settings.method} failed with exit code {done.returncode} (-9: out of memory)")
     return json.loads(done.stdout.splitlines()[-1])
@@ -99,7 +97,7 @@ def _numbers(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmarks/step.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="300m", help="default: %(default)s")
     parser.add_argument("--sparsity", type=float, default=0.75, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=1, help="sequences per step (default: %(default)s)")

@@ -8,15 +8,8 @@ model that comes of it.
 
 from __future__ import annotations
 
-import os
-import sys
-
-if __name__ == "__main__":
-    # Python puts a script's folder first on the path, and there operator.py stands in for the library's `operator`.
-    _here = os.path.dirname(os.path.realpath(__file__))
-    sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
-
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

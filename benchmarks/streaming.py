@@ -1,7 +1,7 @@
 """Prune a model that is larger than memory: what it takes beyond forward passes and criterion, and what a kill costs.
 
     python scripts/make_synthetic_model.py --gigabytes 20 /tmp/model
-    python benchmarks/streaming.py /tmp/model --threads 2 [--json]
+    python -m benchmarks.streaming /tmp/model --threads 2 [--json]
 
 The model is pruned twice. The first run is left alone; the second is killed (SIGKILL) in the middle of its blocks,
 and repeated. Its files have to be the first one's, bit by bit. The disk needs room for two results.
@@ -9,29 +9,20 @@ and repeated. Its files have to be the first one's, bit by bit. The disk needs r
 
 from __future__ import annotations
 
-import os
-import sys
-
-if __name__ == "__main__":
-    # Python puts a script's folder first on the path, and there operator.py stands in for the library's `operator`.
-    _here = os.path.dirname(os.path.realpath(__file__))
-    sys.path[:] = [os.path.dirname(_here), *(entry for entry in sys.path if os.path.realpath(entry) != _here)]
-
 import argparse
 import filecmp
 import json
 import signal
-import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import spp
-from benchmarks.common import DATA, append_rows, machine_columns, print_table
+from benchmarks.common import DATA, append_rows, machine_columns, print_table, run_worker
 from spp.pruning.memory_estimate import predict_pruning
 
-_WORKER = Path(__file__).with_name("streaming_worker.py")
 _CASE = ("criterion", "pattern", "samples", "window")
 
 
@@ -97,8 +88,7 @@ def measure(values: dict[str, Any], folder: Path, threads: int | None) -> dict[s
 
 def _run(values: dict[str, Any], out: Path, threads: int | None, last_block: int | None = None) -> dict[str, Any]:
     """What a process printed at its end."""
-    arguments = json.dumps([{**values, "out": str(out)}, threads, last_block])
-    done = subprocess.run([sys.executable, str(_WORKER), arguments], stdout=subprocess.PIPE, text=True)
+    done = run_worker("streaming_worker", [{**values, "out": str(out)}, threads, last_block])
     expected = 0 if last_block is None else -signal.SIGKILL
     if done.returncode != expected:
         raise SystemExit(f"pruning ended with exit code {done.returncode}, not {expected} (-9: out of memory)")
@@ -113,7 +103,7 @@ def _differences(one: Path, other: Path) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmarks/streaming.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="folder of a dense model")
     parser.add_argument("--criterion", default="wanda")
     parser.add_argument("--pattern", default="2:4")

@@ -4,7 +4,7 @@ A page asks for it with a marker on a line of its own:
 
     <!-- options: prune -->                    the options of a command, from its parser
     <!-- recipe: paper -->                     a shipped recipe, with its comments
-    <!-- fields: adapters/tuner/config.py SppConfig --> the fields of a dataclass, from their metadata
+    <!-- fields: adapters/tuner/config.py SppConfig --> the fields of a dataclass, from their metadata or their option
     <!-- table: step of performance.md -->     a measured table of another page, which benchmarks/tables.py keeps
     <!-- notebook: notebooks/fine-tune.ipynb -->
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from mkdocs.exceptions import PluginError
 
 import spp
+from spp.adapters.options import AdapterSettings
 from spp.cli.commands import COMMANDS
 from spp.cli.parser import build_parser
 from spp.pipeline import recipes
@@ -97,11 +98,21 @@ def _fields(where: str) -> str:
     rows = []
     for line in (line for found in classes for line in found.body):
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(line.value, ast.Call):
-            given = {word.arg: word.value for word in line.value.keywords}
-            default = f"`{ast.unparse(given['default'])}`" if "default" in given else "empty"
-            rows.append(f"| `{line.target.id}` | {default} | {_cell(ast.literal_eval(given['metadata'])['help'])} |")
+            default, meaning = _field(line.value)
+            rows.append(f"| `{line.target.id}` | {default} | {_cell(meaning)} |")
     _require(bool(rows), f"{where} describes no field")
     return "\n".join(["| field | default | |", "|---|---|---|", *rows])
+
+
+def _field(call: ast.Call) -> tuple[str, str]:
+    """Default and meaning of a field: `field(default=..., metadata={"help": ...})`, or `_option(name, more=...)`."""
+    given = {word.arg: word.value for word in call.keywords}
+    if call.args:
+        option = AdapterSettings.model_fields[ast.literal_eval(call.args[0])]
+        more = ast.literal_eval(given["more"]) if "more" in given else ""
+        return f"`{option.default!r}`", f"{option.description}{more}"
+    default = f"`{ast.unparse(given['default'])}`" if "default" in given else "empty"
+    return default, ast.literal_eval(given["metadata"])["help"]
 
 
 def _table(where: str) -> str:

@@ -4,7 +4,7 @@
 
 The tests come from the source distribution of the installed PEFT release, out of the package index, and stay in
 `build/peft-suite` with everything else made here. Copies of them get the few edits in `EDITS`; what SPP adds to their
-parametrisations is in `peft_suite/cases.py`, and the tiny random models that stand in for the hub's in
+parametrizations is in `peft_suite/cases.py`, and the tiny random models that stand in for the hub's in
 `peft_suite/hub.py`. Only cases of SPP run. The summary lists what does not apply, with the reason; a test or a file
 that is neither run nor explained there is an error, so that a new PEFT release cannot drop tests silently.
 

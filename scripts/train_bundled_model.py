@@ -129,69 +129,58 @@ def held_out_perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerF
     return math.exp(sum(losses) / len(windows))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the stages' results and checkpoints")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=8, help="windows per step")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--package-bytes", type=int, default=30_000_000)
-    parser.add_argument("--save-steps", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-
-    tokenizer_folder, windows_folder = args.work / "tokenizer", args.work / "windows"
-    documents = None
+def prepare(work: Path, package_bytes: int, seed: int) -> tuple[PreTrainedTokenizerFast, Dataset]:
+    """The tokenizer and the windows in `work`, made where they are not there yet."""
+    tokenizer_folder, windows_folder = work / "tokenizer", work / "windows"
     if not (tokenizer_folder.exists() and windows_folder.exists()):
-        documents = training_documents(args.package_bytes, args.seed)
+        documents = training_documents(package_bytes, seed)
         tokenizer = train_tokenizer(documents)
         tokenizer.save_pretrained(tokenizer_folder)
-        token_windows(documents, tokenizer, args.seed).save_to_disk(windows_folder)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
-    windows = Dataset.load_from_disk(windows_folder)
+        token_windows(documents, tokenizer, seed).save_to_disk(windows_folder)
+    return PreTrainedTokenizerFast.from_pretrained(tokenizer_folder), Dataset.load_from_disk(windows_folder)
 
+
+def train(tokenizer: PreTrainedTokenizerFast, windows: Dataset, args: argparse.Namespace) -> LlamaForCausalLM:
+    """A model trained from scratch, or on from the last checkpoint in `args.work`."""
     torch.manual_seed(args.seed)
-    config = LlamaConfig(
-        **ARCHITECTURE,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    decay_steps = int(args.steps * DECAY_FRACTION)
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE, **tokens))
     checkpoints = args.work / "checkpoints"
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(checkpoints),
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="warmup_stable_decay",
-            lr_scheduler_kwargs={"num_decay_steps": decay_steps, "decay_type": "linear"},
-            warmup_steps=min(200, args.steps // 10),
-            weight_decay=0.1,
-            adam_beta2=0.95,
-            max_grad_norm=1.0,
-            logging_steps=25,
-            save_steps=args.save_steps,
-            save_total_limit=2,
-            seed=args.seed,
-            report_to=[],
-            use_cpu=not torch.cuda.is_available(),
-        ),
+        args=training_arguments(checkpoints, args),
         train_dataset=windows,
         data_collator=default_data_collator,
     )
     trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")) or None)
+    return model
 
-    model.to(torch.bfloat16)
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    # Measured on the rounded weights that are shipped, computed in fp32.
-    perplexity = held_out_perplexity(model.to(torch.float32), tokenizer)
-    card = {
+
+def training_arguments(checkpoints: Path, args: argparse.Namespace) -> TrainingArguments:
+    """AdamW; the rate rises, stays, and falls over the last quarter."""
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": int(args.steps * DECAY_FRACTION), "decay_type": "linear"},
+        warmup_steps=min(200, args.steps // 10),
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        logging_steps=25,
+        save_steps=args.save_steps,
+        save_total_limit=2,
+        seed=args.seed,
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def card(model: LlamaForCausalLM, perplexity: float, windows: Dataset, args: argparse.Namespace) -> dict[str, object]:
+    """What `training.json` says of a finished model."""
+    return {
         "parameters": model.num_parameters(),
         "tokens_seen": args.steps * args.batch * WINDOW,
         "tokens_distinct": len(windows) * WINDOW,
@@ -201,8 +190,33 @@ def main() -> None:
         "torch": torch.__version__,
         "arguments": {key: value for key, value in vars(args).items() if key not in {"work", "out"}},
     }
-    (args.out / "training.json").write_text(json.dumps(card, indent=2) + "\n")
-    print(json.dumps(card, indent=2))
+
+
+def main() -> None:
+    args = parser().parse_args()
+    tokenizer, windows = prepare(args.work, args.package_bytes, args.seed)
+    model = train(tokenizer, windows, args)
+    model.to(torch.bfloat16)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    # Measured on the rounded weights that are shipped, computed in fp32.
+    perplexity = held_out_perplexity(model.to(torch.float32), tokenizer)
+    text = json.dumps(card(model, perplexity, windows, args), indent=2)
+    (args.out / "training.json").write_text(text + "\n")
+    print(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--work", type=Path, required=True, help="folder for the stages' results and checkpoints")
+    made.add_argument("--out", type=Path, required=True, help="folder for the finished model")
+    made.add_argument("--steps", type=int, default=3000)
+    made.add_argument("--batch", type=int, default=8, help="windows per step")
+    made.add_argument("--learning-rate", type=float, default=3e-3)
+    made.add_argument("--package-bytes", type=int, default=30_000_000)
+    made.add_argument("--save-steps", type=int, default=100)
+    made.add_argument("--seed", type=int, default=0)
+    return made
 
 
 if __name__ == "__main__":

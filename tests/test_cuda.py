@@ -16,7 +16,7 @@ from spp.errors import SppError
 from spp.patterns import parse_pattern
 from spp.pipeline.options import RunOptions
 from spp.pipeline.run import run
-from spp.pruning.engine import prune_model
+from spp.pruning.in_memory import prune_model
 from spp.pruning.journal import FolderJournal
 from spp.pruning.memory_estimate import predict_pruning
 from spp.pruning.options import Criterion, PruneOptions, PruningSettings
@@ -148,7 +148,7 @@ def test_the_prediction_of_memory_holds(
 def test_the_whole_run(tmp_path: Path, tiny_checkpoint: Path, stories: Path, pack: bool) -> None:
     values = {"model": str(tiny_checkpoint), "train": str(stories), "eval": str(stories), "out": tmp_path / "run"}
     values |= {"samples": 4, "window": 32, "epochs": 2, "learning_rate": 0.05, "device": "cuda", "pack": pack}
-    results = run(RunOptions.build(values)).results
+    results = run(RunOptions.build(values)).plain()
     assert results["verified"] is True
     assert results["perplexity"]["spp"] < results["perplexity"]["pruned"]
 

@@ -36,11 +36,11 @@ def variant1(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, bias
     """
     _group_size(weight, A)
     base = F.linear(x, weight, bias)
-    adapter = checkpoint(_materialised, x, weight, A, B, use_reentrant=False)
+    adapter = checkpoint(_materialized, x, weight, A, B, use_reentrant=False)
     return (base + scale * adapter).to(base.dtype)
 
 
-def _materialised(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def _materialized(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     rows = A.repeat_interleave(_group_size(weight, A), dim=0)
     return F.linear(x, rows * B * weight)
 

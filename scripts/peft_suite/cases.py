@@ -1,6 +1,6 @@
-"""The cases of SPP for PEFT's parametrised tests.
+"""The cases of SPP for PEFT's parametrized tests.
 
-Where a test is parametrised by PEFT's methods, its cases are replaced by the ones here: HiRA's, the method closest to
+Where a test is parametrized by PEFT's methods, its cases are replaced by the ones here: HiRA's, the method closest to
 SPP, translated; and some more for what only SPP has. `FROM_LORA` names the tests that list a few methods without HiRA
 and yet hold for SPP: there, LoRA's cases are translated.
 """
@@ -52,7 +52,7 @@ OWN = {
     "test_causal_lm_training_trainer_compile": _COMPILED,
     "test_causal_lm_training_pytorch_compile": _COMPILED,
 }
-# Tests of all methods that are not parametrised by them.
+# Tests of all methods that are not parametrized by them.
 OF_ALL_METHODS = {"test_from_peft_type"}
 
 MORE_SINGLE = [
@@ -101,7 +101,7 @@ def spp_cases(values: list[Any]) -> list[Any]:
 
 
 def translate(value: Any) -> Any:
-    """A value of a parametrisation with SPP in place of HiRA and LoRA."""
+    """A value of a parametrization with SPP in place of HiRA and LoRA."""
     if value in (HiraConfig, LoraConfig):
         return SppConfig
     if isinstance(value, LoraConfig):
@@ -126,7 +126,7 @@ def _shared_fields() -> set[str]:
 
 
 def mentions(value: Any, *methods: type[PeftConfig]) -> bool:
-    """Whether a value of a parametrisation has one of these methods' configurations, or any method's, in it."""
+    """Whether a value of a parametrization has one of these methods' configurations, or any method's, in it."""
     if isinstance(value, tuple):  # `pytest.param` makes one as well
         return any(mentions(item, *methods) for item in value)
     if isinstance(value, PeftConfig):

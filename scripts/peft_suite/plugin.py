@@ -41,19 +41,19 @@ FILES_NOT_RUN = {
     "conversion to LoRA: SPP's Delta has full rank": "lora_conversion",
     "a fixed list of methods that PEFT mixes in one model": "mixed",
     "parameters that are not modules (3-D experts), by LoRA only": "target_parameters",
-    "quantised weights, which SPP refuses": "gptqmodel quantization",
-    "a GPU, with fixed methods, and mostly quantised weights": "common_gpu gpu_examples",
+    "quantized weights, which SPP refuses": "gptqmodel quantization",
+    "a GPU, with fixed methods, and mostly quantized weights": "common_gpu gpu_examples",
     "files that only the hub has": "auto hub_features",
     "diffusers, pipelines from the hub, and convolutions": "stablediffusion",
     "convolutions of ResNet, images from the hub": "vision_models",
-    "features of one method at a time, mostly LoRA's (initialisation, swapping)": "initialization",
+    "features of one method at a time, mostly LoRA's (initialization, swapping)": "initialization",
     "PEFT's own helpers, with fixed methods, mostly LoRA, or without any": (
         "bufferdict helpers incremental_pca integrations mapping tuners_utils"
     ),
 }
 
 _ONE_BATCH = "several adapters in one batch, by LoRA only; SPP refuses adapter_names"
-# Tests that are parametrised by methods, without a case for SPP (patterns) -> why.
+# Tests that are parametrized by methods, without a case for SPP (patterns) -> why.
 TESTS_NOT_RUN = {
     "test_default_target_modules_*": "SPP without target_modules adapts all linear layers, so that there is no table",
     "test_mixed_adapter_batches_*": _ONE_BATCH,

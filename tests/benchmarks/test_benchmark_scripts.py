@@ -6,16 +6,14 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import common, decode, operator, step, step_worker
+from benchmarks import common, decode, layer, step, step_worker
 from benchmarks.layer_methods import METHODS, Case, Layer
 from spp.models.packed_linear import PackedLinear
 
-SCRIPTS = Path(common.__file__).parent
 PROMISED = {
     *("floor", "reference", "torch", "native", "packed"),
     *("published1", "published2", "peft_hira", "peft_lora", "full"),
@@ -23,9 +21,9 @@ PROMISED = {
 ONE_CASE = ["--shape", "64x48", "--tokens", "8", "--dtype", "fp32", "--density", "0.5"]
 
 
-def test_operator_script_prints_one_object(tmp_path):
-    command = [sys.executable, str(SCRIPTS / "operator.py"), *ONE_CASE, "--repeats", "1", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def test_layer_script_prints_one_object():
+    command = [sys.executable, "-m", "benchmarks.layer", *ONE_CASE, "--repeats", "1", "--json"]
+    done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert PROMISED <= found.keys() <= set(METHODS)
@@ -35,17 +33,17 @@ def test_operator_script_prints_one_object(tmp_path):
 
 def test_json_takes_one_case(capsys):
     with pytest.raises(SystemExit):
-        operator.main(["--shape", "64x48", "--tokens", "8", "--dtype", "fp32", "--json"])  # two densities
+        layer.main(["--shape", "64x48", "--tokens", "8", "--dtype", "fp32", "--json"])  # two densities
     assert "give one shape, tokens, dtype and density" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_every_method_runs(dtype):
-    layer = Layer(Case(shape=(32, 48), tokens=4, dtype=dtype, density=0.25))
-    for one in layer.methods(METHODS).values():
+    case = Layer(Case(shape=(32, 48), tokens=4, dtype=dtype, density=0.25))
+    for one in case.methods(METHODS).values():
         if one:
             one()
-    assert layer.x.grad is layer.A.grad is layer.B.grad is None  # nothing accumulates from round to round
+    assert case.x.grad is case.A.grad is case.B.grad is None  # nothing accumulates from round to round
 
 
 def test_published_variants_are_left_out_where_they_fail():
@@ -53,11 +51,11 @@ def test_published_variants_are_left_out_where_they_fail():
     assert found["published1"] is None and found["torch"] is not None
 
 
-def test_operator_appends_rows(tmp_path, capsys):
-    path = tmp_path / "operator.csv"
+def test_layer_appends_rows(tmp_path, capsys):
+    path = tmp_path / "layer.csv"
     for tokens in ("4", "8"):
         arguments = ["--shape", "64x48", "--dtype", "bf16", "--density", "0.25", "--methods", "floor", "full"]
-        operator.main([*arguments, "--tokens", tokens, "--repeats", "3", "--csv", str(path)])
+        layer.main([*arguments, "--tokens", tokens, "--repeats", "3", "--csv", str(path)])
     rows = common.read_rows(path)
     assert [(row["tokens"], row["method"]) for row in rows] == [
         ("4", "floor"),
@@ -73,10 +71,10 @@ def test_operator_appends_rows(tmp_path, capsys):
 
 
 def test_defaults_leave_out_what_takes_too_long():
-    everything = operator.cases(operator._parser().parse_args([]))
+    everything = layer.cases(layer._parser().parse_args([]))
     assert len(everything) == 3 * 2 * (4 + 3)
     assert max(case.tokens for case in everything if case.dtype == "fp32") == 2048
-    asked = operator.cases(operator._parser().parse_args(["--dtype", "fp32", "--tokens", "8192"]))
+    asked = layer.cases(layer._parser().parse_args(["--dtype", "fp32", "--tokens", "8192"]))
     assert {case.tokens for case in asked} == {8192}
 
 
@@ -133,12 +131,12 @@ def test_decode_appends_rows(tmp_path):
 
 def test_random_llama_is_sparse_packed_or_not():
     dense, packed = (step_worker.random_llama("tiny", 0.75, packed=packed) for packed in (False, True))
-    layer = "model.layers.1.mlp.down_proj"
-    assert isinstance(packed.get_submodule(layer), PackedLinear)
+    name = "model.layers.1.mlp.down_proj"
+    assert isinstance(packed.get_submodule(name), PackedLinear)
     assert not any(parameter.is_meta for parameter in packed.parameters())
-    weight = dense.get_submodule(layer).weight
+    weight = dense.get_submodule(name).weight
     assert weight.dtype == torch.bfloat16 and (weight.count_nonzero(dim=1) == 96 // 4).all()
-    assert packed.get_submodule(layer).weight.equal(weight)
+    assert packed.get_submodule(name).weight.equal(weight)
 
 
 def test_every_step_method_trains():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import common, pruned_quality, streaming
-from benchmarks.subjects import Subject
+from benchmarks.evaluated_models import EvaluatedModel
 from scripts import make_synthetic_model
 
 CASE = ["--samples", "4", "--window", "16", "--threads", "1"]
@@ -52,16 +52,16 @@ def test_streaming_notices_other_bits(
 
 
 @pytest.fixture
-def small(dense: Path, stories: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
+def small(dense: Path, stories: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluatedModel:
     """The only model that there is."""
     texts = {"calibration": str(stories), "evaluation": str(stories)}
-    subject = Subject(name="small", model=str(dense), window=16, limit=8, **texts)
-    monkeypatch.setattr(pruned_quality, "subjects", lambda *_: [subject])
+    evaluated = EvaluatedModel(name="small", model=str(dense), window=16, limit=8, **texts)
+    monkeypatch.setattr(pruned_quality, "evaluated_models", lambda *_: [evaluated])
     monkeypatch.setattr(pruned_quality, "SAMPLES", 4)
-    return subject
+    return evaluated
 
 
-def test_quality_appends_a_row_for_each_cell(small: Subject, tmp_path: Path) -> None:
+def test_quality_appends_a_row_for_each_cell(small: EvaluatedModel, tmp_path: Path) -> None:
     path = tmp_path / "pruned_quality.csv"
     methods = ["magnitude", "wanda + owl", "wanda + reconstruction"]
     pruned_quality.main(["--pattern", "50%", "2:4", "--method", *methods, "--csv", str(path)])
@@ -76,7 +76,7 @@ def test_quality_appends_a_row_for_each_cell(small: Subject, tmp_path: Path) -> 
     assert {row["protocol"] for row in rows} == {"stories, first 8 documents, each document by itself, 16 tokens"}
 
 
-def test_quality_trains_and_leaves_out_what_does_not_divide(small: Subject, tmp_path: Path) -> None:
+def test_quality_trains_and_leaves_out_what_does_not_divide(small: EvaluatedModel, tmp_path: Path) -> None:
     path = tmp_path / "pruned_quality.csv"
     options = ["--pattern", "2:4", "5:7", "--method", "wanda", "--then-train", "2", "--csv", str(path)]
     pruned_quality.main(options)

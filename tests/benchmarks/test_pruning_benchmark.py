@@ -14,14 +14,13 @@ import torch
 from benchmarks import common, pruning
 from spp.pruning.criteria.result import Pruned
 
-SCRIPT = Path(pruning.__file__)
 # Where the plain version may decide otherwise: its threshold takes all ties, its blocks are rounded one by one.
 SAME_MASK = {"magnitude": 1.0, "magnitude-matrix": 0.999, "wanda": 1.0, "ria": 1.0, "sparsegpt": 0.995, "dsnot": 1.0}
 
 
-def test_script_prints_one_object(tmp_path: Path) -> None:
-    options = ["--shape", "24x64", "--pattern", "2:4", "--repeats", "1", "--json"]
-    done = subprocess.run([sys.executable, str(SCRIPT), *options], cwd=tmp_path, capture_output=True, text=True)
+def test_script_prints_one_object() -> None:
+    command = [sys.executable, "-m", "benchmarks.pruning", "--shape", "24x64", "--pattern", "2:4"]
+    done = subprocess.run([*command, "--repeats", "1", "--json"], cwd=common.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert list(found) == [name for criterion in pruning.CRITERIA for name in (criterion, f"{criterion}_plain")]

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks import common, quality
 from benchmarks.baselines.finetuning import Lora, MaskedLora, MaskedWeight, Replaced, replace_linears
-from benchmarks.subjects import Subject
+from benchmarks.evaluated_models import EvaluatedModel
 from scripts import make_synthetic_model
 from spp.models.architecture import prunable_linears
 
@@ -46,19 +46,19 @@ def test_by_hand() -> None:
 
 
 @pytest.fixture
-def small(tmp_path: Path, stories: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
+def small(tmp_path: Path, stories: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluatedModel:
     """The only model that there is."""
     folder = tmp_path / "dense"
     assert make_synthetic_model.main(["--gigabytes", "0.001", str(folder)]) == 0
     texts = {"calibration": str(stories), "evaluation": str(stories)}
-    subject = Subject(name="small", model=str(folder), window=16, limit=8, **texts)
-    monkeypatch.setattr(quality, "subjects", lambda *_: [subject])
+    evaluated = EvaluatedModel(name="small", model=str(folder), window=16, limit=8, **texts)
+    monkeypatch.setattr(quality, "evaluated_models", lambda *_: [evaluated])
     monkeypatch.setattr(quality, "SAMPLES", 4)
     monkeypatch.setattr(quality, "_TOKENS_PER_STEP", 64)
-    return subject
+    return evaluated
 
 
-def test_a_row_for_each_method_and_seed(small: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_for_each_method_and_seed(small: EvaluatedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "quality.csv"
     options = ["--pattern", "2:4", "--steps", "2", "--seeds", "0", "1", "--threads", "1", "--csv", str(path)]
     methods = ["SPP", "SPP + both", "HiRA", "masked full"]
@@ -83,7 +83,7 @@ def deployed(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", [name for name, method in quality.METHODS.items() if not method.reconstructed])
-def test_every_method_keeps_zeros(small: Subject, tmp_path: Path, name: str) -> None:
+def test_every_method_keeps_zeros(small: EvaluatedModel, tmp_path: Path, name: str) -> None:
     cell = quality.Cell(small, "2:4", tmp_path)
     base = prunable_linears(cell.start(reconstructed=False))
     weights = deployed(quality.fit(cell, quality.METHODS[name], 0.01, 0, 2)[0])
@@ -93,14 +93,14 @@ def test_every_method_keeps_zeros(small: Subject, tmp_path: Path, name: str) -> 
         assert not weight.equal(base[layer].weight), layer
 
 
-def test_hira_is_pefts_own(small: Subject, tmp_path: Path) -> None:
+def test_hira_is_pefts_own(small: EvaluatedModel, tmp_path: Path) -> None:
     cell = quality.Cell(small, "2:4", tmp_path)
     model = quality.METHODS["HiRA"].adapt(cell.start(reconstructed=False))
     assert type(model) is type(get_peft_model(cell.start(reconstructed=False), HiraConfig(task_type="CAUSAL_LM")))
     assert sum(parameter.requires_grad for parameter in model.parameters()) == 2 * len(prunable_linears(cell.dense))
 
 
-def test_replacing_freezes_the_rest(small: Subject, tmp_path: Path) -> None:
+def test_replacing_freezes_the_rest(small: EvaluatedModel, tmp_path: Path) -> None:
     model = quality.Cell(small, "2:4", tmp_path).start(reconstructed=False)
     linears = len(prunable_linears(model))
     replace_linears(model, MaskedWeight)

@@ -7,10 +7,10 @@ import pytest
 from benchmarks import common, plots, tables
 
 MACHINE = {"device": "cpu", "hardware": "A CPU", "instructions": "AVX2", "threads": 2}
-PAGE = "".join(f"Text.\n\n<!-- {name} -->\nold\n<!-- /{name} -->\n\n" for name in ("operator", "step", "decode"))
+PAGE = "".join(f"Text.\n\n<!-- {name} -->\nold\n<!-- /{name} -->\n\n" for name in ("layer", "step", "decode"))
 
 
-def operator_rows(date, times, machine=None, tokens=256):
+def layer_rows(date, times, machine=None, tokens=256):
     case = {"date": date, **(machine or MACHINE), "shape": "64x48", "tokens": tokens, "dtype": "bf16", "density": 0.5}
     floor = times["floor"]
     return [case | {"method": name, "median_ms": ms, "ratio_to_floor": ms / floor} for name, ms in times.items()]
@@ -19,9 +19,9 @@ def operator_rows(date, times, machine=None, tokens=256):
 @pytest.fixture
 def data(tmp_path):
     folder = tmp_path / "data"
-    common.append_rows(folder / "operator.csv", operator_rows("1", {"floor": 1.0, "native": 9.0, "full": 9.0}))
-    common.append_rows(folder / "operator.csv", operator_rows("2", {"floor": 2.0, "native": 2.2}))
-    common.append_rows(folder / "operator.csv", operator_rows("1", {"floor": 0.123456, "published1": 0.3}, tokens=64))
+    common.append_rows(folder / "layer.csv", layer_rows("1", {"floor": 1.0, "native": 9.0, "full": 9.0}))
+    common.append_rows(folder / "layer.csv", layer_rows("2", {"floor": 2.0, "native": 2.2}))
+    common.append_rows(folder / "layer.csv", layer_rows("1", {"floor": 0.123456, "published1": 0.3}, tokens=64))
     decode = {"date": "1", **MACHINE, "shape": "64x48", "tokens": 1, "dtype": "bf16"}
     times = {"torch": 3.28, "packed_50": 1.17}
     common.append_rows(
@@ -34,8 +34,8 @@ def cells(table):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
 
 
-def test_operator_table_has_the_last_run(data):
-    head, _, *lines = cells(tables.tables(data)["operator"])
+def test_layer_table_has_the_last_run(data):
+    head, _, *lines = cells(tables.tables(data)["layer"])
     assert head == ["hardware", "layer", "density", "tokens", "floor, ms", "SPP native", "published 1"]
     assert lines == [
         ["A CPU (AVX2), 2 threads", "64x48", "0.5", "64", "0.123", "–", "2.43"],
@@ -46,8 +46,8 @@ def test_operator_table_has_the_last_run(data):
 
 def test_a_measured_gpu_has_rows(data):
     gpu = {"device": "cuda", "hardware": "NVIDIA H100 80GB HBM3", "instructions": "", "threads": 8}
-    common.append_rows(data / "operator.csv", operator_rows("3", {"floor": 1.0, "native": 1.05}, gpu))
-    table = tables.tables(data)["operator"]
+    common.append_rows(data / "layer.csv", layer_rows("3", {"floor": 1.0, "native": 1.05}, gpu))
+    table = tables.tables(data)["layer"]
     assert "not measured" not in table and "| NVIDIA H100 80GB HBM3 | 64x48 |" in table
 
 
@@ -81,7 +81,7 @@ def test_page_without_markers(data, tmp_path, capsys):
     page.write_text("Nothing.\n")
     with pytest.raises(SystemExit):
         tables.main(["--write", str(page), "--data", str(data)])
-    assert "no marker: <!-- operator -->" in capsys.readouterr().err and page.read_text() == "Nothing.\n"
+    assert "no marker: <!-- layer -->" in capsys.readouterr().err and page.read_text() == "Nothing.\n"
     page.write_text("<!-- step -->\n")
     with pytest.raises(SystemExit):
         tables.main(["--write", str(page), "--data", str(data)])
@@ -186,7 +186,6 @@ def test_quality_table(data):
 
 
 def test_the_plot_has_every_method_and_model(data, tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     quality_rows(data / "quality.csv")
     plots.main(["--csv", str(data / "quality.csv"), "--out", str(tmp_path / "plot.svg")])
     drawn = (tmp_path / "plot.svg").read_text()
@@ -196,4 +195,4 @@ def test_the_plot_has_every_method_and_model(data, tmp_path):
 def test_nothing_to_draw(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         plots.main(["--csv", str(tmp_path / "none.csv"), "--out", str(tmp_path / "plot.svg")])
-    assert "has no rows; run benchmarks/quality.py first" in capsys.readouterr().err
+    assert "has no rows; run python -m benchmarks.quality first" in capsys.readouterr().err

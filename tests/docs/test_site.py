@@ -69,7 +69,7 @@ def test_every_option_is_on_the_page_of_commands(site):
 def test_generated_parts_are_those_of_the_sources(site):
     recipe = (ROOT / "src" / "spp" / "pipeline" / "recipes" / "paper.yaml").read_text()
     assert all(line.strip() in text_of(site / "recipes" / "index.html") for line in re.findall(r"#(.*)", recipe))
-    assert "row groups R; at most the layer's output features" in text_of(site / "api" / "index.html")
+    assert "row groups R, at most a layer's output features" in text_of(site / "api" / "index.html")
     assert "PEFT HiRA" in text_of(site / "memory" / "index.html")
     assert "spp.PruneOptions.build" in text_of(site / "notebook" / "index.html").replace(" ", "")
 

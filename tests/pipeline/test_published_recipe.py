@@ -75,12 +75,12 @@ def published(
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3, weight_decay=0.001)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3, weight_decay=0.001)
     warm = math.ceil(0.03 * STEPS)
     model.train()
     losses = []
     for step, examples in enumerate(batches):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = 4e-3 * (step / warm if step < warm else (STEPS - step) / (STEPS - warm))
         batch = collate(examples)
         # Sixteen batches of eight; the loss is the mean over all tokens of a step.
@@ -95,8 +95,8 @@ def published(
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(total)
     return losses, layers
 
@@ -115,7 +115,7 @@ def test_the_first_losses_are_those_of_the_published_algorithm(
     recipe = load_recipe("paper", TrainOptions)
     values = {**recipe, "model": str(pruned), "out": tmp_path / "adapter", "data": str(stories), "window": 64}
     options = TrainOptions.build({**values, "max_steps": STEPS, "device": "cpu", "dtype": "float32"})
-    assert (options.batch_size, options.dropout, options.rank, options.seed) == (128, 0.05, 16, 42)
+    assert (options.batch_size, options.dropout, options.r, options.seed) == (128, 0.05, 16, 42)
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 
@@ -14,7 +13,9 @@ from transformers import AutoModelForCausalLM
 from spp.checkpoints.json_files import read_json
 from spp.errors import SppError, UsageError
 from spp.pipeline.options import RunOptions
-from spp.pipeline.run import gap_closed, run
+from spp.pipeline.run import run
+from spp.reporting.inputs import read_results
+from spp.reporting.results import gap_closed
 
 
 def options(model, stories, out, **changes) -> RunOptions:
@@ -30,7 +31,7 @@ def finished(tmp_path, tiny_checkpoint, stories):
 
 def test_results_say_what_was_done(finished, tmp_path):
     results = read_json(finished.out / "results.json")
-    assert results == json.loads(json.dumps(finished.results, default=str))
+    assert results == json.loads(json.dumps(finished.plain(), default=str))
     assert set(results["perplexity"]) == {"dense", "pruned", "spp"}
     assert results["gap_closed"] == pytest.approx(gap_closed(**results["perplexity"]))
     assert results["verified"] is True
@@ -40,7 +41,12 @@ def test_results_say_what_was_done(finished, tmp_path):
     assert (protocol["pattern"], protocol["criterion"]) == ("2:4", "wanda")
     assert protocol["calibration"]["source"] == protocol["train"]  # nothing else was named
     assert protocol["evaluation"]["per_document"] is True and protocol["evaluation"]["window"] == 32
+    assert protocol["criterion_title"] == "Wanda"
     assert results["training"]["steps"] == 50
+    for part, stage in (("training", "train"), ("verification", "verify")):
+        reported = read_json(finished.out / "stages" / f"{stage}.json")["report"]
+        assert json.dumps(results[part]) == json.dumps(reported)  # to the order, and to what is no float
+    assert read_results(finished.out).plain() == results
     assert results["versions"]["torch"] == torch.__version__
     assert results["command"].startswith("spp run ")
     assert "</html>" in (finished.out / "report.html").read_text()
@@ -99,15 +105,16 @@ def test_another_request_in_the_same_folder_is_refused(finished, tiny_checkpoint
         run(changed)
     (finished.out / "notes.txt").write_text("mine")
     again = run(changed.model_copy(update={"overwrite": True}))
-    assert again.results["protocol"]["pattern"] == "4:8"
+    assert again.results.protocol.pattern == "4:8"
     assert (finished.out / "notes.txt").read_text() == "mine"
 
 
 def test_adopted_zeros_are_reported_as_they_were_found(finished, tmp_path, stories):
     """A 4:8 request would say so; nothing was asked for here, and nothing was chosen."""
-    pruned = run(options(finished.out / "pruned", stories, tmp_path / "adopted", keep_zeros=True)).results
-    assert (pruned["protocol"]["pattern"], pruned["protocol"]["criterion"]) == ("2:4", None)
-    assert pruned["protocol"]["calibration"] is None and pruned["verified"]
+    pruned = run(options(finished.out / "pruned", stories, tmp_path / "adopted", keep_zeros=True)).plain()
+    protocol = pruned["protocol"]
+    assert (protocol["pattern"], protocol["criterion"], protocol["criterion_title"]) == ("2:4", None, None)
+    assert protocol["calibration"] is None and pruned["verified"]
     page = (tmp_path / "adopted" / "report.html").read_text()
     assert "pruned 2:4, fine-tuned with SPP" in page
 
@@ -116,17 +123,10 @@ def test_zeros_that_matrices_have_in_different_shares_are_verified(tmp_path, tin
     """OWL's ratio is a mean over blocks, and so is that of zeros which are adopted from it."""
     settings = {"pattern": "60%", "allocation": "owl", "owl_threshold": 2.0}
     owl = run(options(tiny_checkpoint, stories, tmp_path / "owl", **settings))
-    assert len({round(one["sparsity"], 2) for one in owl.results["sparsity"]["tensors"].values()}) > 1
-    assert owl.verified, owl.results["verification"]["problems"]
+    assert len({round(one["sparsity"], 2) for one in owl.plain()["sparsity"]["tensors"].values()}) > 1
+    assert owl.verified, owl.results.verification.problems
     adopted = run(options(owl.out / "pruned", stories, tmp_path / "adopted", keep_zeros=True))
-    assert adopted.verified, adopted.results["verification"]["problems"]
-
-
-def test_gap_closed_by_hand():
-    assert gap_closed(dense=math.e, pruned=math.e**3, spp=math.e**2) == pytest.approx(0.5)
-    assert gap_closed(dense=10.0, pruned=20.0, spp=20.0) == 0
-    assert gap_closed(dense=10.0, pruned=20.0, spp=10.0) == pytest.approx(1)
-    assert gap_closed(dense=10.0, pruned=10.0, spp=9.0) is None
+    assert adopted.verified, adopted.results.verification.problems
 
 
 @pytest.mark.slow
@@ -151,7 +151,7 @@ def test_real_models(shared_data, tmp_path, model, pattern, train, evaluation, m
             **more,
         }
     )
-    results = run(asked).results
+    results = run(asked).plain()
     assert results["verified"]
     assert results["perplexity"]["pruned"] > 1.05 * results["perplexity"]["dense"]
     assert results["gap_closed"] > 0.5

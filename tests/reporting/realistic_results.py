@@ -6,6 +6,9 @@ import math
 import random
 from typing import Any
 
+from spp.reporting.inputs import Run
+from spp.reporting.results import RunResults
+
 MODULES = {
     "self_attn.q_proj": 288 * 288,
     "self_attn.k_proj": 96 * 288,
@@ -15,6 +18,11 @@ MODULES = {
     "mlp.up_proj": 768 * 288,
     "mlp.down_proj": 288 * 768,
 }
+
+
+def run_of(results: dict[str, Any], name: str = "run") -> Run:
+    """The run that left these results."""
+    return Run(name, RunResults.model_validate(results))
 
 
 def realistic(layers: int = 6) -> dict[str, Any]:
@@ -48,6 +56,7 @@ def realistic(layers: int = 6) -> dict[str, Any]:
             "model": "/home/someone/models/story",
             "pattern": "2:4",
             "criterion": "wanda",
+            "criterion_title": "Wanda",
             "calibration": {
                 "source": "python-stdlib", "samples": 128, "window": 512, "seed": 0, "sha256": "9f2c" * 16,
                 "kind": "random windows of long documents",
@@ -72,7 +81,7 @@ def realistic(layers: int = 6) -> dict[str, Any]:
         "--eval tinystories_valid.jsonl --out runs/story --max-steps 150",
         "training": {
             "out": "runs/story/adapter", "data": "tinystories_train.jsonl", "steps": 150, "examples": 4800,
-            "tokens": 614_400, "window": 512, "packing": True, "seconds": 214.2, "tokens_per_second": 2868.0,
+            "tokens": 614_400, "window": 512, "join_documents": True, "seconds": 214.2, "tokens_per_second": 2868.0,
             "trainable_parameters": 104_448, "sparsity": 0.5, "learning_rate": 0.02, "batch_size": 8,
             "peak_memory_bytes": 1_901_000_000,
             "losses": [[i, 2.43 + 0.62 * math.exp(-i / 25) + chance.gauss(0, 0.05)] for i in range(1, 151)],

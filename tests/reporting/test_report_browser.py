@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 from browser import Browser, chromium
-from realistic_results import failed, realistic
+from realistic_results import failed, realistic, run_of
 
-from spp.reporting.inputs import Benchmark, Run
+from spp.reporting.inputs import Benchmark
 from spp.reporting.report import write_report
 
 pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium on PATH")
@@ -30,8 +30,8 @@ def pages(tmp_path_factory):
     unlike = realistic() | {"gap_closed": None}
     unlike["protocol"]["evaluation"]["window"] = 2048
     rows = [{"date": "d", "device": "cpu", "hardware": "h", "x_ms": str(n)} for n in (3, 1, 2)]
-    one = [Run("broken", failed())]
-    for name, runs in {"one": one, "three": [Run("fine", realistic()), *one, Run(_LONG, unlike)]}.items():
+    one = [run_of(failed(), "broken")]
+    for name, runs in {"one": one, "three": [run_of(realistic(), "fine"), *one, run_of(unlike, _LONG)]}.items():
         write_report(runs, folder / f"{name}.html", [Benchmark("speed", rows)])
     return folder
 

@@ -20,7 +20,7 @@ def runs(tmp_path):
 
 
 def report(*words: object) -> int:
-    return main.main(["report", *map(str, words)])
+    return main(["report", *map(str, words)])
 
 
 def fails(capsys, code: int, *words: object) -> str:

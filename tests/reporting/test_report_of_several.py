@@ -6,10 +6,10 @@ import copy
 from pathlib import Path
 
 import pytest
-from realistic_results import failed, realistic
+from realistic_results import failed, realistic, run_of
 from report_page import Page
 
-from spp.reporting.inputs import Benchmark, Run, read_benchmark, run_names
+from spp.reporting.inputs import Benchmark, read_benchmark, run_names
 from spp.reporting.report import write_report
 
 _EVIL = "<script>alert('x')</script>\" onload=\"alert(1)"
@@ -22,7 +22,7 @@ def page(tmp_path):
 
     def make(runs, benchmarks=()) -> Page:
         path = tmp_path / "report.html"
-        write_report([Run(name, results) for name, results in runs.items()], path, benchmarks)
+        write_report([run_of(results, name) for name, results in runs.items()], path, benchmarks)
         return Page(path.read_text(encoding="utf-8"))
 
     return make
@@ -31,7 +31,8 @@ def page(tmp_path):
 def other(**evaluation) -> dict:
     """A run by another criterion, and evaluated in another way where that is said."""
     results = realistic(2)
-    results["protocol"] |= {"criterion": "sparsegpt", "evaluation": results["protocol"]["evaluation"] | evaluation}
+    evaluated = results["protocol"]["evaluation"] | evaluation
+    results["protocol"] |= {"criterion": "sparsegpt", "criterion_title": "SparseGPT", "evaluation": evaluated}
     results["perplexity"] = {"dense": 9.8137, "pruned": 12.0, "spp": 10.5}
     return results | {"gap_closed": 0.664, "peak_rss_bytes": 3 * 2**30}
 
@@ -128,7 +129,8 @@ def test_one_run_that_failed_fails_the_page(page):
 
 
 def test_runs_of_which_little_is_known(page):
-    found = page({"a": {}, "b": {"perplexity": {"dense": float("nan")}}, "c": realistic(1)})
+    little = {"perplexity": {"dense": float("nan")}, "protocol": {}}
+    found = page({"a": {"perplexity": {}, "protocol": {}}, "b": little, "c": realistic(1)})
     assert found.rows("3 runs")[1][:2] == ["1 a", "a model"] and "not defined" in found.rows("3 runs")[1]
 
 

@@ -62,7 +62,7 @@ def _present(command: str, report: Any, as_json: bool) -> None:
     if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
         return
     if as_json:
-        value = getattr(report, "results", None) or asdict(report)
+        value = report.plain() if hasattr(report, "plain") else asdict(report)
         sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
         return
     from rich.console import Console

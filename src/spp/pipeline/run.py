@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import shlex
 import shutil
 from collections.abc import Callable
@@ -28,10 +27,12 @@ from spp.options import Options
 from spp.pipeline.bundled import bundled_model
 from spp.pipeline.options import RunOptions
 from spp.pipeline.records import StageRecords
+from spp.pruning.criteria.table import CRITERIA, method_of
 from spp.pruning.options import PruneOptions
 from spp.pruning.prune import prune
 from spp.reporting.inputs import RECORDS, RESULTS, Run
 from spp.reporting.report import write_report
+from spp.reporting.results import Protocol, RunResults, Sparsity, Training, Verification, gap_closed
 from spp.runtime.environment import environment, versions
 from spp.training.options import TrainOptions
 from spp.training.train import train
@@ -51,12 +52,16 @@ class RunReport:
     """The result of `run`: the folder, and what its results.json holds."""
 
     out: Path
-    results: dict[str, Any]
+    results: RunResults
 
     @property
     def verified(self) -> bool:
         """Whether the zeros were proved kept."""
-        return self.results["verified"]
+        return self.results.verified is True
+
+    def plain(self) -> dict[str, Any]:
+        """The results as results.json has them."""
+        return self.results.plain()
 
 
 def run(options: RunOptions) -> RunReport:
@@ -70,6 +75,7 @@ def run(options: RunOptions) -> RunReport:
     """
     model = options.model or str(bundled_model())
     resolve_model(model)
+    method_of(options)  # what it refuses is known now, before hours of work
     out = options.out or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
     _open_run(out, options)
     logger.info("results go to %s", out)
@@ -91,16 +97,18 @@ def run(options: RunOptions) -> RunReport:
         # A run's dtype is what it computes in; what it writes keeps the model's own.
         "merge": lambda: merge(of(MergeOptions, model=str(pruned), adapter=adapter, out=merged, dtype="auto", **new)),
         "verify": lambda: verify(
-            VerifyOptions(base=str(pruned), other=str(merged), pattern=_pattern_of_every_matrix(options, pruned))
+            VerifyOptions.build(
+                {"base": str(pruned), "other": str(merged), "pattern": _pattern_of_every_matrix(options, pruned)}
+            )
         ),
         "evaluate_spp": lambda: evaluate(of(EvalOptions, model=str(merged), text=options.eval)),
     }
     for name, stage in stages.items():
         records.keep(name, stage)
 
-    results = _results(options, model, records, read_json(pruned / MANIFEST))
-    write_json(out / RESULTS, results)
-    figures = {"perplexity": results["perplexity"], "evaluation": results["protocol"]["evaluation"]}
+    results = _results(options, records, read_json(pruned / MANIFEST))
+    write_json(out / RESULTS, results.plain())
+    figures = {"perplexity": results.perplexity, "evaluation": results.protocol.evaluation}
     write_model_card(merged, figures)
     write_report([Run(out.name, results)], out / _REPORT)
     return RunReport(out, results)
@@ -111,16 +119,6 @@ def _pattern_of_every_matrix(options: RunOptions, pruned: Path) -> str | None:
     pattern = read_json(pruned / MANIFEST)["pattern"]
     is_mean = ":" not in pattern and (options.keep_zeros or options.allocation == "owl")
     return None if is_mean else pattern
-
-
-def gap_closed(dense: float, pruned: float, spp: float) -> float | None:
-    """Share of the loss that pruning cost and fine-tuning won back, from three perplexities.
-
-    (log ppl_pruned - log ppl_spp) / (log ppl_pruned - log ppl_dense): 0 is the pruned model, 1 the dense one. It
-    is above 1 where fine-tuning also taught something new. None where pruning did not cost anything.
-    """
-    cost = math.log(pruned) - math.log(dense)
-    return (math.log(pruned) - math.log(spp)) / cost if cost > 0 else None
 
 
 def _open_run(out: Path, options: RunOptions) -> None:
@@ -149,33 +147,40 @@ def _open_run(out: Path, options: RunOptions) -> None:
     write_json(out / _RUN, asked)
 
 
-def _results(options: RunOptions, model: str, records: StageRecords, manifest: dict[str, Any]) -> dict[str, Any]:
+def _results(options: RunOptions, records: StageRecords, manifest: dict[str, Any]) -> RunResults:
     scores = {name: records.report(f"evaluate_{name}") for name in ("dense", "pruned", "spp")}
     perplexity = {name: score["perplexity"] for name, score in scores.items()}
-    verification = records.report("verify")
-    return {
-        "perplexity": perplexity,
-        "gap_closed": gap_closed(**perplexity),
-        "verified": verification["verified"],
-        "seconds": records.every("seconds"),
-        "peak_rss_bytes": max(records.every("peak_rss_bytes").values()),
-        "protocol": {
-            "model": options.model or "bundled",
-            "pattern": manifest["pattern"],
-            "criterion": manifest["criterion"],
-            "calibration": manifest["calibration"],
-            "train": options.train,
-            "evaluation": {key: value for key, value in scores["dense"].items() if key not in {"perplexity", "nll"}},
-            "seed": options.seed,
-        },
-        "versions": versions(),
-        "environment": environment(),
-        "options": options.model_dump(mode="json"),
-        "command": _command(options),
-        "training": records.report("train"),
-        "sparsity": {"overall": manifest["sparsity"], "tensors": manifest["tensors"], "skipped": manifest["skipped"]},
-        "verification": verification,
-    }
+    verification = Verification.model_validate(records.report("verify"))
+    return RunResults(
+        perplexity=perplexity,
+        gap_closed=gap_closed(**perplexity),
+        verified=verification.verified,
+        seconds=records.every("seconds"),
+        peak_rss_bytes=max(records.every("peak_rss_bytes").values()),
+        protocol=_protocol(options, scores["dense"], manifest),
+        versions=versions(),
+        environment=environment(),
+        options=options.model_dump(mode="json"),
+        command=_command(options),
+        training=Training.model_validate(records.report("train")),
+        sparsity=Sparsity(overall=manifest["sparsity"], tensors=manifest["tensors"], skipped=manifest["skipped"]),
+        verification=verification,
+    )
+
+
+def _protocol(options: RunOptions, score: dict[str, Any], manifest: dict[str, Any]) -> Protocol:
+    """How the run was done, from its options, the dense model's evaluation and the pruned model's manifest."""
+    criterion = manifest["criterion"]
+    return Protocol(
+        model=options.model or "bundled",
+        pattern=manifest["pattern"],
+        criterion=criterion,
+        criterion_title=CRITERIA[criterion].title if criterion else None,
+        calibration=manifest["calibration"],
+        train=options.train,
+        evaluation={key: value for key, value in score.items() if key not in {"perplexity", "nll"}},
+        seed=options.seed,
+    )
 
 
 def _command(options: RunOptions) -> str:

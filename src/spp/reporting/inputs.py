@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from spp.checkpoints.json_files import read_json
 from spp.errors import SppError, UsageError
+from spp.reporting.results import RunResults
 
 RESULTS, RECORDS = "results.json", "stages"
 """Names in the folder of a run: its results, and the folder with a record of every finished stage."""
@@ -20,71 +21,13 @@ RESULTS, RECORDS = "results.json", "stages"
 _REQUIRED_COLUMNS = ("date", "device", "hardware")
 _WRONG_SHOWN = 5
 
-_Point = Annotated[list[float], Field(min_length=2, max_length=2)]
-
-
-class _Part(BaseModel):
-    """Types of what the report reads; anything else may be there too."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class _Protocol(_Part):
-    model: str | None = None
-    pattern: str | None = None
-    criterion: str | None = None
-    evaluation: dict[str, Any] | None = None
-
-
-class _Training(_Part):
-    losses: list[_Point] | None = None
-    validation: list[_Point] | None = None
-    trainable_parameters: int | None = None
-    steps: int | None = None
-    tokens: int | None = None
-    tokens_per_second: float | None = None
-    peak_memory_bytes: int | None = None
-
-
-class _PrunedTensor(_Part):
-    sparsity: float | None = None
-
-
-class _Sparsity(_Part):
-    overall: float | None = None
-    tensors: dict[str, _PrunedTensor] | None = None
-    skipped: list[str] | None = None
-
-
-class _Verification(_Part):
-    verified: bool | None = None
-    zeros: int | None = None
-    problems: list[str] | None = None
-    tensors: dict[str, dict[str, float]] | None = None
-
-
-class _Results(_Part):
-    perplexity: dict[str, float | None]
-    protocol: _Protocol
-    gap_closed: float | None = None
-    verified: bool | None = None
-    seconds: dict[str, float] | None = None
-    peak_rss_bytes: float | None = None
-    versions: dict[str, Any] | None = None
-    environment: dict[str, Any] | None = None
-    options: dict[str, Any] | None = None
-    command: str | None = None
-    training: _Training | None = None
-    sparsity: _Sparsity | None = None
-    verification: _Verification | None = None
-
 
 @dataclass(frozen=True)
 class Run:
     """A run: the name that tells it from the others, and what its results.json holds."""
 
     name: str
-    results: Mapping[str, Any]
+    results: RunResults
 
 
 @dataclass(frozen=True)
@@ -100,7 +43,7 @@ def results_path(path: Path) -> Path:
     return path / RESULTS if path.is_dir() else path
 
 
-def read_results(path: Path) -> dict[str, Any]:
+def read_results(path: Path) -> RunResults:
     """Read what `spp run` left in a folder or a results.json.
 
     Raises:
@@ -116,14 +59,13 @@ def read_results(path: Path) -> dict[str, Any]:
     if not isinstance(results, dict) or not {"perplexity", "protocol"} <= set(results):
         raise UsageError(f"{file}: not the results of spp run, which are an object with perplexity and protocol")
     try:
-        _Results.model_validate(results)
+        return RunResults.model_validate(results)
     except ValidationError as error:
         wrong = [_describe(problem) for problem in error.errors()]
         more = f"; and {len(wrong) - _WRONG_SHOWN} more" if len(wrong) > _WRONG_SHOWN else ""
         raise UsageError(
             f"{file}: not the results of spp run: {'; '.join(wrong[:_WRONG_SHOWN])}{more}; make it again with spp run"
         ) from error
-    return results
 
 
 def _why_no_results(folder: Path) -> str:

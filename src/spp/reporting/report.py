@@ -127,6 +127,6 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _machine(runs: Sequence[Run]) -> dict[str, Any]:
-    hardware = [facts(run.results.get("environment") or {}) for run in runs]
-    versions = [facts(run.results.get("versions") or {}, missing="not installed") for run in runs]
+    hardware = [facts(run.results.environment) for run in runs]
+    versions = [facts(run.results.versions, missing="not installed") for run in runs]
     return {"hardware": side_by_side.side_by_side(hardware), "versions": side_by_side.side_by_side(versions)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -13,6 +13,7 @@ from spp.reporting.charts import Bar, Cell, bar_chart, heat_map
 from spp.reporting.inputs import Run
 from spp.reporting.key_values import facts
 from spp.reporting.line_chart import Line, line_chart
+from spp.reporting.results import Point, RunResults, Training
 from spp.reporting.summary import MODELS, headline, perplexities, subject, verdict
 from spp.reporting.tensor_table import tensor_table
 from spp.reporting.units import duration, figure, share
@@ -30,17 +31,17 @@ def run_sections(run: Run, prefix: str) -> dict[str, Any]:
         "verdict": verdict(results),
         "headline": headline(results),
         "perplexity": _perplexity_section(results, prefix),
-        "training": _training_section(results.get("training") or {}, prefix),
+        "training": _training_section(results.training, prefix),
         "layers": _layer_charts(results, prefix),
-        "skipped": (results.get("sparsity") or {}).get("skipped") or [],
+        "skipped": results.sparsity.skipped,
         "tensors": tensor_table(results),
-        "stages": _stage_chart(results.get("seconds") or {}, prefix),
-        "options": list(facts(results.get("options") or {}, missing="default")),
-        "command": results.get("command"),
+        "stages": _stage_chart(results.seconds, prefix),
+        "options": list(facts(results.options, missing="default")),
+        "command": results.command,
     }
 
 
-def _perplexity_section(results: Mapping[str, Any], prefix: str) -> dict[str, Any] | None:
+def _perplexity_section(results: RunResults, prefix: str) -> dict[str, Any] | None:
     models = perplexities(results)
     if not models:
         return None
@@ -59,26 +60,27 @@ def _perplexity_section(results: Mapping[str, Any], prefix: str) -> dict[str, An
     return {"chart": chart, "rows": rows}
 
 
-def _training_section(training: Mapping[str, Any], prefix: str) -> dict[str, Any] | None:
-    if not training:
+def _training_section(training: Training, prefix: str) -> dict[str, Any] | None:
+    known = training.plain()
+    if not known:
         return None
-    losses = finite_points(training, "losses")
+    losses = finite_points(training.losses)
     lines = [Line("training", losses)] if losses else []
-    if validation := finite_points(training, "validation"):
+    if validation := finite_points(training.validation):
         lines.append(Line("validation", validation, smooth=False))
     chart = None
     if lines:
-        chart = line_chart(f"{prefix}loss", "Loss by optimiser step", lines, "optimiser step", "loss, nats per token")
+        chart = line_chart(f"{prefix}loss", "Loss by optimizer step", lines, "optimizer step", "loss, nats per token")
     return {
         "chart": chart,
-        "note": _loss_note(len(training.get("losses") or []), len(losses)),
-        "facts": list(facts(training, skip={"losses", "validation", "out"})),
+        "note": _loss_note(len(training.losses), len(losses)),
+        "facts": list(facts(known, skip={"losses", "validation", "out"})),
     }
 
 
-def finite_points(training: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
+def finite_points(points: Iterable[Point]) -> list[tuple[float, float]]:
     """(step, loss) of every recorded loss that can be drawn."""
-    return [(step, loss) for step, loss in training.get(key) or [] if math.isfinite(step) and math.isfinite(loss)]
+    return [(step, loss) for step, loss in points if math.isfinite(step) and math.isfinite(loss)]
 
 
 def _loss_note(recorded: int, drawn: int) -> str:
@@ -87,12 +89,12 @@ def _loss_note(recorded: int, drawn: int) -> str:
     return f"{recorded - drawn} of {recorded} losses are not finite and not drawn." if drawn < recorded else ""
 
 
-def _layer_charts(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
+def _layer_charts(results: RunResults, prefix: str) -> list[dict[str, Any]]:
     """Heat maps of layers by kinds of matrices: sparsity, and the largest relative change."""
-    pruned = (results.get("sparsity") or {}).get("tensors") or {}
-    compared = (results.get("verification") or {}).get("tensors") or {}
-    sparsities = _known(pruned, pruned, "sparsity")
-    changes = _known(pruned or compared, compared, "largest_relative_change")  # rows in one order in both charts
+    pruned, compared = results.sparsity.tensors, results.verification.tensors
+    sparsities = {name: one.sparsity for name, one in pruned.items()}
+    shown = [name for name in pruned or compared if name in compared]  # rows in one order in both charts
+    changes = {name: compared[name].largest_relative_change for name in shown}
     charts = []
     for name, title, values, ceiling in (
         ("sparsity", "Sparsity after pruning", sparsities, 1.0),
@@ -108,16 +110,11 @@ def _layer_charts(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any
     return charts
 
 
-def _known(names: Mapping[str, Any], tensors: Mapping[str, Any], key: str) -> dict[str, float]:
-    values = {name: (tensors.get(name) or {}).get(key) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _cells(values: Mapping[str, float]) -> dict[tuple[str, int], Cell]:
+def _cells(values: Mapping[str, float | None]) -> dict[tuple[str, int], Cell]:
     """Cells by (kind, layer) of tensors with a layer number in their names; experts share one: the largest of them."""
     largest: dict[tuple[str, int], float] = {}
     for name, value in values.items():
-        if found := _LAYER.match(name):
+        if value is not None and (found := _LAYER.match(name)):
             key = re.sub(r"\.\d+\.", ".*.", found[2]), int(found[1])
             largest[key] = max(value, largest.get(key, value))
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -12,6 +12,7 @@ from spp.reporting.charts import Bar, bar_chart
 from spp.reporting.inputs import Run
 from spp.reporting.key_values import facts
 from spp.reporting.line_chart import Line, line_chart, swatch
+from spp.reporting.results import Protocol, RunResults, Training
 from spp.reporting.sections import finite_points
 from spp.reporting.summary import gap, gap_value, perplexities, subject, verdict
 from spp.reporting.tensor_table import Entry
@@ -57,19 +58,17 @@ def quality_table(runs: Sequence[Run]) -> dict[str, Any]:
     return {"headings": _QUALITY, "rows": [_quality(run.results) for run in runs]}
 
 
-def _quality(results: Mapping[str, Any]) -> list[Entry]:
+def _quality(results: RunResults) -> list[Entry]:
     models, about = perplexities(results), subject(results)
-    seconds = results.get("seconds") or {}
-    training = results.get("training") or {}
-    closed = gap_value(results)
+    seconds, closed = results.seconds, gap_value(results)
     return [
         *(Entry(about[name] or "", None) for name in ("model", "pattern", "criterion")),
-        _entry((results.get("sparsity") or {}).get("overall"), share),
+        _entry(results.sparsity.overall, share),
         *(_entry(models.get(name), figure) for name in ("dense", "pruned", "spp")),
         Entry(gap(results)[0], "" if closed is None else repr(closed)),
-        _entry(training.get("trainable_parameters"), "{:,}".format),
+        _entry(results.training.trainable_parameters, "{:,}".format),
         _entry(sum(seconds.values()) if seconds else None, duration),
-        _entry(results.get("peak_rss_bytes"), size),
+        _entry(results.peak_rss_bytes, size),
         Entry(_PROVED[verdict(results)["state"]], None),
     ]
 
@@ -82,34 +81,34 @@ def curves(runs: Sequence[Run]) -> dict[str, Any] | None:
     """All loss curves in one chart, and a table that is their legend: number, name and figures of each."""
     lines, rows = [], []
     for number, run in enumerate(runs, 1):
-        training = run.results.get("training") or {}
-        points = finite_points(training, "losses")
+        training = run.results.training
+        points = finite_points(training.losses)
         if not points:
             continue
         rows.append((number, run.name, swatch(len(lines)), _curve(training, points)))
         lines.append(Line(str(number), points))
     if not lines:
         return None
-    chart = line_chart("losses", "Training loss of the runs", lines, "optimiser step", "loss, nats per token")
+    chart = line_chart("losses", "Training loss of the runs", lines, "optimizer step", "loss, nats per token")
     return {"chart": chart, "headings": _CURVES, "rows": rows, "left_out": len(runs) - len(lines)}
 
 
-def _curve(training: Mapping[str, Any], points: Sequence[tuple[float, float]]) -> list[Entry]:
+def _curve(training: Training, points: Sequence[tuple[float, float]]) -> list[Entry]:
     return [
-        _entry(training.get("steps"), "{:,}".format),
-        _entry(training.get("tokens"), "{:,}".format),
+        _entry(training.steps, "{:,}".format),
+        _entry(training.tokens, "{:,}".format),
         _entry(points[0][1], figure),
         _entry(points[-1][1], figure),
-        _entry(training.get("tokens_per_second"), "{:,.0f}".format),
-        _entry(training.get("peak_memory_bytes"), size),
+        _entry(training.tokens_per_second, "{:,.0f}".format),
+        _entry(training.peak_memory_bytes, size),
     ]
 
 
 def protocols(runs: Sequence[Run]) -> dict[str, Any]:
     """How the runs were done: `same` for all, `differing`, and `warnings`, which keep perplexities from comparing."""
-    found = [run.results.get("protocol") or {} for run in runs]
+    found = [run.results.protocol for run in runs]
     compared = side_by_side([facts(_evaluation(protocol)) for protocol in found])
-    rest = side_by_side([facts(protocol, skip={"evaluation"}) for protocol in found])
+    rest = side_by_side([facts(protocol.plain(), skip={"evaluation", "criterion_title"}) for protocol in found])
     return {
         "warnings": compared["differing"],
         "differing": rest["differing"],
@@ -117,9 +116,9 @@ def protocols(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _evaluation(protocol: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluation(protocol: Protocol) -> dict[str, Any]:
     """How perplexity was measured, without how long that took."""
-    return {key: value for key, value in (protocol.get("evaluation") or {}).items() if key != "seconds"}
+    return {key: value for key, value in protocol.evaluation.items() if key != "seconds"}
 
 
 def side_by_side(columns: Sequence[Iterable[tuple[str, str]]]) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from spp.reporting.results import RunResults
 from spp.reporting.units import duration, figure, share, size
 
 MODELS = {"dense": "dense", "pruned": "pruned", "spp": "pruned + SPP"}
-_CRITERIA = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "ria": "RIA"}
 _PROBLEMS_SHOWN = 20
 
 
-def summary_table(results: Mapping[str, Any]) -> Table:
+def summary_table(results: RunResults) -> Table:
     """What came out, in a few rows."""
     table = Table(show_header=False, box=None)
     rows = [(f"{MODELS[name]} perplexity", figure(value)) for name, value in perplexities(results).items()]
@@ -28,13 +28,13 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
+def verdict(results: RunResults) -> dict[str, Any]:
     """Whether the zeros were kept: state (`good`, `bad`, `unknown`), title, sentence, and the first of the problems."""
-    verification = results.get("verification") or {}
-    verified = results.get("verified", verification.get("verified"))
-    problems = verification.get("problems") or []
+    verification = results.verification
+    verified = verification.verified if results.verified is None else results.verified
+    problems = verification.problems
     if verified:
-        counted = f"all {verification['zeros']:,} zeros" if verification.get("zeros") is not None else "all zeros"
+        counted = f"all {verification.zeros:,} zeros" if verification.zeros is not None else "all zeros"
         state, title = "good", "Sparsity kept"
         sentence = f"Proved: {counted} of the pruned model are an exact +0.0 in the fine-tuned one."
     elif verified is None:
@@ -53,14 +53,13 @@ def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def subject(results: Mapping[str, Any]) -> dict[str, str | None]:
+def subject(results: RunResults) -> dict[str, str | None]:
     """What the run was about: model, pattern, and criterion in the field's spelling."""
-    protocol = results.get("protocol") or {}
-    criterion = protocol.get("criterion")
+    protocol = results.protocol
     return {
-        "model": _short(str(protocol.get("model") or "a model")),
-        "pattern": protocol.get("pattern"),
-        "criterion": _CRITERIA.get(criterion or "", criterion),
+        "model": _short(protocol.model or "a model"),
+        "pattern": protocol.pattern,
+        "criterion": protocol.criterion_title or protocol.criterion,
     }
 
 
@@ -69,28 +68,27 @@ def _short(model: str) -> str:
     return Path(model).name or model if model.startswith(("/", ".", "~")) or model.count("/") > 1 else model
 
 
-def perplexities(results: Mapping[str, Any]) -> dict[str, float]:
+def perplexities(results: RunResults) -> dict[str, float]:
     """Those that are known of the dense, the pruned and the fine-tuned model."""
-    found = results.get("perplexity") or {}
-    return {name: found[name] for name in MODELS if found.get(name) is not None}
+    found = {name: results.perplexity.get(name) for name in MODELS}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def headline(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def headline(results: RunResults) -> list[tuple[str, str, str]]:
     """The figures that people ask for first: label, value, and what it means."""
     rows = [("Gap closed", *gap(results))]
-    sparsity = results.get("sparsity") or {}
-    if sparsity.get("overall") is not None:
-        matrices = f"of {len(sparsity.get('tensors') or {})} matrices"
-        skipped = len(sparsity.get("skipped") or [])
-        rows.append(("Sparsity", share(sparsity["overall"]), matrices + (f"; {skipped} left dense" if skipped else "")))
-    if seconds := results.get("seconds"):
+    sparsity = results.sparsity
+    if sparsity.overall is not None:
+        skipped = f"; {len(sparsity.skipped)} left dense" if sparsity.skipped else ""
+        rows.append(("Sparsity", share(sparsity.overall), f"of {len(sparsity.tensors)} matrices{skipped}"))
+    if seconds := results.seconds:
         rows.append(("Time", duration(sum(seconds.values())), f"{len(seconds)} stages"))
-    if peak := results.get("peak_rss_bytes"):
+    if peak := results.peak_rss_bytes:
         rows.append(("Peak memory", size(peak), "resident, of the whole process"))
     return rows
 
 
-def gap(results: Mapping[str, Any]) -> tuple[str, str]:
+def gap(results: RunResults) -> tuple[str, str]:
     """The gap closed, or that it is not defined, and what that means."""
     value = gap_value(results)
     if value is None:
@@ -100,9 +98,9 @@ def gap(results: Mapping[str, Any]) -> tuple[str, str]:
     return share(value), "of the loss that pruning cost"
 
 
-def gap_value(results: Mapping[str, Any]) -> float | None:
+def gap_value(results: RunResults) -> float | None:
     """The gap closed, where it is defined."""
-    value = results.get("gap_closed")
+    value = results.gap_closed
     return value if value is not None and math.isfinite(value) else None
 
 

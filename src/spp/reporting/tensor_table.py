@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spp.reporting.results import ComparedTensor, PrunedTensor, RunResults
 from spp.reporting.units import share
-
-Counts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its heading, how it follows from a tensor's counts (None: unknown), and how it is written."""
+    """One column: its heading, how it follows from a tensor (None: unknown), and how it is written."""
 
     heading: str
-    value: Callable[[Counts], float | None]
+    value: Callable[[PrunedTensor, ComparedTensor], float | None]
     write: Callable[[Any], str]
 
 
@@ -41,65 +40,63 @@ def _count(value: int) -> str:
     return f"{value:,}"
 
 
-def _get(key: str) -> Callable[[Counts], float | None]:
-    return lambda counts: counts.get(key)
-
-
-def _unchanged(counts: Counts) -> float | None:
-    survivors, unchanged = counts.get("survivors"), counts.get("unchanged")
-    return unchanged / survivors if survivors and unchanged is not None else None
+def _unchanged(tensor: ComparedTensor) -> float | None:
+    return tensor.unchanged / tensor.survivors if tensor.survivors and tensor.unchanged is not None else None
 
 
 COLUMNS = (
-    Column("Sparsity", _get("sparsity"), share),
-    Column("Zeros", _get("zeros"), _count),
-    Column("Offenders", _get("offenders"), _count),
-    Column("NaN/inf", _get("non_finite"), _count),
-    Column("Survivors", _get("survivors"), _count),
-    Column("Underflowed", _get("underflowed"), _count),
-    Column("Unchanged", _unchanged, share),
-    Column("Sign flips", _get("sign_flips"), _count),
-    Column("Largest change", _get("largest_relative_change"), share),
+    Column("Sparsity", lambda pruned, _: pruned.sparsity, share),
+    Column("Zeros", lambda _, compared: compared.zeros, _count),
+    Column("Offenders", lambda _, compared: compared.offenders, _count),
+    Column("NaN/inf", lambda _, compared: compared.non_finite, _count),
+    Column("Survivors", lambda _, compared: compared.survivors, _count),
+    Column("Underflowed", lambda _, compared: compared.underflowed, _count),
+    Column("Unchanged", lambda _, compared: _unchanged(compared), share),
+    Column("Sign flips", lambda _, compared: compared.sign_flips, _count),
+    Column("Largest change", lambda _, compared: compared.largest_relative_change, share),
 )
 
 
-def tensor_table(results: Mapping[str, Any]) -> dict[str, Any] | None:
+def tensor_table(results: RunResults) -> dict[str, Any] | None:
     """Headings, a row for every tensor that was pruned or compared, and the totals of compared ones."""
-    pruned = (results.get("sparsity") or {}).get("tensors") or {}
-    compared = (results.get("verification") or {}).get("tensors") or {}
+    pruned, compared = results.sparsity.tensors, results.verification.tensors
     names = list(dict.fromkeys([*pruned, *compared]))
     if not names:
         return None
-    rows = []
-    for name in names:
-        counts = {**(compared.get(name) or {})}
-        counts["sparsity"] = (pruned.get(name) or {}).get("sparsity")
-        rows.append(Row(name, failed(counts), _entries(counts)))
     return {
         "headings": [column.heading for column in COLUMNS],
-        "rows": rows,
-        "totals": _entries(_total(list(compared.values()), results)),
+        "rows": [_row(name, pruned.get(name, PrunedTensor()), compared.get(name, ComparedTensor())) for name in names],
+        "totals": _entries(PrunedTensor(sparsity=results.sparsity.overall), _total(list(compared.values()))),
     }
 
 
-def failed(counts: Counts) -> bool:
-    """Whether a tensor breaks the promise: a zero that is none any more, or a new NaN or infinity."""
-    return bool(counts.get("offenders") or counts.get("non_finite"))
+def _row(name: str, pruned: PrunedTensor, compared: ComparedTensor) -> Row:
+    return Row(name, compared.failed, _entries(pruned, compared))
 
 
-def _entries(counts: Counts) -> list[Entry]:
+def _entries(pruned: PrunedTensor, compared: ComparedTensor) -> list[Entry]:
     entries = []
     for column in COLUMNS:
-        value = column.value(counts)
+        value = column.value(pruned, compared)
         entries.append(Entry("", "") if value is None else Entry(column.write(value), repr(value)))
     return entries
 
 
-def _total(proofs: Sequence[Counts], results: Mapping[str, Any]) -> Counts:
-    total: dict[str, Any] = {"sparsity": (results.get("sparsity") or {}).get("overall")}
-    for key in ("zeros", "offenders", "non_finite", "survivors", "underflowed", "unchanged", "sign_flips"):
-        found = [proof[key] for proof in proofs if key in proof]
-        total[key] = sum(found) if found else None
-    changes = [proof["largest_relative_change"] for proof in proofs if "largest_relative_change" in proof]
-    total["largest_relative_change"] = max(changes, default=None)
-    return total
+def _total(tensors: Sequence[ComparedTensor]) -> ComparedTensor:
+    """All tensors as one: sums of what is known of their counts, and the largest of their changes."""
+
+    def total(value: Callable[[ComparedTensor], int | None]) -> int | None:
+        known = [count for count in map(value, tensors) if count is not None]
+        return sum(known) if known else None
+
+    changes = [one.largest_relative_change for one in tensors if one.largest_relative_change is not None]
+    return ComparedTensor(
+        zeros=total(lambda one: one.zeros),
+        offenders=total(lambda one: one.offenders),
+        non_finite=total(lambda one: one.non_finite),
+        survivors=total(lambda one: one.survivors),
+        underflowed=total(lambda one: one.underflowed),
+        unchanged=total(lambda one: one.unchanged),
+        sign_flips=total(lambda one: one.sign_flips),
+        largest_relative_change=max(changes, default=None),
+    )

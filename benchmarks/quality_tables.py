@@ -1,0 +1,98 @@
+"""Tables of perplexity: after pruning, as a start for SPP, and what fine-tuning wins back."""
+
+from __future__ import annotations
+
+import statistics
+
+from pandas import DataFrame, Series
+
+from benchmarks.table_cells import markdown, number
+
+SPARSE_ADAPTERS = ("SPP", "HiRA", "masked LoRA", "LoRA*", "SPP, published", "SPP, K = 1")
+"""What is compared. What starts from a better model, or learns from the dense one, is not compared with these."""
+
+
+def pruned_table(rows: DataFrame) -> str:
+    """One table per model: perplexity by method and pattern."""
+    patterns = rows["pattern"].unique()
+    made = []
+    for model, of_model in rows.groupby("model", sort=False):
+        last = of_model.drop_duplicates(["method", "pattern"], keep="last")
+        cells = last.pivot(index="method", columns="pattern", values="perplexity")
+        cells = cells.reindex(index=last["method"].unique(), columns=patterns).fillna("").map(number)
+        case = of_model.iloc[-1]
+        title = f"{model}, dense {number(case['dense'])} ({case['protocol']}):\n\n"
+        made.append(title + markdown(cells.reset_index()))
+    return "\n\n".join(made)
+
+
+def start_table(rows: DataFrame) -> str:
+    """Perplexity before and after SPP fine-tuning, by what it started from."""
+    trained = rows[rows["trained_perplexity"] != ""]
+    last = trained.groupby(["model", "pattern", "method"], sort=False, as_index=False).last()
+    table = {
+        "model": last["model"],
+        "pattern": last["pattern"],
+        "dense": last["dense"].map(number),
+        "start": last["method"],
+        "pruned": last["perplexity"].map(number),
+        "steps": last["trained_steps"],
+        "after SPP": last["trained_perplexity"].map(number),
+    }
+    return markdown(DataFrame(table))
+
+
+def quality_table(rows: DataFrame) -> str:
+    """One table per model: share of the gap closed in percent, mean and spread over seeds, by method and pattern.
+
+    The best of `SPARSE_ADAPTERS` at each pattern is in bold.
+    """
+    return "\n\n".join(
+        _quality_title(model, of_model) + markdown(_quality_lines(of_model))
+        for model, of_model in rows.groupby("model", sort=False)
+    )
+
+
+def _quality_title(model: str, rows: DataFrame) -> str:
+    first, by_pattern = rows.iloc[0], rows.groupby("pattern", sort=False)
+    pruned, reconstructed = (
+        ", ".join(by_pattern[column].first().map(number)) for column in ("pruned", "reconstructed")
+    )
+    return (
+        f"{model}, {first['protocol']}; {first['steps']} steps of {first['tokens_per_step']} tokens; dense "
+        f"{number(first['dense'])}, pruned {pruned}, and after reconstruction {reconstructed}:\n\n"
+    )
+
+
+def _quality_lines(rows: DataFrame) -> DataFrame:
+    cells = quality_cells(rows)
+    compared = cells[cells.index.get_level_values("method").isin(SPARSE_ADAPTERS)]
+    best = set(compared.groupby("pattern")["mean"].idxmax())
+    texts = Series([_percent(cell, bold=cell.Index in best) for cell in cells.itertuples()], cells.index)
+    lines = texts.unstack("pattern").reindex(index=rows["method"].unique(), columns=rows["pattern"].unique())
+    methods = cells.groupby("method")
+    lines.insert(0, "trained", methods["trainable"].first().map("{:,}".format))
+    lines.insert(1, "seconds", methods["seconds"].mean().astype(str).map(number))
+    return lines.fillna("–").reset_index()
+
+
+def quality_cells(rows: DataFrame) -> DataFrame:
+    """The measurements of one model, by method and pattern.
+
+    Returns:
+        mean and spread (the standard deviation, 0 for one seed) over seeds of the share of the gap closed, the number
+        of parameters that are trained, and seconds.
+    """
+    numbers = rows.astype({"gap_closed": float, "trainable": int, "train_seconds": float})
+    cells = numbers.groupby(["method", "pattern"], sort=False).agg(
+        mean=("gap_closed", statistics.fmean),  # a sum without rounding errors
+        spread=("gap_closed", "std"),
+        trainable=("trainable", "first"),
+        seconds=("train_seconds", "mean"),
+    )
+    return cells.fillna({"spread": 0.0})
+
+
+def _percent(cell: tuple, *, bold: bool) -> str:
+    mark = "**" if bold else ""
+    return f"{mark}{100 * cell.mean:.1f}{mark} ± {100 * cell.spread:.1f}"
