@@ -13,12 +13,12 @@ from spp.pruning.options import PruneOptions
 
 def test_all_problems_are_reported_at_once_with_the_values_seen():
     with pytest.raises(UsageError) as caught:
-        RunOptions.build({"pattern": "5:4", "rank": "many", "dropout": 1.0, "colour": "red"})
+        RunOptions.build({"pattern": "5:4", "r": "many", "dropout": 1.0, "colour": "red"})
     message = str(caught.value)
     assert message.startswith("4 problems")
     for part in (
         "'5:4'",
-        "rank: input should be a valid integer",
+        "r: input should be a valid integer",
         "'many'",
         "dropout",
         "1.0",
@@ -46,7 +46,7 @@ def test_paper_recipe_has_the_published_values():
     values = RunOptions.build(load_recipe("paper"))
     published = (16, 2.0, 0.05, 4e-3, 0.001, 0.03, "linear", 128, 3.0, 512, 42)
     assert published == (
-        values.rank,
+        values.r,
         values.scale,
         values.dropout,
         values.learning_rate,

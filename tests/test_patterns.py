@@ -240,12 +240,12 @@ def test_violations_count_by_hand() -> None:
 
 
 @pytest.mark.parametrize("pattern", [NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8)])
-def test_recognises_known_patterns(pattern: NM) -> None:
+def test_recognizes_known_patterns(pattern: NM) -> None:
     scores = random_scores(64, 64, 1)
     assert detect_pattern(torch.where(pattern.keep_mask(scores), 1 + scores, 0.0)) == pattern
 
 
-def test_recognises_a_ratio_and_a_dense_weight() -> None:
+def test_recognizes_a_ratio_and_a_dense_weight() -> None:
     scores = random_scores(64, 64, 1)
     assert detect_pattern(torch.where(Unstructured(0.5).keep_mask(scores), 1 + scores, 0.0)) == Unstructured(0.5)
     assert detect_pattern(1 + scores) is None

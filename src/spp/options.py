@@ -105,4 +105,4 @@ class WindowSettings(Options):
 class SeedSettings(Options):
     """Randomness."""
 
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of sampling, initialisation, order and rounding")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of sampling, initialization, order and rounding")

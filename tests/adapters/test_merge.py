@@ -222,8 +222,8 @@ def test_stochastic_rounding_goes_on_to_the_same_bytes(tmp_path, tiny_model, wan
 
 MERGE = """
 from spp.checkpoints.model_card import CARD
-from spp.options import MergeOptions
-from spp.stages import merge
+from spp.adapters.options import MergeOptions
+from spp.adapters import merge
 
 merge._AT_ONCE = {at_once}
 merge.merge(MergeOptions(model={model!r}, adapter={adapter!r}, out={out!r}))
@@ -406,6 +406,6 @@ def test_requests_that_cannot_be_met_are_refused(tmp_path, base, adapter):
     with pytest.raises(SppError, match="merge_and_unload"):
         attempt()
     (base / "config.json").write_text(json.dumps(read_json(base / "config.json") | {"quantization_config": {}}))
-    with pytest.raises(UsageError, match="quantised"):
+    with pytest.raises(UsageError, match="quantized"):
         attempt()
     assert not out.exists()

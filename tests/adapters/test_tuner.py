@@ -404,10 +404,10 @@ def test_what_cannot_be_adapted_is_refused():
         get_peft_model(Attention(), SppConfig(target_modules=["embedding"]))
     with pytest.raises(ValueError, match="not found"):
         get_peft_model(Attention(), SppConfig(target_modules=["nowhere"]))
-    quantised = Attention()
-    quantised.linear.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="quantised \\(int8\\)"):
-        get_peft_model(quantised, SppConfig(target_modules=["linear"]))
+    quantized = Attention()
+    quantized.linear.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="quantized \\(int8\\)"):
+        get_peft_model(quantized, SppConfig(target_modules=["linear"]))
     lora = get_peft_model(Attention(), LoraConfig(target_modules=["linear"]))
     with pytest.raises(ValueError, match="adapter of another method"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -418,8 +418,8 @@ def test_what_cannot_be_adapted_is_refused():
 
 
 def test_wrong_settings_are_named_together():
-    with pytest.raises(ValueError, match="r must be.*0.*scale must be.*-1.*dropout must be.*1.5"):
-        SppConfig(r=0, scale=-1, dropout=1.5)
+    with pytest.raises(ValueError, match="r must be.*0.*lora_rank must be.*0.*scale must be.*-1.*dropout must be.*1.5"):
+        SppConfig(r=0, lora_rank=0, scale=-1, dropout=1.5)
     with pytest.raises(ValueError, match="layers_to_transform"):
         SppConfig(target_modules="all-linear", layers_to_transform=[0])
     config = SppConfig(target_modules=["q_proj"], layers_to_transform=[0])

@@ -168,7 +168,7 @@ def test_the_hash_is_that_of_the_ids(tiny_tokenizer, corpus):
     assert drawn.source == source
 
 
-def test_large_corpora_are_not_tokenised_to_their_end(tiny_tokenizer, corpus, monkeypatch):
+def test_large_corpora_are_not_tokenized_to_their_end(tiny_tokenizer, corpus, monkeypatch):
     seen = []
 
     def counted(records, tokenizer):
@@ -194,7 +194,7 @@ def test_the_standard_library_gives_its_calibration_part(tiny_tokenizer, monkeyp
 
 
 def refuse(*_, **__):
-    pytest.fail("tokenised")
+    pytest.fail("tokenized")
 
 
 def test_windows_that_were_drawn_before_come_from_the_cache(tiny_tokenizer, mixed, cache, monkeypatch, caplog):

@@ -47,7 +47,7 @@ def test_the_text_is_that_of_plain_transformers_packed_or_not(pruned, tmp_path, 
 
 def test_its_own_dtype_by_default_and_an_adapter_on_top(pruned, stories, tmp_path):
     values = {"model": str(pruned), "out": tmp_path / "adapter", "data": str(stories), "window": 48}
-    train(TrainOptions.build({**values, "learning_rate": 0.3, "max_steps": 12, "rank": 4}))
+    train(TrainOptions.build({**values, "learning_rate": 0.3, "max_steps": 12, "r": 4}))
     bare, tuned = generated(pruned), generated(pruned, adapter=tmp_path / "adapter")
     assert bare.dtype == "bfloat16" and tuned.text != bare.text
     assert generated(pruned, adapter=tmp_path / "adapter", pack=False).text == tuned.text

@@ -300,9 +300,9 @@ def test_says_what_it_saw_where_blocks_cannot_be_told(tiny_model: MakeModel) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
-def test_refuses_quantised_weights(tiny_model: MakeModel, dtype: torch.dtype) -> None:
+def test_refuses_quantized_weights(tiny_model: MakeModel, dtype: torch.dtype) -> None:
     model = tiny_model("llama")
     module = model.get_submodule("model.layers.1.mlp.up_proj")
     module.weight = nn.Parameter(torch.zeros(48, 32).to(dtype), requires_grad=False)
-    with pytest.raises(UsageError, match="model.layers.1.mlp.up_proj: the weight is quantised"):
+    with pytest.raises(UsageError, match="model.layers.1.mlp.up_proj: the weight is quantized"):
         prunable_linears(model)

@@ -1,4 +1,4 @@
-"""Quantised sparse bases: zeros are exact, gradients are those of the dequantised weight, nothing dense is kept."""
+"""Quantized sparse bases: zeros are exact, gradients are those of the dequantized weight, nothing dense is kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spp.checkpoints.options import VerifyOptions
 from spp.checkpoints.verify import verify
 from spp.errors import SppError, UsageError
 from spp.models.architecture import prunable_linears
-from spp.models.quantized import dequantised, is_quantised, made_again, quantise_
+from spp.models.quantized import dequantized, is_quantized, made_again, quantize_
 from spp.ops import reference
 from spp.pruning.options import PruneOptions
 from spp.pruning.prune import prune
@@ -45,11 +45,11 @@ def sparse(tiny_model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_are_exact_and_the_rest_is_near(sparse, kind):
     dense = {name: layer.weight.clone() for name, layer in prunable_linears(sparse).items()}
-    made = quantise_(sparse, prunable_linears(sparse), kind, CPU)
+    made = quantize_(sparse, prunable_linears(sparse), kind, CPU)
     assert made.keys() == dense.keys()
     for name, layer in made.items():
-        assert sparse.get_submodule(name) is layer and is_quantised(layer)
-        found, weight = dequantised(layer, torch.float32), dense[name]
+        assert sparse.get_submodule(name) is layer and is_quantized(layer)
+        found, weight = dequantized(layer, torch.float32), dense[name]
         assert not found[weight == 0].any()
         error = (found - weight).norm() / weight.norm()
         assert error < (0.02 if kind == "int8" else 0.15)
@@ -57,23 +57,23 @@ def test_zeros_are_exact_and_the_rest_is_near(sparse, kind):
 
 
 def test_what_has_no_zero_is_refused(sparse, monkeypatch):
-    monkeypatch.setattr("spp.models.quantized.dequantised", lambda layer, dtype: torch.ones(layer.out_features, 64))
+    monkeypatch.setattr("spp.models.quantized.dequantized", lambda layer, dtype: torch.ones(layer.out_features, 64))
     first = dict(list(prunable_linears(sparse).items())[:1])
-    with pytest.raises(SppError, match=r"q_proj: \d+ zeros would not be zeros after quantisation with nf4"):
-        quantise_(sparse, first, "nf4", CPU)
+    with pytest.raises(SppError, match=r"q_proj: \d+ zeros would not be zeros after quantization with nf4"):
+        quantize_(sparse, first, "nf4", CPU)
 
 
 @pytest.mark.parametrize("mode", ["fused", "split"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_the_dequantised_weight(kind, mode, dropout):
+def test_gradients_are_those_of_the_dequantized_weight(kind, mode, dropout):
     torch.manual_seed(0)
     host = nn.Module()
     host.layer = nn.Linear(64, 96)
     host.layer.weight.data[torch.rand(96, 64) < 0.5] = 0.0
     host.set_submodule = lambda name, layer: setattr(host, name, layer)  # pyright: ignore[reportAttributeAccessIssue]
-    quantise_(host, {"layer": host.layer}, kind, CPU)  # pyright: ignore[reportArgumentType]
-    weight = dequantised(host.layer, torch.float32)
+    quantize_(host, {"layer": host.layer}, kind, CPU)  # pyright: ignore[reportArgumentType]
+    weight = dequantized(host.layer, torch.float32)
     config = spp.SppConfig(r=4, mode=mode, dropout=dropout, init_weights=False, target_modules=["layer"])
     layer = get_peft_model(host, config).base_model.model.layer
     x = torch.randn(5, 64, requires_grad=True)
@@ -96,7 +96,7 @@ def test_gradients_are_those_of_the_dequantised_weight(kind, mode, dropout):
         assert (ours - theirs).norm() < tolerance * theirs.norm()
 
 
-def test_no_dequantised_weight_waits_for_backward():
+def test_no_dequantized_weight_waits_for_backward():
     weight, A, B = torch.randn(300, 200), torch.zeros(3, 200), torch.ones(300, 1)
     x, asked = torch.randn(4, 200, requires_grad=True), []
 
@@ -129,8 +129,8 @@ def test_train_merge_verify(tiny_checkpoint, stories, tmp_path, kind):
     assert proof.verified
 
 
-def test_a_quantised_layer_is_not_merged(sparse):
-    quantise_(sparse, prunable_linears(sparse), "nf4", CPU)
+def test_a_quantized_layer_is_not_merged(sparse):
+    quantize_(sparse, prunable_linears(sparse), "nf4", CPU)
     adapted = get_peft_model(sparse, spp.SppConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="merge into the model as it was before"):
         adapted.merge_adapter()
@@ -145,4 +145,4 @@ def test_what_does_not_go_together(other):
 def test_gpt2s_layers_are_refused(tiny_model):
     model = tiny_model("gpt2")
     with pytest.raises(UsageError, match="is a Conv1D; leave out --quantize"):
-        quantise_(model, prunable_linears(model), "nf4", CPU)
+        quantize_(model, prunable_linears(model), "nf4", CPU)

@@ -128,14 +128,14 @@ def made(packed):
     return get_peft_model(model, spp.SppConfig(r=4, init_weights=False, task_type="CAUSAL_LM"))
 
 def losses(model, ids):
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     found = []
     for _ in range(3):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         found.append(loss.item())
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     return found
 
 ids = torch.arange(40).view(2, 20)

@@ -255,11 +255,11 @@ def test_a_sparse_announcement_does_not_travel(tiny_checkpoint: Path, run: Run) 
     assert read_json(report.out / "config.json") == config
 
 
-def test_quantised_models_are_refused(tiny_checkpoint: Path, run: Run) -> None:
+def test_quantized_models_are_refused(tiny_checkpoint: Path, run: Run) -> None:
     config = read_json(tiny_checkpoint / "config.json")
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tiny_checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="is quantised"):
+    with pytest.raises(UsageError, match="is quantized"):
         run(tiny_checkpoint)
 
 

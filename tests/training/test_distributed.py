@@ -27,19 +27,19 @@ pytestmark = pytest.mark.timeout(600)
 _PROGRAM = """
 import json, os, sys, warnings
 from pathlib import Path
-from spp.options import TrainOptions
-from spp.stages import resuming
+from spp.training.options import TrainOptions
+from spp.training import checkpoints
 from spp.training.train import train
 
 values = json.loads(sys.argv[1])
 if stop := values.pop("killed_at", None):
-    on_save = resuming.Checkpoints.on_save
+    on_save = checkpoints.Checkpoints.on_save
     def killed(self, args, state, *rest, **more):
         on_save(self, args, state, *rest, **more)
         args.distributed_state.wait_for_everyone()
         if state.global_step == stop:
             os._exit(7)
-    resuming.Checkpoints.on_save = killed
+    checkpoints.Checkpoints.on_save = killed
 report = train(TrainOptions.build(values))
 if os.environ["RANK"] == "0":
     found = {"losses": report.losses, "validation": report.validation, "trainable": report.trainable_parameters}
@@ -75,7 +75,7 @@ def values(pruned: Path, stories: Path, tmp_path: Path) -> dict[str, Any]:
         "window": 48,
         "learning_rate": 0.1,
         "max_steps": 8,
-        "rank": 4,
+        "r": 4,
         "save_steps": 4,
         "validation": 18,  # three batches in one process, five in two
         "device": "cpu",

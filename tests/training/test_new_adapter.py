@@ -10,17 +10,7 @@ import spp
 from spp.adapters.options import AdapterSettings
 from spp.adapters.tuner.layer import SppLinear
 from spp.models.architecture import prunable_linears
-from spp.training.new_adapter import like_lora, target_layers, with_new_adapter
-
-
-def test_as_many_row_groups_as_lora_has_parameters_for():
-    assert like_lora(4, 4, 1, 2) == 3  # 3 * 4 + 4 = 16 = 2 * (4 + 4)
-    assert like_lora(10, 4, 1, 2) == 4  # 4 * 4 + 10 = 26 <= 28
-    assert like_lora(4, 10, 1, 2) == 2  # 2 * 10 + 4 = 24 <= 28
-    assert like_lora(2, 100, 1, 64) == 2  # no more than there are rows
-    assert like_lora(100, 2, 4, 1) == 1  # no fewer than one
-    assert like_lora(10, 10, 2, 4) == 3  # 3 * 2 * 10 + 2 * 10 = 80 = 4 * (10 + 10)
-    assert (like_lora(4096, 4096, 1, 16), like_lora(4096, 4096, 4, 16)) == (31, 7)
+from spp.training.new_adapter import target_layers, with_new_adapter
 
 
 def trained(model: nn.Module) -> dict[str, int]:
@@ -56,7 +46,7 @@ def test_each_layer_has_the_budget_of_lora(tiny_model, family, pack):
 
 def test_a_rank_is_the_same_in_every_layer(tiny_model):
     model = tiny_model("llama")
-    adapted = with_new_adapter(model, target_layers(model, "all-linear"), AdapterSettings.build({"rank": 4}))
+    adapted = with_new_adapter(model, target_layers(model, "all-linear"), AdapterSettings.build({"r": 4}))
     assert adapted.peft_config["default"].rank_pattern == {}
     assert {one.r["default"] for one in adapted.modules() if isinstance(one, SppLinear)} == {4}
 

@@ -38,7 +38,7 @@ def pruned(tmp_path: Path, tiny_checkpoint: Path) -> Path:
 def options(pruned: Path, tiny_checkpoint: Path, stories: Path, tmp_path: Path) -> Make:
     def make(out: str = "adapter", **changes: Any) -> TrainOptions:
         values = {"model": str(pruned), "out": tmp_path / out, "data": str(stories), "window": 48}
-        values |= {"learning_rate": 0.1, "max_steps": 3, "rank": 4, "teacher": str(tiny_checkpoint)}
+        values |= {"learning_rate": 0.1, "max_steps": 3, "r": 4, "teacher": str(tiny_checkpoint)}
         return TrainOptions.build({**values, **changes})
 
     return make
@@ -83,7 +83,11 @@ def test_the_loss_is_the_mixture(
 ) -> None:
     (tmp_path / "one.jsonl").write_text((json.dumps({"text": "The cat sat."}) + "\n") * 8)
     asked = options(
-        data=str(tmp_path / "one.jsonl"), max_steps=1, teacher_weight=weight, teacher_features=features, packing=False
+        data=str(tmp_path / "one.jsonl"),
+        max_steps=1,
+        teacher_weight=weight,
+        teacher_features=features,
+        join_documents=False,
     )
     parts = by_hand(asked, "The cat sat.", tiny_tokenizer)
     expected = (1 - weight) * parts["data"] + weight * parts["teacher"] + features * parts["features"]
@@ -146,7 +150,7 @@ def test_a_killed_run_resumes_to_the_bit(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(progress_callback.Watch, "on_log", interrupted)
+        patch.setattr(progress_callback.TrainingProgress, "on_log", interrupted)
         train(options("again", **settings))
     again = train(options("again", **settings))
     assert again.losses == whole.losses
@@ -210,7 +214,7 @@ def test_on_the_command_line(
 ) -> None:
     answers, adapter = str(tmp_path / "answers"), str(tmp_path / "adapter")
     data = ["--data", str(stories), "--window", "48"]
-    assert main.main(["cache-teacher", str(tiny_checkpoint), answers, *data, "--top-k", "8"]) == 0
+    assert main(["cache-teacher", str(tiny_checkpoint), answers, *data, "--top-k", "8"]) == 0
     assert f"--teacher {answers}" in capsys.readouterr().out
-    assert main.main(["train", str(pruned), adapter, *data, "--teacher", answers, "--max-steps", "2"]) == 0
-    assert main.main(["train", str(pruned), adapter, *data, "--teacher-weight", "0.5", "--overwrite"]) == 0
+    assert main(["train", str(pruned), adapter, *data, "--teacher", answers, "--max-steps", "2"]) == 0
+    assert main(["train", str(pruned), adapter, *data, "--teacher-weight", "0.5", "--overwrite"]) == 0

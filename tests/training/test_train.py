@@ -41,7 +41,7 @@ def pruned(tmp_path, tiny_checkpoint) -> Path:
 def options(pruned, stories, tmp_path):
     def make(out="adapter", **changes) -> TrainOptions:
         values = {"model": str(pruned), "out": tmp_path / out, "data": str(stories), "window": 48}
-        return TrainOptions.build({**values, "learning_rate": 0.3, "max_steps": 12, "rank": 4, **changes})
+        return TrainOptions.build({**values, "learning_rate": 0.3, "max_steps": 12, "r": 4, **changes})
 
     return make
 
@@ -56,7 +56,7 @@ def same(a: Path, b: Path) -> bool:
 
 
 def interrupted_at(step: int):
-    """A `Watch.on_log` that stands for Ctrl-C at a step."""
+    """A `TrainingProgress.on_log` that stands for Ctrl-C at a step."""
 
     def on_log(self, args, state, control, **kwargs):
         if state.global_step == step:
@@ -94,7 +94,7 @@ def test_tokens_are_counted_without_padding(options, tmp_path):
     data.write_text("".join(json.dumps({"text": "x" * length}) + "\n" for length in (3, 10, 5, 20)))
     report = train(options(data=str(data), epochs=2, max_steps=None, batch_size=2))
     lengths = [min(1 + length + 1, 48) for length in (3, 10, 5, 20)]  # with <bos> and <eos>
-    assert report.tokens == 2 * sum(lengths) and report.steps == 4 and not report.packing
+    assert report.tokens == 2 * sum(lengths) and report.steps == 4 and not report.join_documents
 
 
 # The checkpoint to resume from is the first one, one within the second epoch, and one between two epochs.
@@ -105,19 +105,19 @@ def test_a_killed_run_resumes_to_the_bit(options, stories, monkeypatch, tmp_path
     whole = train(options("whole", **settings))
 
     with monkeypatch.context() as patch:
-        patch.setattr(progress_callback.Watch, "on_log", interrupted_at(stop))
+        patch.setattr(progress_callback.TrainingProgress, "on_log", interrupted_at(stop))
         with pytest.raises(KeyboardInterrupt):
             train(options("again", **settings))
-    checkpoints = tmp_path / "again.checkpoints"
+    beside = tmp_path / "again.checkpoints"
     assert not (tmp_path / "again").exists()
-    assert (checkpoints / f"checkpoint-{stop // 4 * 4}" / "complete.json").is_file()
-    assert not list(checkpoints.rglob("model*.safetensors"))  # the base is not copied
+    assert (beside / f"checkpoint-{stop // 4 * 4}" / "complete.json").is_file()
+    assert not list(beside.rglob("model*.safetensors"))  # the base is not copied
 
     resumed: list[str | None] = []
     original = checkpoints.Checkpoints.latest
     monkeypatch.setattr(checkpoints.Checkpoints, "latest", lambda self: resumed.append(original(self)) or resumed[-1])
     report = train(options("again", **settings))
-    assert resumed == [checkpoints / f"checkpoint-{stop // 4 * 4}"]
+    assert resumed == [beside / f"checkpoint-{stop // 4 * 4}"]
     assert same(tmp_path / "whole", tmp_path / "again")
     assert (report.losses, report.tokens) == (whole.losses, whole.tokens)
 
@@ -140,7 +140,7 @@ def test_a_run_killed_after_its_last_step_trains_no_further(options, monkeypatch
 def test_a_damaged_checkpoint_is_passed_over(options, monkeypatch, tmp_path):
     train(options("whole", save_steps=4))
     with monkeypatch.context() as patch:
-        patch.setattr(progress_callback.Watch, "on_log", interrupted_at(9))
+        patch.setattr(progress_callback.TrainingProgress, "on_log", interrupted_at(9))
         with pytest.raises(KeyboardInterrupt):
             train(options("again", save_steps=4))
     optimizer = tmp_path / "again.checkpoints" / "checkpoint-8" / "optimizer.pt"
@@ -179,8 +179,8 @@ def test_a_half_written_checkpoint_is_passed_over(options, monkeypatch, tmp_path
     ("change", "named"),
     [
         ({"learning_rate": 0.01}, "learning-rate 0.3 (not 0.01)"),
-        ({"rank": 8}, "rank 4 (not 8)"),
-        ({"seed": 1, "init": "published"}, "seed 0 (not 1), init ones (not published)"),
+        ({"r": 8}, "r 4 (not 8)"),
+        ({"seed": 1, "init_weights": "published"}, "seed 0 (not 1), init-weights ones (not published)"),
         ({"data": "other"}, "other examples"),
         ({"model": "other"}, "another model"),
     ],
@@ -197,7 +197,7 @@ def test_checkpoints_of_another_run(options, tiny_checkpoint, monkeypatch, stori
     train(options("whole", **change))
 
     with monkeypatch.context() as patch:
-        patch.setattr(progress_callback.Watch, "on_log", interrupted_at(6))
+        patch.setattr(progress_callback.TrainingProgress, "on_log", interrupted_at(6))
         with pytest.raises(KeyboardInterrupt):
             train(options("again", save_steps=4))
     with pytest.raises(UsageError, match=re.escape(named)) as caught:
@@ -232,12 +232,12 @@ def test_gradient_checkpointing_changes_nothing(options, tmp_path):
         torch.testing.assert_close(ours, factors(tmp_path / "plain")[key], rtol=1e-5, atol=1e-6)
 
 
-def test_packing_by_default_where_documents_are_long(options, tmp_path):
+def test_documents_are_joined_by_default_where_documents_are_long(options, tmp_path):
     data = tmp_path / "long.jsonl"
     data.write_text("".join(json.dumps({"text": "the cat sat. " * 20}) + "\n" for _ in range(4)))
     report = train(options("long", data=str(data), max_steps=1))
-    assert report.packing and report.examples == 4 * (1 + 260 + 1) // 48
-    assert not train(options("short", data=str(data), max_steps=1, packing=False)).packing
+    assert report.join_documents and report.examples == 4 * (1 + 260 + 1) // 48
+    assert not train(options("short", data=str(data), max_steps=1, join_documents=False)).join_documents
 
 
 def test_only_the_first_tokens_are_read(options, stories, tmp_path, monkeypatch):
@@ -305,12 +305,12 @@ def test_a_loss_that_is_not_finite_stops_training(options, tmp_path):
 
 def test_what_is_known_of_a_step_that_went_wrong(options, monkeypatch, tmp_path):
     """The batch and the last good checkpoint are named."""
-    real = progress_callback.Watch.on_log
+    real = progress_callback.TrainingProgress.on_log
 
     def spoilt(self, args, state, control, logs=None, **kwargs):
         real(self, args, state, control, {**logs, "loss": math.nan} if state.global_step == 6 else logs, **kwargs)
 
-    monkeypatch.setattr(progress_callback.Watch, "on_log", spoilt)
+    monkeypatch.setattr(progress_callback.TrainingProgress, "on_log", spoilt)
     with pytest.raises(SppError) as caught:
         train(options(batch_size=4, device_batch_size=2, save_steps=5))
     assert "the loss is nan at step 6" in str(caught.value)
@@ -390,7 +390,7 @@ def test_a_killed_run_with_validation_resumes_to_the_bit(options, monkeypatch, t
     settings = {"validation": 20, "eval_steps": 2, "save_steps": 3, "learning_rate": 3.0}
     whole = train(options("whole", **settings))
     with monkeypatch.context() as patch:
-        patch.setattr(progress_callback.Watch, "on_log", interrupted_at(8))
+        patch.setattr(progress_callback.TrainingProgress, "on_log", interrupted_at(8))
         with pytest.raises(KeyboardInterrupt):
             train(options("again", **settings))
     again = train(options("again", **settings))
@@ -411,7 +411,7 @@ def test_a_report_to_nowhere(options, tmp_path):
 
 def test_only_so_many_checkpoints_are_kept(options, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setattr(progress_callback.Watch, "on_log", interrupted_at(11))
+        patch.setattr(progress_callback.TrainingProgress, "on_log", interrupted_at(11))
         with pytest.raises(KeyboardInterrupt):
             train(options(save_steps=2, keep=3))
     assert len(list((tmp_path / "adapter.checkpoints").glob("checkpoint-*"))) == 3
@@ -466,7 +466,7 @@ def test_no_pad_token_is_needed(options, pruned, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_are_one_batch(options, pruned, stories, tmp_path):
-    settings = ["--window", "48", "--max-steps", "4", "--rank", "4", "--learning-rate", "0.3", "--device", "cpu"]
+    settings = ["--window", "48", "--max-steps", "4", "--r", "4", "--learning-rate", "0.3", "--device", "cpu"]
     words = ["-m", "spp", "train", str(pruned), str(tmp_path / "two"), "--data", str(stories), *settings]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*launcher, *words], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -526,7 +526,7 @@ def test_killed_at_random_moments_it_resumes_to_the_bit(options, tmp_path):
     chance = random.Random(0)
 
     def command(out: str) -> list[str]:
-        values = {name: getattr(asked, name) for name in ("data", "window", "learning_rate", "max_steps", "rank")}
+        values = {name: getattr(asked, name) for name in ("data", "window", "learning_rate", "max_steps", "r")}
         values |= {"save_steps": 3, "validation": 10}
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
         return [sys.executable, "-m", "spp", "train", asked.model, str(tmp_path / out), *flags]

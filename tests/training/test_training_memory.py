@@ -34,7 +34,7 @@ def request_for(tmp_path, tiny_model, tiny_tokenizer, stories):
             "out": str(tmp_path / "adapter"),
             "data": str(stories),
             "device": "cpu",
-            "packing": True,
+            "join_documents": True,
             "max_steps": 2,
         }
 
@@ -57,12 +57,12 @@ def test_live_bytes_by_hand():
 
 
 def test_the_parts_that_can_be_counted_by_hand(request_for):
-    options = TrainOptions.build({**request_for(0.5), "window": 48, "rank": 4, "directions": 2, "batch_size": 6})
+    options = TrainOptions.build({**request_for(0.5), "window": 48, "r": 4, "directions": 2, "batch_size": 6})
     report = predict_training(options)
     linears = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)
     assert report.parts["embeddings, head, norms"] == 4 * (2 * 96 * 32 + 5 * 32)  # computed in fp32 on a CPU
     adapter = 2 * (2 * (8 * 32 + 64) + 2 * (8 * 32 + 32) + 2 * (8 * 32 + 96) + (8 * 48 + 64))
-    assert report.parts["adapter"] == 4 * adapter and report.parts["optimiser"] == 8 * adapter
+    assert report.parts["adapter"] == 4 * adapter and report.parts["optimizer"] == 8 * adapter
     if report.packed:
         assert report.packed == 14
         assert 0.5 * 2 * linears < report.parts["packed weights"] < 0.8 * 2 * linears
@@ -71,9 +71,9 @@ def test_the_parts_that_can_be_counted_by_hand(request_for):
     unpacked = predict_training(TrainOptions.build({**options.model_dump(), "pack": False}))
     assert unpacked.parts["dense weights"] == 4 * linears and unpacked.packed == 0
     for kind, entry in (("nf4", 0.5), ("int8", 1.0)):
-        quantised = predict_training(TrainOptions.build({**options.model_dump(), "quantize": kind}))
-        assert entry * linears < quantised.parts["quantised weights"] < (entry + 0.2) * linears
-        assert quantised.packed == 0 and quantised.parts["a weight, dequantised"] == 4 * 32 * 48
+        quantized = predict_training(TrainOptions.build({**options.model_dump(), "quantize": kind}))
+        assert entry * linears < quantized.parts["quantized weights"] < (entry + 0.2) * linears
+        assert quantized.packed == 0 and quantized.parts["a weight, dequantized"] == 4 * 32 * 48
 
 
 SIZES = {

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft import HiraConfig
-from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
+from torch import Tensor
 
 from spp._version import __version__
 from spp.adapters.attach import check_adapter
@@ -24,6 +24,7 @@ from spp.adapters.options import ConvertOptions
 from spp.adapters.published_format import read_published
 from spp.adapters.spp_format import read_adapter, tensors_of
 from spp.adapters.tuner import SppConfig
+from spp.adapters.tuner.ranks import rank_of
 from spp.checkpoints.atomic_folder import check_output, new_folder
 from spp.checkpoints.checkpoint import MANIFEST, Checkpoint
 from spp.checkpoints.fingerprint import base_fingerprint
@@ -146,7 +147,7 @@ def _read_hira(folder: Path, original: SppConfig | None) -> dict[str, Factors]:
     try:
         if original is None:
             return factors_of_hira(pairs)
-        shapes = {module: _shape(original, module, len(B)) for module, (_, B) in pairs.items()}
+        shapes = {module: _shape(original, module, A, B) for module, (A, B) in pairs.items()}
         return factors_of_hira(pairs, shapes=shapes, scale=original.scale)
     except UsageError as error:
         raise UsageError(f"adapter {folder} has no SPP form: {error}") from None
@@ -161,15 +162,14 @@ def _spp_settings(settings: Mapping[str, Any], path: Path) -> SppConfig:
         raise SppError(f"{path}: no settings of an SPP adapter ({error})") from error
 
 
-def _shape(config: SppConfig, module: str, out_features: int) -> tuple[int, int]:
-    """R and K that the tuner gives a module."""
-    groups = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r)
-    return fitting_groups(out_features, groups, config.directions)
+def _shape(config: SppConfig, module: str, A: Tensor, B: Tensor) -> tuple[int, int]:
+    """R and K that the tuner gives a module with factors of so many columns (A) and rows (B)."""
+    return fitting_groups(len(B), rank_of(config, module, len(B), A.shape[1]), config.directions)
 
 
 def _made_by(config: SppConfig, module: str, factors: Factors) -> bool:
     shape = (factors.groups, factors.directions)
-    return config.scale == factors.scale and _shape(config, module, len(factors.B)) == shape
+    return config.scale == factors.scale and _shape(config, module, factors.A, factors.B) == shape
 
 
 def _fitting_base(source: _Source, options: ConvertOptions) -> Checkpoint | None:

@@ -79,7 +79,7 @@ def merge(options: MergeOptions) -> MergeReport:
     start = time.perf_counter()
     base = Checkpoint.open(resolve_model(options.model))
     check_output(options.out, options.overwrite, inputs=(base.folder, options.adapter))
-    base.require_unquantised("merge into the sparse model before quantisation")
+    base.require_unquantized("merge into the sparse model before quantization")
     factors = match_adapter(base, read_adapter(options.adapter), options.adapter)
     request = _request(base, factors, options)
     warn_of_other_base(options.adapter, options.model, request["base"])
@@ -117,43 +117,72 @@ def _write(
     While one tensor is worked on, the next one is read, the one before is written, and earlier ones go to the disk.
     """
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    files, record = Rewriting(base, folder, dtype), folder / WORK / RECORD
+    files = Rewriting(base, folder, dtype)
+    record = _Record(folder / WORK / RECORD, files)
     rewritten = {name for name in base.names if name in factors or files.layouts[name] != base.layouts[name]}
-    finished: dict[str, Any] = read_json(record) if record.is_file() else {}
     sizes = {name: layout.nbytes for name, layout in base.layouts.items()}
-    left = [name for name in base.names if name not in finished]
+    left = [name for name in base.names if name not in record.proofs]
     total, unsaved = sum(sizes.values()), 0
-
-    def save(record_of: dict[str, Any]) -> None:
-        files.sync()
-        write_json(record, record_of)
-
     with (
         ThreadPoolExecutor(1) as writer,
-        ThreadPoolExecutor(1) as saver,
+        record,
         track_bytes("merging", total, done=total - sum(sizes[name] for name in left)) as advance,
     ):
-        writing = saving = _done()
+        writing = _done()
         for name, before in read_ahead(lambda name: base.read(name) if name in rewritten else None, left):
             writing.result()
             if before is None:
-                finished[name] = None
+                record.proofs[name] = None
                 writing = writer.submit(files.copy, name)
             else:
                 after = _new(name, before, factors.get(name), base.transposed(name), dtype or before.dtype, options)
-                finished[name] = asdict(compare(before, after))
+                record.proofs[name] = asdict(compare(before, after))
                 writing = writer.submit(files.write, name, after)
                 del before, after  # or they would be in memory beside the next ones
             advance(sizes[name])
             unsaved += sizes[name]
             if unsaved >= _AT_ONCE or name == left[-1]:
                 writing.result()
-                saving.result()
-                saving = saver.submit(save, dict(finished))
+                record.save()
                 unsaved = 0
-        saving.result()
     files.finish()
-    return {name: TensorProof(**finished[name]) for name in base.names if finished[name] is not None}
+    return {name: TensorProof(**proof) for name in base.names if (proof := record.proofs[name]) is not None}
+
+
+class _Record:
+    """Which tensors are written, kept on the disk for a run that goes on after this one was killed.
+
+    A context manager, which waits until the disk has what was saved.
+
+    Args:
+        path: of the record; one that is there is gone on with.
+        files: where the tensors are written.
+
+    Attributes:
+        proofs: name of each tensor that is written -> its proof as JSON values, or None for one that is copied.
+    """
+
+    def __init__(self, path: Path, files: Rewriting) -> None:
+        self._path, self._files = path, files
+        self._saver, self._saving = ThreadPoolExecutor(1), _done()
+        self.proofs: dict[str, Any] = read_json(path) if path.is_file() else {}
+
+    def save(self) -> None:
+        """Have the tensors saved that are written, and then the record as it is now, while the work goes on."""
+        self._saving.result()
+        self._saving = self._saver.submit(self._save, dict(self.proofs))
+
+    def _save(self, proofs: dict[str, Any]) -> None:
+        self._files.sync()
+        write_json(self._path, proofs)
+
+    def __enter__(self) -> None:
+        """Nothing more."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._saver.shutdown()
+        if kind is None:
+            self._saving.result()
 
 
 def _done() -> Future[None]:

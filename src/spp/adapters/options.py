@@ -13,15 +13,18 @@ from spp.options import DtypeName, Options, OutputOptions, SeedSettings
 class AdapterSettings(Options):
     """The SPP adapter: W' = W + scale * W * (A[group] B)."""
 
-    rank: int | None = Field(None, ge=1, description="row groups R of every layer (default: see lora-rank)")
+    # `r` and `init_weights` are PEFT's words: SppConfig has these settings, defaults and descriptions, too.
+    r: int | None = Field(
+        None, ge=1, description="row groups R, at most a layer's output features (default: see lora-rank)"
+    )
     lora_rank: int = Field(
-        16, ge=1, description="unless rank is given: in each layer as many parameters as LoRA of this rank has"
+        16, ge=1, description="unless r is given: in each layer as many parameters as LoRA of this rank has"
     )
     directions: int = Field(
         4, ge=1, le=16, description="directions K, rows of A for each group, which its rows mix; 1 is as published"
     )
     scale: float = Field(2.0, gt=0, description="factor s of the update s * W * (A[group] B)")
-    init: Literal["ones", "published"] = Field(
+    init_weights: Literal["ones", "published"] = Field(
         "ones", description="ones: A = 0 and a 1 in each row of B; published: A at random within 1/sqrt(I), and B = 0"
     )
     mode: Literal["fused", "split"] = Field(

@@ -101,14 +101,14 @@ class Checkpoint:
         path = self.folder / MANIFEST
         return read_object(path) if path.is_file() else {}
 
-    def require_unquantised(self, remedy: str) -> None:
+    def require_unquantized(self, remedy: str) -> None:
         """Raise for weights that are no floats any more.
 
         Raises:
-            UsageError: the model is quantised; with the remedy.
+            UsageError: the model is quantized; with the remedy.
         """
         if "quantization_config" in self.config:
-            raise UsageError(f"{self.folder} is quantised; {remedy}")
+            raise UsageError(f"{self.folder} is quantized; {remedy}")
 
     def transposed(self, name: str) -> bool:
         """Whether a weight matrix is stored as (I, O), as GPT-2's Conv1D does, instead of (O, I)."""

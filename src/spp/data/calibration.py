@@ -1,6 +1,6 @@
 """Windows of text that pruning statistics are taken from.
 
-Reading and tokenising a corpus can take longer than pruning with it, so the windows are kept in the user's cache (see
+Reading and tokenizing a corpus can take longer than pruning with it, so the windows are kept in the user's cache (see
 `spp.data.cache`), under everything that they depend on.
 """
 
@@ -29,7 +29,7 @@ from spp.errors import UsageError
 
 logger = logging.getLogger("spp")
 
-_TOKENISED_AT_ONCE = 256
+_TOKENIZED_AT_ONCE = 256
 _ALGORITHM = 1  # goes up with every change in which windows are drawn, so that no older ones are found in the cache
 
 
@@ -156,14 +156,14 @@ def _draw(
     places: list[Sequence[int]] = []
     short: list[Sequence[int]] = []
     spare = samples * window  # more tokens of short documents than this are never needed
-    for ids in _tokenised(shuffled, tokenizer):
+    for ids in _tokenized(shuffled, tokenizer):
         if len(ids) > window:
             start = chance.randint(0, len(ids) - window)
             places.append(ids[start : start + window])
         elif spare > 0:
             short.append(ids)
             spare -= len(ids)
-        if len(places) == samples:  # a large corpus is not tokenised to its end
+        if len(places) == samples:  # a large corpus is not tokenized to its end
             return places, "a random window of each document longer than the window"
     packed = _packed(short, tokenizer, samples - len(places), window, chance)
     if len(places) + len(packed) < samples:  # the long documents have more to give, in the same way
@@ -171,9 +171,9 @@ def _draw(
     return places + packed, _kind(len(places), len(packed), len(records))
 
 
-def _tokenised(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    for first in range(0, len(records), _TOKENISED_AT_ONCE):
-        yield from documents(records[first : first + _TOKENISED_AT_ONCE], tokenizer)
+def _tokenized(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    for first in range(0, len(records), _TOKENIZED_AT_ONCE):
+        yield from documents(records[first : first + _TOKENIZED_AT_ONCE], tokenizer)
 
 
 def _packed(

@@ -90,7 +90,7 @@ def _records(source: str, part: Part, rows: _Rows) -> Iterator[Record]:
     elif data_suffix(path) in _READERS or not _DATASET_ID.fullmatch(source):
         raise UsageError(f"data {source!r}: no such file")
     else:
-        yield from _normalise(_numbered(_read_dataset(source, rows), "row"), source)
+        yield from _normalize(_numbered(_read_dataset(source, rows), "row"), source)
 
 
 def holds_text(record: Record) -> bool:
@@ -152,14 +152,14 @@ def _read_json(path: Path) -> Iterator[Record]:
         first = next((line for line in file if line.strip()), "")
         file.seek(0)
         if not first.lstrip().startswith("["):
-            yield from _normalise(json_lines(file), str(path))
+            yield from _normalize(json_lines(file), str(path))
             return
         text = file.read()
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}, line {_line(error)}: expected a JSON array of records ({error})") from error
-    yield from _normalise(_numbered(items, "item"), str(path))
+    yield from _normalize(_numbered(items, "item"), str(path))
 
 
 def json_lines(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -188,7 +188,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         except (pyarrow.ArrowException, OSError) as error:
             raise UsageError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
-    yield from _normalise(_numbered(rows(), "row"), str(path))
+    yield from _normalize(_numbered(rows(), "row"), str(path))
 
 
 def _read_dataset(source: str, rows: _Rows) -> Iterator[Any]:
@@ -253,7 +253,7 @@ def _numbered(items: Iterable[Any], word: str) -> Iterator[tuple[str, Any]]:
     return ((f"{word} {number}", item) for number, item in enumerate(items, 1))
 
 
-def _normalise(items: Iterable[tuple[str, Any]], source: str) -> Iterator[Record]:
+def _normalize(items: Iterable[tuple[str, Any]], source: str) -> Iterator[Record]:
     """Bring every item into one of the kinds of `Record`; all of one source must be of the same kind.
 
     After the first problem there are no more records: what follows is only checked, so that problems are reported

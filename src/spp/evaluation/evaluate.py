@@ -20,6 +20,7 @@ from spp.evaluation.perplexity import EvalReport, perplexity_of, read_windows
 from spp.evaluation.task_loading import TaskSet, load_tasks
 from spp.evaluation.tasks import TasksReport, score_tasks
 from spp.models.loading import context_window, load_config, load_model, load_tokenizer
+from spp.ops.dtypes import dtype_name
 
 logger = logging.getLogger("spp")
 
@@ -119,5 +120,5 @@ def _scores(options: EvalOptions, tasks: TaskSet) -> TasksReport:
 def _loaded(options: EvalOptions) -> tuple[PreTrainedModel | PeftModel, str]:
     """The model with its adapter, and the dtype that it computes in."""
     model = load_model(options.model, options)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     return (model if options.adapter is None else with_adapter(model, options.adapter)), dtype

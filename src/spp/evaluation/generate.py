@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, set_seed
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from spp.adapters.attach import check_adapter, with_adapter
@@ -53,34 +55,13 @@ def generate(options: GenerateOptions) -> GenerateReport:
         SppError: a damaged model.
     """
     device = pick_device(options.device)
-    if options.adapter is not None:
-        check_adapter(options.adapter, options.model)
-    tokenizer = load_tokenizer(options.model, options)
-    model: PreTrainedModel | PeftModel = load_base(
-        options.model, options, dtype=options.dtype, pack=options.pack, on=device
-    )
-    dtype = str(model.dtype).removeprefix("torch.")
-    if options.adapter is not None:
-        model = with_adapter(model, options.adapter)
-    model.to(device)  # pyright: ignore[reportArgumentType]
-    ids = tokenizer(options.prompt, return_tensors="pt").to(device)
-    length = int(ids["input_ids"].shape[1])
+    model, tokenizer, dtype = _load(options, device)
+    prompt = tokenizer(options.prompt, return_tensors="pt").to(device)
+    length = int(prompt["input_ids"].shape[1])
     _require_room(model, length, options.max_new_tokens)
     set_seed(options.seed)
     clock = _Clock()
-    drawing: dict[str, Any] = (
-        {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
-    )
-    with torch.inference_mode():
-        output: Any = model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=ids["input_ids"],
-            attention_mask=ids["attention_mask"],
-            max_new_tokens=options.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=clock,
-            **drawing,
-        )
-    new = output[0, length:]
+    new = _continue(model, tokenizer, prompt, options, clock)[length:]
     later = clock.times[-1] - clock.times[1]
     return GenerateReport(
         prompt=options.prompt,
@@ -94,6 +75,43 @@ def generate(options: GenerateOptions) -> GenerateReport:
         dtype=dtype,
         peak_memory_bytes=peak_memory_bytes(device),
     )
+
+
+def _load(
+    options: GenerateOptions, device: torch.device
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, str]:
+    """The model on its device, with the adapter if there is one; its tokenizer; and the dtype of its weights."""
+    if options.adapter is not None:
+        check_adapter(options.adapter, options.model)
+    tokenizer = load_tokenizer(options.model, options)
+    base = load_base(options.model, options, dtype=options.dtype, pack=options.pack, on=device)
+    dtype = str(base.dtype).removeprefix("torch.")
+    model = base if options.adapter is None else with_adapter(base, options.adapter)
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    return model, tokenizer, dtype
+
+
+def _continue(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Mapping[str, Tensor],
+    options: GenerateOptions,
+    clock: _Clock,
+) -> Tensor:
+    """Token ids of the prompt and of what follows it, (T,)."""
+    drawing: dict[str, Any] = (
+        {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+    )
+    with torch.inference_mode():
+        output: Any = model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=prompt["input_ids"],
+            attention_mask=prompt["attention_mask"],
+            max_new_tokens=options.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            streamer=clock,
+            **drawing,
+        )
+    return output[0]
 
 
 def _require_room(model: PreTrainedModel | PeftModel, prompt: int, more: int) -> None:
@@ -111,7 +129,7 @@ class _Clock(BaseStreamer):
         self.started = time.perf_counter()
         self.times: list[float] = []
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, value: Tensor) -> None:
         """The prompt first, then each token."""
         self.times.append(time.perf_counter())
 

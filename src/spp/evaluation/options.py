@@ -18,7 +18,7 @@ class ScoringSettings(Options):
         description="score each document by itself instead of windows over the joined text "
         "(default: for .jsonl, .json, .parquet and datasets ids)",
     )
-    limit: int | None = Field(None, ge=1, description="score only the first so many documents, or items of each task")
+    limit: int | None = Field(None, ge=1, description="score only the first N documents, or N items of each task")
 
 
 class TaskSettings(Options):
@@ -95,6 +95,6 @@ class GenerateOptions(SeedSettings, LoadingOptions):
         None, description="folder of an adapter to use on top of the model", json_schema_extra={"metavar": "DIR"}
     )
     prompt: str = Field(min_length=1, description="text to continue", json_schema_extra={"metavar": "TEXT"})
-    max_new_tokens: int = Field(64, ge=1, description="stop after so many tokens")
+    max_new_tokens: int = Field(64, ge=1, description="stop after N tokens")
     temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; above, draw at this temperature")
     pack: bool | None = Field(None, description="keep sparse weights packed (default: where 30 % or more are zero)")

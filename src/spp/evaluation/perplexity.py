@@ -1,6 +1,6 @@
 """Perplexity, in the two protocols that figures are published in.
 
-Windows: documents joined with a blank line, tokenised once, cut into windows that do not overlap, the incomplete tail
+Windows: documents joined with a blank line, tokenized once, cut into windows that do not overlap, the incomplete tail
 dropped (the protocol of Wanda and SparseGPT). Per document: each document by itself, cut where it is longer than the
 window, every tail counted. Either way the first token of a window is context only.
 """
@@ -70,7 +70,7 @@ class Windows:
 
 
 def read_windows(options: EvalOptions) -> Windows:
-    """The evaluation text of these options, tokenised and cut.
+    """The evaluation text of these options, tokenized and cut.
 
     Raises:
         UsageError: a missing model or text, or too little text for one window.

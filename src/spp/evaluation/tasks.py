@@ -126,17 +126,7 @@ def score_tasks(
 
         start = time.perf_counter()
         scored = ScoredModel(model, tokenizer, batch_size=options.batch_size, window=options.window)
-        loaded: Any = import_module("lm_eval.tasks").TaskManager(include_defaults=False).load(list(tasks.loaded))
-        for task in loaded["tasks"].values():
-            _set_examples(task, options.num_fewshot)
-        # Not `simple_evaluate`, which also asks git, pip and others about the machine.
-        run: Any = import_module("lm_eval.evaluator").evaluate
-        try:
-            results = run(scored, loaded, limit=options.limit, log_samples=False)
-        except SppError:
-            raise
-        except Exception as error:  # lm-eval and its tasks raise anything
-            raise SppError(f"lm-eval failed: {brief(error)}") from error
+        results = _run_lm_eval(scored, tasks, options)
     if scored.shortened:
         logger.warning(
             "%d prompts were longer than the model's context of %d tokens, and lost their beginning",
@@ -157,6 +147,25 @@ def score_tasks(
         versions={name: version(name) for name in _VERSIONS},
         seconds=time.perf_counter() - start,
     )
+
+
+def _run_lm_eval(scored: Any, tasks: TaskSet, options: EvalOptions) -> dict[str, Any]:
+    """What lm-eval finds for a `ScoredModel`.
+
+    Raises:
+        SppError: lm-eval or a task fails.
+    """
+    loaded: Any = import_module("lm_eval.tasks").TaskManager(include_defaults=False).load(list(tasks.loaded))
+    for task in loaded["tasks"].values():
+        _set_examples(task, options.num_fewshot)
+    # Not `simple_evaluate`, which also asks git, pip and others about the machine.
+    run: Any = import_module("lm_eval.evaluator").evaluate
+    try:
+        return run(scored, loaded, limit=options.limit, log_samples=False)
+    except SppError:
+        raise
+    except Exception as error:  # lm-eval and its tasks raise anything
+        raise SppError(f"lm-eval failed: {brief(error)}") from error
 
 
 def _set_examples(task: Any, asked: int | None) -> None:

@@ -194,7 +194,7 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     Routers are left out. Experts that lie in one parameter are no layers; `prunable_matrices` has them.
 
     Raises:
-        UsageError: see `decoder_blocks`; or the weights are quantised.
+        UsageError: see `decoder_blocks`; or the weights are quantized.
     """
     prefix, blocks = decoder_blocks(model)
     linears: dict[str, nn.Module] = {
@@ -205,7 +205,7 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     for name, module in linears.items():
         if not isinstance(module, PackedLinear) and not is_float(weight_oi(module)):
             dtype = dtype_name(weight_oi(module).dtype)
-            raise UsageError(f"{name}: the weight is quantised ({dtype}); give the model as it was before quantisation")
+            raise UsageError(f"{name}: the weight is quantized ({dtype}); give the model as it was before quantization")
     if not linears:
         raise UsageError(f"{type(model).__name__}: there is no linear layer in its decoder blocks")
     return linears
@@ -229,7 +229,7 @@ def weight_oi(module: nn.Module) -> Tensor:
 
 
 def shape_oi(module: nn.Module) -> tuple[int, int]:
-    """The shape (O, I) of a linear layer's weight, dense, packed or quantised."""
+    """The shape (O, I) of a linear layer's weight, dense, packed or quantized."""
     if isinstance(module, nn.Linear | PackedLinear):
         return module.out_features, module.in_features
     out_features, in_features = weight_oi(module).shape

@@ -1,7 +1,7 @@
 """Load a model with its sparse layers packed, each one as it is read, so that the dense model never is in memory.
 
 transformers has one place where a weight can become something else on its way from the file into the model: the
-quantisers. So packing is one here, for the length of a load; nothing of it stays in the model or its configuration.
+quantizers. So packing is one here, for the length of a load; nothing of it stays in the model or its configuration.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class _Packer(HfQuantizer):
     ) -> None:
         self.remove_quantization_config(model)
         del model.is_quantized
-        # transformers leaves shapes to a quantiser.
+        # transformers leaves shapes to a quantizer.
         for name, parameter in model.named_parameters():
             if name in self._shapes and parameter.shape != self._shapes[name]:
                 raise SppError(

@@ -1,6 +1,6 @@
 """Sparse layers in 4 or 8 bits, by bitsandbytes: smaller while an adapter is trained, with every zero still exact.
 
-A quantised weight is dequantised whenever it is computed with, in forward and again in backward, and never kept.
+A quantized weight is dequantized whenever it is computed with, in forward and again in backward, and never kept.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from transformers import PreTrainedModel
 from spp.errors import SppError, UsageError
 from spp.ops.zero_proof import lost_zeros
 
-Quantisation = Literal["nf4", "int8"]
+Quantization = Literal["nf4", "int8"]
 
 
-def is_quantised(layer: nn.Module) -> bool:
+def is_quantized(layer: nn.Module) -> bool:
     """Whether a layer's weight is one of bitsandbytes'."""
     return type(layer._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params")
 
 
-def dequantised(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight (O, I) that a quantised layer stands for."""
+def dequantized(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight (O, I) that a quantized layer stands for."""
     from peft.utils.integrations import dequantize_bnb_weight  # PEFT, once imported, imports the tuner, and that this
 
     return dequantize_bnb_weight(layer.get_parameter("weight"), state=getattr(layer, "state", None)).to(dtype)
@@ -34,7 +34,7 @@ def dequantised(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def made_again(weight: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
-    """Inside, autograd saves no `weight` for backward, but asks for it `again`."""
+    """Context manager: autograd does not keep `weight` for backward; it calls `again` there to make it once more."""
     place, shape = weight.data_ptr(), weight.shape  # not the weight: autograd keeps both functions
 
     def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
@@ -53,15 +53,15 @@ def require_bitsandbytes() -> None:
         raise UsageError('quantize needs bitsandbytes: pip install "spp[quant]"')
 
 
-def quantise_(
-    model: PreTrainedModel, layers: Mapping[str, nn.Module], kind: Quantisation, device: torch.device
+def quantize_(
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], kind: Quantization, device: torch.device
 ) -> dict[str, nn.Module]:
-    """Put quantised layers in the place of dense ones, one by one, and prove that every zero is an exact zero.
+    """Put quantized layers in the place of dense ones, one by one, and prove that every zero is an exact zero.
 
     Args:
         model: changed in place.
         layers: name of each `nn.Linear` in it -> itself.
-        kind: nf4 (4 bits, double quantisation) or int8.
+        kind: nf4 (4 bits, double quantization) or int8.
         device: where they will be used.
 
     Returns:
@@ -80,19 +80,19 @@ def quantise_(
     for name, layer in layers.items():
         assert isinstance(layer, nn.Linear)
         weight = layer.weight.detach()
-        quantised = _quantised(layer, kind).to(device)
-        if lost := lost_zeros(weight, dequantised(quantised, weight.dtype).to(weight.device)):
+        quantized = _quantized(layer, kind).to(device)
+        if lost := lost_zeros(weight, dequantized(quantized, weight.dtype).to(weight.device)):
             raise SppError(
-                f"{name}: {lost} zeros would not be zeros after quantisation with {kind}, which SPP would take for "
+                f"{name}: {lost} zeros would not be zeros after quantization with {kind}, which SPP would take for "
                 "weights; leave out --quantize, and report it to bitsandbytes"
             )
-        model.set_submodule(name, quantised)
-        found[name] = quantised
+        model.set_submodule(name, quantized)
+        found[name] = quantized
     return found
 
 
-def _quantised(layer: nn.Linear, kind: Quantisation) -> nn.Module:
-    """A layer that bitsandbytes quantises when it is moved to a device."""
+def _quantized(layer: nn.Linear, kind: Quantization) -> nn.Module:
+    """A layer that bitsandbytes quantizes when it is moved to a device."""
     from bitsandbytes import nn as bnb  # pyright: ignore[reportMissingImports]  # an extra
 
     shape = (layer.in_features, layer.out_features)

@@ -188,7 +188,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _exactly(x: Tensor) -> AbstractContextManager[Any]:
-    """Inside, products are computed in the dtypes of their arguments."""
+    """Context manager without autocast: products are computed in the dtypes of their arguments."""
     device = x.device.type
     # Switching off what is not on costs as much as a launch.
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

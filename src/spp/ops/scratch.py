@@ -24,7 +24,7 @@ _buffers = _Buffers()
 
 
 def scratch(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor, valid until the next call with the same purpose in this thread."""
+    """An uninitialized tensor, valid until the next call with the same purpose in this thread."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize

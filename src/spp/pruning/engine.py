@@ -23,12 +23,12 @@ from spp.errors import UsageError
 from spp.models.architecture import Matrix, decoder_blocks, prunable_matrices
 from spp.patterns import Unstructured
 from spp.pruning.calibration.block_calls import BlockCalls, batched, capture
-from spp.pruning.calibration.input_hooks import observe
+from spp.pruning.calibration.input_hooks import collect_statistics
 from spp.pruning.calibration.input_statistics import InputNorm
 from spp.pruning.journal import Journal
 from spp.pruning.options import PruningSettings
 from spp.pruning.owl import outlier_share, owl_ratios
-from spp.pruning.prune_block import BlockPruner, BlockResult, Runs, add_up
+from spp.pruning.prune_block import BlockPruner, BlockResult, Runs, all_reduce_statistics
 from spp.runtime import distributed
 from spp.runtime.progress import track
 
@@ -45,11 +45,11 @@ class Blocks(Protocol):
     device: torch.device
 
     def surroundings(self) -> AbstractContextManager[None]:
-        """Inside, everything of the model that runs before its blocks has its weights."""
+        """Context manager: everything of the model that runs before its blocks has its weights."""
         ...
 
     def loaded(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Inside, a block has its weights."""
+        """Context manager: a block has its weights."""
         ...
 
     def keep(self, index: int) -> Any:
@@ -61,7 +61,7 @@ def prune_blocks(
     blocks: Blocks, settings: PruningSettings, windows: Tensor | None, journal: Journal
 ) -> list[BlockResult]:
     """Prune the blocks that the journal does not know as finished; see `prune_model`."""
-    if settings.reconstruct and distributed.count() > 1:
+    if settings.reconstruct and distributed.world_size() > 1:
         raise UsageError("reconstruction runs in one process; start it without torchrun, or leave out --reconstruct")
     pruner = BlockPruner(settings, matrices_to_prune(blocks.model, settings)[0])
     batches: dict[int, Tensor] = {}
@@ -131,7 +131,7 @@ def _my_batches(windows: Tensor | None, settings: PruningSettings, blocks: Block
     vocabulary = blocks.model.get_input_embeddings().get_parameter("weight").shape[0]
     require_known_ids(windows.tolist(), vocabulary, "calibration text")
     numbered = enumerate(batched(windows.to(blocks.device)))
-    return {number: batch for number, batch in numbered if number % distributed.count() == distributed.rank()}
+    return {number: batch for number, batch in numbered if number % distributed.world_size() == distributed.rank()}
 
 
 class _Walk:
@@ -200,8 +200,8 @@ def _survey(walk: _Walk, pruner: BlockPruner, settings: PruningSettings) -> list
     for index in walk.unfinished("looking for outliers"):
         with walk.source.loaded(index) as block:
             matrices = pruner.matrices(walk.name(index), block)
-            seen = observe(matrices, [InputNorm], partial(walk.propagate, index, block))
-            add_up(seen)
+            seen = collect_statistics(matrices, [InputNorm], partial(walk.propagate, index, block))
+            all_reduce_statistics(seen)
             norms = {name: statistics[InputNorm] for name, statistics in seen.items()}
             scored = [(one.weight, norms[one.name].value()) for one in matrices if norms[one.name].tokens]
             share = outlier_share(scored, settings.owl_threshold)

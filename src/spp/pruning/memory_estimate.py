@@ -19,7 +19,7 @@ from spp.checkpoints.hub import resolve_model
 from spp.models.architecture import Matrix, decoder_blocks, prunable_matrices
 from spp.models.loading import context_window, skeleton
 from spp.pruning.calibration.block_calls import batched, capture
-from spp.pruning.calibration.input_hooks import observe
+from spp.pruning.calibration.input_hooks import collect_statistics
 from spp.pruning.criteria.table import method_of
 from spp.pruning.engine import matrices_to_prune
 from spp.pruning.options import PruneOptions
@@ -57,7 +57,7 @@ def predict_pruning(options: PruneOptions) -> PruningPrediction:
         SppError: a damaged model.
     """
     source = Checkpoint.open(resolve_model(options.model))
-    source.require_unquantised("give the model as it was before quantisation")
+    source.require_unquantized("give the model as it was before quantization")
     device = pick_device(options.device)
     model = skeleton(options.model, options, compute_dtype(options.dtype, device))
     pruner = BlockPruner(options, matrices_to_prune(model, options)[0])
@@ -144,7 +144,7 @@ class _Traced:
 
             linears = [one for one in pruner.matrices(f"{prefix}.{index}", blocks[index]) if one.expert is None]
             with torch.no_grad(), LiveBytes() as live:
-                kept = observe(linears, pruner.kinds, run)
+                kept = collect_statistics(linears, pruner.kinds, run)
             self.calibration = {"statistics and activations": live.peak + of_experts}
             self.statistics = live.now + of_experts
             del kept
@@ -163,4 +163,4 @@ def _reconstruction(matrices: Sequence[Matrix], run: Callable[[], Tensor]) -> di
     with LiveBytes() as live:
         run().square().sum().backward()
     tuned = sum(matrix.weight.numel() for matrix in matrices)
-    return {"activations and gradients": live.peak, "tuned weights and optimiser": _TUNED_BYTES * tuned}
+    return {"activations and gradients": live.peak, "tuned weights and optimizer": _TUNED_BYTES * tuned}

@@ -28,7 +28,7 @@ class PruningSettings(Options):
         description="sparsity of blocks: uniform, or less where there are more outliers (not for N:M)",
     )
     owl_limit: float = Field(0.08, gt=0, lt=0.5, description="owl: how far a block's sparsity may be from the mean")
-    owl_threshold: float = Field(5.0, gt=1, description="owl: above so many times the mean Wanda score is an outlier")
+    owl_threshold: float = Field(5.0, gt=1, description="owl: a Wanda score above X times the mean is an outlier")
     refine: Literal["dsnot"] | None = Field(
         None, description="afterwards exchange removed and kept weights, without training (not for sparsegpt)"
     )

@@ -117,7 +117,7 @@ def prune(options: PruneOptions) -> PruneReport:
         SppError: a damaged model, a layer that cannot be pruned, or a full disk. All but the last leave nothing.
     """
     device = pick_device(options.device)
-    with distributed.joined(device):
+    with distributed.process_group(device):
         try:
             return _prune(options, device)
         except OSError as error:
@@ -134,7 +134,7 @@ def _prune(options: PruneOptions, device: torch.device) -> PruneReport:
     return_freed_memory()  # before calibration text leaves holes in the heap that tensors would go to
     source = Checkpoint.open(resolve_model(options.model))
     check_output(options.out, options.overwrite, inputs=(source.folder,))
-    source.require_unquantised("give the model as it was before quantisation")
+    source.require_unquantized("give the model as it was before quantization")
     model = skeleton(options.model, options, compute_dtype(options.dtype, device))
     names, skipped = matrices_to_prune(model, options)
     windows, calibration = _calibrate(options, model)
@@ -184,7 +184,7 @@ def _request(options: PruneOptions, source: Checkpoint, calibration: Calibration
         "calibration": calibration and calibration.sha256,
         "spp": __version__,
         "torch": torch.__version__,
-        "processes": distributed.count(),
+        "processes": distributed.world_size(),
     }
 
 

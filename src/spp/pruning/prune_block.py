@@ -17,7 +17,7 @@ from spp.ops.dtypes import dtype_name
 from spp.ops.zeros import all_finite
 from spp.patterns import Pattern
 from spp.pruning import dsnot
-from spp.pruning.calibration.input_hooks import Statistics, observe
+from spp.pruning.calibration.input_hooks import Statistics, collect_statistics
 from spp.pruning.calibration.input_statistics import Moments, Statistic
 from spp.pruning.criteria.result import Pruned, survivors
 from spp.pruning.criteria.table import CRITERIA, method_of
@@ -126,8 +126,8 @@ class BlockPruner:
         _check_weights(matrices)
         statistics: dict[str, Statistics] = {}
         if self.kinds:
-            statistics = observe(matrices, self.kinds, partial(_run_all, runs, block))
-            add_up(statistics)
+            statistics = collect_statistics(matrices, self.kinds, partial(_run_all, runs, block))
+            all_reduce_statistics(statistics)
         results = self._share_out(matrices, statistics, pattern)
         fits = self._reconstruct(name, block, matrices, runs, targets)
         return BlockResult(name=name, matrices=results, fits=fits)
@@ -150,7 +150,7 @@ class BlockPruner:
         self, matrices: list[Matrix], statistics: Mapping[str, Statistics], pattern: Pattern
     ) -> list[MatrixResult]:
         """Prune the matrices, each of several processes its share, so that all have all of them in the end."""
-        processes_ = distributed.count()
+        processes_ = distributed.world_size()
         mine = {
             index: self._prune_matrix(matrix, statistics.get(matrix.name, {}), pattern)
             for index, matrix in enumerate(matrices)
@@ -158,7 +158,7 @@ class BlockPruner:
         }
         for index, matrix in enumerate(matrices):
             distributed.broadcast(matrix.weight, index % processes_)
-        everyones = {index: result for part in distributed.gathered(mine) for index, result in part.items()}
+        everyones = {index: result for part in distributed.all_gather(mine) for index, result in part.items()}
         return [everyones[index] for index in range(len(matrices))]
 
     def _prune_matrix(self, matrix: Matrix, statistics: Statistics, pattern: Pattern) -> MatrixResult:
@@ -199,7 +199,7 @@ def _run_all(runs: Runs, block: nn.Module) -> None:
         run(block)
 
 
-def add_up(statistics: Mapping[str, Statistics]) -> None:
+def all_reduce_statistics(statistics: Mapping[str, Statistics]) -> None:
     """Add up what all processes have counted, each statistic once, whoever shares it."""
     distinct = {id(one): one for kinds in statistics.values() for one in kinds.values()}
     for statistic in distinct.values():

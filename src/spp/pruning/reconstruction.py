@@ -3,7 +3,7 @@
 With x the hidden states that enter the block in the pruned model, x' those in the dense model, and theta the surviving
 weights (or the A and B of SPP):
 
-    minimise over theta   sum over calibration batches of ||block(x; theta) - block(x'; dense)||^2
+    minimize over theta   sum over calibration batches of ||block(x; theta) - block(x'; dense)||^2
 
 (after arXiv 2510.14444, which fits attention and MLP one by one, each to the dense one on the same inputs). The targets
 are what enters the next block in the dense model, so that a block also mends what those before it did. Zeros stay +0.0.
@@ -271,7 +271,7 @@ def _tune(name: str, block: nn.Module, objective: _Objective, tuned: _Tuned, set
     before = objective.error({})
     if not before:
         return Fit(before=0.0, after=0.0)
-    _minimise(objective, tuned, settings)
+    _minimize(objective, tuned, settings)
     with torch.no_grad():
         weights = {parameter: canonical_zeros(weight) for parameter, weight in tuned.weights().items()}
     _require_zeros(name, block, weights)
@@ -283,13 +283,13 @@ def _tune(name: str, block: nn.Module, objective: _Objective, tuned: _Tuned, set
     return Fit(before=before, after=after)
 
 
-def _minimise(objective: _Objective, tuned: _Tuned, settings: Reconstruction) -> None:
+def _minimize(objective: _Objective, tuned: _Tuned, settings: Reconstruction) -> None:
     """Adam, a step a batch, at a learning rate that falls linearly from step to step and would be 0 after the last."""
     groups = [{"params": [tensor], "lr": settings.first_rate * factor} for tensor, factor in tuned.rates()]
     tensors = [tensor for tensor, _ in tuned.rates()]
-    optimiser = Adam(groups)
+    optimizer = Adam(groups)
     steps = settings.epochs * len(objective.batches)
-    schedule = LambdaLR(optimiser, lambda step: 1 - step / steps)
+    schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
     for batch in [*objective.batches] * settings.epochs:
         with torch.enable_grad():
             loss = objective.loss(tuned.weights(), batch)
@@ -297,7 +297,7 @@ def _minimise(objective: _Objective, tuned: _Tuned, settings: Reconstruction) ->
             gradients = torch.autograd.grad(loss, tensors, materialize_grads=True)
         for tensor, gradient in zip(tensors, gradients, strict=True):
             tensor.grad = gradient
-        optimiser.step()
+        optimizer.step()
         schedule.step()
 
 

@@ -53,7 +53,7 @@ class StreamedBlocks:
 
     @contextmanager
     def surroundings(self) -> Iterator[None]:
-        """Inside, a module outside of the blocks gets its weights when it is first called."""
+        """Context manager: a module outside of the blocks gets its weights when it is first called."""
         inside = {id(module) for block in self._blocks for module in block.modules()}
         outside = [(name, one) for name, one in self.model.named_modules() if id(one) not in inside]
         hooks = [
@@ -74,7 +74,7 @@ class StreamedBlocks:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
-        """Inside, a block has the weights that its files have."""
+        """Context manager: a block has the weights that its files have."""
         block = self._blocks[index]
         for name, module in block.named_modules(prefix=f"{self._prefix}.{index}"):
             self._fill(name, module)

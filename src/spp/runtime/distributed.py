@@ -13,13 +13,13 @@ from torch import distributed as dist
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """Inside, the processes that torchrun started can talk to each other; a process by itself is left alone.
+def process_group(device: torch.device) -> Iterator[None]:
+    """Context manager: the processes that torchrun started form a process group; a single process is left alone.
 
     Args:
         device: where the tensors will be that they send.
     """
-    if started() == 1 or dist.is_initialized():
+    if launched_world_size() == 1 or dist.is_initialized():
         yield
         return
     if device.index is not None:
@@ -34,17 +34,17 @@ def joined(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def started() -> int:
+def launched_world_size() -> int:
     """How many processes torchrun has started, on all machines; they need not be joined yet."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int | None:
     """The number of this process among those that torchrun started on this machine; None where it is the only one."""
-    return int(os.environ["LOCAL_RANK"]) if started() > 1 and "LOCAL_RANK" in os.environ else None
+    return int(os.environ["LOCAL_RANK"]) if launched_world_size() > 1 and "LOCAL_RANK" in os.environ else None
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -65,7 +65,7 @@ def device() -> torch.device:
     return torch.device("cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")
 
 
-def add_up(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """The sum of the tensors of all processes, in the place of this one's."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -80,10 +80,10 @@ def broadcast(tensor: Tensor, source: int) -> None:
         tensor.copy_(buffer)
 
 
-def gathered(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """The values of all processes, by their number."""
     if not dist.is_initialized():
         return [value]
-    values: list[Any] = [None] * count()
+    values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values

@@ -17,7 +17,7 @@ from spp.checkpoints.json_files import read_json, write_json
 _WEIGHTS, _RECORD = "adapter.safetensors", "best.json"
 
 
-class Best(TrainerCallback):
+class BestAdapter(TrainerCallback):
     """Keeps the adapter of the lowest validation loss, apart from the checkpoints to resume from.
 
     Args:

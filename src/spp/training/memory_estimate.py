@@ -66,7 +66,7 @@ def predict_training(options: TrainOptions) -> TrainingPrediction:
         SppError: a damaged model.
     """
     checkpoint = Checkpoint.open(resolve_model(options.model))
-    checkpoint.require_unquantised("give the sparse model as it was before quantisation")
+    checkpoint.require_unquantized("give the sparse model as it was before quantization")
     config = load_config(options.model, options)
     device = pick_device(options.device)
     sequences, _ = batching(options)
@@ -134,7 +134,7 @@ def needs_checkpointing(options: TrainOptions, model: PreTrainedModel, batch: to
 def needs_of_a_step(
     options: TrainOptions, config: Any, batch: torch.Size, device: torch.device, *, checkpointing: bool = False
 ) -> dict[str, int]:
-    """Bytes by part that training takes besides the base's weights: adapter, optimiser, activations, scratch."""
+    """Bytes by part that training takes besides the base's weights: adapter, optimizer, activations, scratch."""
     model = _skeleton(options, config, device)
     targets = target_layers(model, options.target_modules)
     shapes = (weight_oi(layer).shape for layer in targets.values())
@@ -148,7 +148,7 @@ def needs_of_a_step(
     slack = {} if checkpointing or device.type != "cpu" else {"allocator's slack": int(_HEAP_SLACK * step)}
     return {
         "adapter": 4 * trained,
-        "optimiser": 2 * 4 * trained,  # AdamW's two moments
+        "optimizer": 2 * 4 * trained,  # AdamW's two moments
         "activations and gradients": step,
         **slack,
         "scratch": scratch,
@@ -171,7 +171,7 @@ def _weights(
     """Bytes of the base by part, and how many layers would be packed."""
     linears = prunable_linears(model)
     if options.quantize != "none":
-        return _quantised_weights(model, linears, options.quantize, device), 0
+        return _quantized_weights(model, linears, options.quantize, device), 0
     pack = (packs_well(device) if options.pack is None else options.pack) or (
         bool(checkpoint.packed) and options.pack is not False
     )
@@ -192,16 +192,16 @@ def _weights(
     return {**kinds, **_other_weights(model, linears)}, packed
 
 
-def _quantised_weights(
+def _quantized_weights(
     model: PreTrainedModel, linears: dict[str, nn.Module], kind: str, device: torch.device
 ) -> dict[str, int]:
     shapes = [shape_oi(layer) for layer in linears.values()]
     of_an_entry = _NF4_BYTES if kind == "nf4" else 1.0
     dense = [layer.get_parameter("weight").nbytes for layer in linears.values()]
     return {
-        "quantised weights": sum(math.ceil(rows * columns * of_an_entry) + 4 * rows for rows, columns in shapes),
-        "dense weights, until they are quantised": sum(dense) if device.type == "cpu" else 0,
-        "a weight, dequantised": max(dense),
+        "quantized weights": sum(math.ceil(rows * columns * of_an_entry) + 4 * rows for rows, columns in shapes),
+        "dense weights, until they are quantized": sum(dense) if device.type == "cpu" else 0,
+        "a weight, dequantized": max(dense),
         **_other_weights(model, linears),
     }
 

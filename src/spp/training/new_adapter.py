@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from spp.adapters.options import AdapterSettings
 from spp.adapters.tuner import SppConfig
 from spp.errors import UsageError
-from spp.models.architecture import prunable_linears, shape_oi
+from spp.models.architecture import prunable_linears
 
 
 def target_layers(model: PreTrainedModel, names: str) -> dict[str, nn.Module]:
@@ -32,41 +32,11 @@ def target_layers(model: PreTrainedModel, names: str) -> dict[str, nn.Module]:
     return {full: module for full, module in linears.items() if any(has(full, name) for name in wanted)}
 
 
-def like_lora(out_features: int, in_features: int, directions: int, lora_rank: int) -> int:
-    """The most row groups R with which SPP has no more parameters on a layer than LoRA: R K I + O K <= r (I + O)."""
-    left = lora_rank * (out_features + in_features) - out_features * directions
-    return min(max(left // (directions * in_features), 1), out_features)
-
-
 def with_new_adapter(model: PreTrainedModel, targets: Mapping[str, nn.Module], options: AdapterSettings) -> PeftModel:
     """The model, changed in place, with a new adapter on these layers."""
-    ranks = {
-        name: options.rank or like_lora(*shape_oi(layer), options.directions, options.lora_rank)
-        for name, layer in targets.items()
-    }
-    most = max(ranks.values())
-    config = SppConfig(
-        r=most,
-        rank_pattern={name: rank for name, rank in _shortened(ranks).items() if rank != most},
-        directions=options.directions,
-        scale=options.scale,
-        init_weights=options.init,
-        mode=options.mode,
-        dropout=options.dropout,
-        target_modules=list(targets),
-        task_type="CAUSAL_LM",
-    )
+    settings = options.model_dump(include=set(AdapterSettings.model_fields) - {"target_modules"})
+    config = SppConfig(**settings, target_modules=list(targets), task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     model.config.use_cache = False  # the cache is for generation, and in the way of checkpointing
     return adapted
-
-
-def _shortened(ranks: Mapping[str, int]) -> Mapping[str, int]:
-    """By the last part of the names (`down_proj`), if no two layers that share it differ."""
-    by_last_part: dict[str, set[int]] = {}
-    for name, rank in ranks.items():
-        by_last_part.setdefault(name.rpartition(".")[2], set()).add(rank)
-    if any(len(found) > 1 for found in by_last_part.values()):
-        return ranks
-    return {name: found.pop() for name, found in by_last_part.items()}

@@ -20,7 +20,7 @@ class ExampleSettings(Options):
         "(default: where documents are longer than a window on average)",
     )
     max_tokens: int | None = Field(
-        None, ge=2, description="read only the first so many tokens of the data, as a stream (default: all of it)"
+        None, ge=2, description="read only the first N tokens of the data, as a stream (default: all of it)"
     )
     completion_only: bool = Field(
         False, description="loss on answers alone: completions, Alpaca's output, the assistant's messages"
@@ -62,8 +62,8 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps over which the rate rises")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="how the rate falls after warm-up")
     epochs: float = Field(1.0, gt=0, description="passes over the training data")
-    max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps, whatever the epochs")
-    batch_size: int = Field(8, ge=1, description="sequences per optimiser step, over all processes")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps, whatever the epochs")
+    batch_size: int = Field(8, ge=1, description="sequences per optimizer step, over all processes")
     device_batch_size: int | None = Field(
         None, ge=1, description="sequences computed at once on a device (default: batch-size, at most 8)"
     )
@@ -80,13 +80,13 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
         "none",
         description="keep the base in 4 or 8 bits while training (bitsandbytes); merge into the model as it was before",
     )
-    save_steps: int = Field(100, ge=1, description="optimiser steps between checkpoints to resume from")
+    save_steps: int = Field(100, ge=1, description="optimizer steps between checkpoints to resume from")
     keep: int = Field(2, ge=1, description="checkpoints to keep while training; the best adapter is kept besides")
     validation: int = Field(
-        0, ge=0, description="hold out so many examples, and take the adapter that has the lowest loss on them"
+        0, ge=0, description="hold out N examples, and take the adapter that has the lowest loss on them"
     )
     eval_steps: int | None = Field(
-        None, ge=1, description="optimiser steps between evaluations on the held-out examples (default: save-steps)"
+        None, ge=1, description="optimizer steps between evaluations on the held-out examples (default: save-steps)"
     )
     sharding: Literal["none", "fsdp", "zero3"] = Field(
         "none",
@@ -129,5 +129,5 @@ class CacheTeacherOptions(ExampleSettings, WindowSettings, LoadingOptions, Outpu
         description="training data: a file, a datasets id, or python-stdlib",
         json_schema_extra={"metavar": "DATA"},
     )
-    top_k: int = Field(64, ge=1, description="keep so many of the likeliest tokens of each distribution")
+    top_k: int = Field(64, ge=1, description="keep the N likeliest tokens of each distribution")
     temperature: float = Field(1.0, gt=0, description="temperature of the distributions")

@@ -17,7 +17,7 @@ class LossNotFinite(SppError):
     """Training has gone wrong."""
 
 
-class Watch(TrainerCallback):
+class TrainingProgress(TrainerCallback):
     """A bar with the loss on a terminal, nothing elsewhere; the clock; an error where the loss is not finite.
 
     Attributes:

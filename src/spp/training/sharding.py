@@ -30,7 +30,7 @@ def require_sharding(settings: TrainingSettings) -> None:
     """
     if settings.sharding == "none":
         return
-    if distributed.started() == 1:
+    if distributed.launched_world_size() == 1:
         raise UsageError(
             f"sharding {settings.sharding} divides the model among processes, and this is the only one; start it with "
             "torchrun --nproc-per-node N -m spp train, or leave out --sharding"
@@ -75,7 +75,7 @@ def divide(model: PreTrainedModel, device: torch.device) -> None:
         model: in the CPU's memory.
         device: of this process, where its share goes.
     """
-    mesh = init_device_mesh(device.type, (distributed.count(),))
+    mesh = init_device_mesh(device.type, (distributed.world_size(),))
     for block in decoder_blocks(model)[1]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

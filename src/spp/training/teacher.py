@@ -32,7 +32,7 @@ _KINDS = ("tokens", "log_probabilities")
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherBatch:
     """What a teacher has to say of a batch.
 
     Attributes:
@@ -47,7 +47,7 @@ class Lesson:
 class Teacher(Protocol):
     """Where lessons come from."""
 
-    def lesson(self, batch: dict[str, Any], examples: Sequence[int]) -> Lesson:
+    def teacher_batch(self, batch: dict[str, Any], examples: Sequence[int]) -> TeacherBatch:
         """What to learn from a batch.
 
         Args:
@@ -79,13 +79,13 @@ class LiveTeacher:
         divide(self._model, device)
 
     @torch.no_grad()
-    def lesson(self, batch: dict[str, Any], examples: Sequence[int]) -> Lesson:
+    def teacher_batch(self, batch: dict[str, Any], examples: Sequence[int]) -> TeacherBatch:
         rows = predicted(batch["labels"])
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         output = self._model(**inputs, use_cache=False, output_hidden_states=self._features)
         logits = output.logits[:, :-1][rows]
         features = tuple(one[:, :-1][rows] for one in output.hidden_states[1:]) if self._features else ()
-        return Lesson(lambda student: divergence(student, logits, self._temperature), features)
+        return TeacherBatch(lambda student: divergence(student, logits, self._temperature), features)
 
 
 class CachedTeacher:
@@ -107,12 +107,12 @@ class CachedTeacher:
             end = start + one.predictions
             self._rows.append(slice(start, end))
 
-    def lesson(self, batch: dict[str, Any], examples: Sequence[int]) -> Lesson:
+    def teacher_batch(self, batch: dict[str, Any], examples: Sequence[int]) -> TeacherBatch:
         device = batch["labels"].device
         tokens, log_probabilities = (
             torch.cat([self._read(kind, example) for example in examples]).to(device) for kind in _KINDS
         )
-        return Lesson(lambda student: divergence_of_top(student, tokens, log_probabilities, self._temperature))
+        return TeacherBatch(lambda student: divergence_of_top(student, tokens, log_probabilities, self._temperature))
 
     def _read(self, kind: str, example: int) -> Tensor:
         rows: Any = self._file.get_slice(f"{kind}.{example // CACHED_TOGETHER}")
@@ -182,7 +182,7 @@ def _require_fit(
     if manifest["examples"] != digest(examples):
         raise UsageError(
             f"teacher {teacher} was asked about other examples; give spp cache-teacher the same --data, --window, "
-            "--max-tokens, --packing and --completion-only, and a teacher with the same tokenizer"
+            "--max-tokens, --join-documents and --completion-only, and a teacher with the same tokenizer"
         )
     if options.teacher_temperature not in (None, manifest["temperature"]):
         raise UsageError(

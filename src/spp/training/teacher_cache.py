@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def cache_teacher(options: CacheTeacherOptions) -> CacheTeacherReport:
     start = time.perf_counter()
     folder = resolve_model(options.model)
     check_output(options.out, options.overwrite, inputs=(folder,))
-    Checkpoint.open(folder).require_unquantised("give the dense model as it was before quantisation")
+    Checkpoint.open(folder).require_unquantized("give the dense model as it was before quantization")
     device = pick_device(options.device)
     model = load_model(options.model, options, dtype=teacher_dtype(options.dtype, device))
     vocabulary = model.config.get_text_config().vocab_size
@@ -71,32 +72,9 @@ def cache_teacher(options: CacheTeacherOptions) -> CacheTeacherReport:
         raise UsageError(f"top-k {options.top_k} is more than the {vocabulary} tokens of the vocabulary; lower it")
     window = context_window(model.config, options.window)
     examples, _ = training_examples(options, window, vocabulary)
-    parts = [examples[first : first + CACHED_TOGETHER] for first in range(0, len(examples), CACHED_TOGETHER)]
-    kept = 0.0
     with new_folder(options.out, overwrite=options.overwrite) as partial:
-        file = TensorFile(partial / CACHE_FILE, _layouts(parts, options.top_k))
-        for number, part in enumerate(track(parts, "asking the teacher")):
-            answers = [
-                top_log_probabilities(
-                    _logits(model, part[first : first + _AT_ONCE]), options.top_k, options.temperature
-                )
-                for first in range(0, len(part), _AT_ONCE)
-            ]
-            tokens, log_probabilities = (torch.cat(one).cpu() for one in zip(*answers, strict=True))
-            if not all_finite(log_probabilities):
-                raise SppError(f"{options.model} predicts NaN or infinity; compute in float32 (--dtype), or check it")
-            kept += float(log_probabilities.double().exp().sum())
-            for name, tensor in zip(cached_names(number), (tokens, log_probabilities), strict=True):
-                file.write(name, tensor)
-        asked = {
-            "model": options.model,
-            "fingerprint": base_fingerprint(folder),
-            "examples": digest(examples),
-            "vocabulary": vocabulary,
-            "top_k": options.top_k,
-            "temperature": options.temperature,
-        }
-        write_json(partial / MANIFEST, {"tool": "spp", "version": __version__, "kind": CACHE_KIND, **asked})
+        kept = _write_answers(partial / CACHE_FILE, model, examples, options)
+        write_json(partial / MANIFEST, _manifest(options, base_fingerprint(folder), examples, vocabulary))
     count = sum(one.predictions for one in examples)
     return CacheTeacherReport(
         out=options.out,
@@ -107,6 +85,53 @@ def cache_teacher(options: CacheTeacherOptions) -> CacheTeacherReport:
         bytes=(options.out / CACHE_FILE).stat().st_size,
         seconds=time.perf_counter() - start,
     )
+
+
+def _write_answers(
+    path: Path, model: torch.nn.Module, examples: Sequence[Example], options: CacheTeacherOptions
+) -> float:
+    """Ask about all examples, and write the answers part by part; the sum of the probability that is kept."""
+    parts = [examples[first : first + CACHED_TOGETHER] for first in range(0, len(examples), CACHED_TOGETHER)]
+    file = TensorFile(path, _layouts(parts, options.top_k))
+    kept = 0.0
+    for number, part in enumerate(track(parts, "asking the teacher")):
+        tokens, log_probabilities = _answers(model, part, options)
+        kept += float(log_probabilities.double().exp().sum())
+        for name, tensor in zip(cached_names(number), (tokens, log_probabilities), strict=True):
+            file.write(name, tensor)
+    return kept
+
+
+def _answers(
+    model: torch.nn.Module, examples: Sequence[Example], options: CacheTeacherOptions
+) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens at all predicted ones, and their log-probabilities, (N, top_k) each, on the CPU.
+
+    Raises:
+        SppError: one is not finite.
+    """
+    batches = (examples[first : first + _AT_ONCE] for first in range(0, len(examples), _AT_ONCE))
+    answers = [top_log_probabilities(_logits(model, batch), options.top_k, options.temperature) for batch in batches]
+    tokens, log_probabilities = (torch.cat(one).cpu() for one in zip(*answers, strict=True))
+    if not all_finite(log_probabilities):
+        raise SppError(f"{options.model} predicts NaN or infinity; compute in float32 (--dtype), or check it")
+    return tokens, log_probabilities
+
+
+def _manifest(
+    options: CacheTeacherOptions, fingerprint: str, examples: Sequence[Example], vocabulary: int
+) -> dict[str, Any]:
+    return {
+        "tool": "spp",
+        "version": __version__,
+        "kind": CACHE_KIND,
+        "model": options.model,
+        "fingerprint": fingerprint,
+        "examples": digest(examples),
+        "vocabulary": vocabulary,
+        "top_k": options.top_k,
+        "temperature": options.temperature,
+    }
 
 
 def _layouts(parts: Sequence[Sequence[Example]], top_k: int) -> dict[str, Layout]:

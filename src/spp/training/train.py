@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, set_seed
 
 from spp._version import __version__
 from spp.checkpoints.atomic_folder import check_output, new_folder
@@ -20,7 +23,7 @@ from spp.data.examples import Example, digest
 from spp.models.architecture import sparsity, stacked_weights
 from spp.models.loading import context_window, load_base
 from spp.models.packed_linear import PackedLinear
-from spp.models.quantized import quantise_, require_bitsandbytes
+from spp.models.quantized import quantize_, require_bitsandbytes
 from spp.runtime import distributed
 from spp.runtime.devices import compute_dtype, pick_device
 from spp.runtime.memory import peak_memory_bytes, return_freed_memory
@@ -31,7 +34,7 @@ from spp.training.sharding import require_sharding
 from spp.training.teacher import open_teacher
 from spp.training.trainer_arguments import batching, reports
 from spp.training.training_data import hold_out, training_examples
-from spp.training.training_run import Fitting
+from spp.training.training_run import TrainingResult, TrainingRun
 
 logger = logging.getLogger("spp")
 
@@ -45,8 +48,8 @@ class TrainReport:
     """The result of `train`.
 
     Attributes:
-        steps: optimiser steps.
-        examples: sequences to train on, after packing.
+        steps: optimizer steps.
+        examples: sequences to train on, after documents were joined.
         tokens: tokens trained on, without padding.
         seconds: time in training, without loading; like `tokens` it includes what was done before a resume.
         trainable_parameters: entries of A and B.
@@ -64,7 +67,7 @@ class TrainReport:
     examples: int
     tokens: int
     window: int
-    packing: bool
+    join_documents: bool
     seconds: float
     tokens_per_second: float
     trainable_parameters: int
@@ -87,65 +90,115 @@ def train(options: TrainOptions) -> TrainReport:
         UsageError: a wrong option, a missing model or file, a full output folder, modules that the model lacks.
         SppError: a damaged model, or a loss or factor that is not finite.
     """
+    base = _checked_request(options)
+    device = pick_device(options.device)
+    model = _load_base(options, device)
+    data = _load_data(options, model)
+    teacher = open_teacher(options, data.examples, _vocabulary(model), device)
+    targets = target_layers(model, options.target_modules)
+    share_of_zeros = sparsity(targets.values())
+    _warn_of_unsuitable(model, options.model, share_of_zeros)
+    checkpointing = _use_checkpointing(options, model, data.examples, device)
+    if options.quantize != "none":
+        targets = quantize_(model, targets, options.quantize, device)
+    set_seed(options.seed)
+    adapted = with_new_adapter(model, targets, options)
+    fitting = TrainingRun(
+        adapted,
+        *hold_out(data.examples, options),
+        teacher,
+        options,
+        folder=_beside(options.out),
+        request=_request(options, base, data.examples),
+        device=device,
+        gradient_checkpointing=checkpointing,
+    )
+    fitted = fitting.run()
+    report = _report(options, data, targets, share_of_zeros, fitted)
+    if fitted.is_first:
+        _write(options, base, adapted, fitted.factors, report)
+        fitting.remove_checkpoints()
+    return report
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What there is to train on and to hold out, the most tokens of an example, and whether documents were joined."""
+
+    examples: list[Example]
+    window: int
+    join_documents: bool
+
+
+def _checked_request(options: TrainOptions) -> str:
+    """Refuse what cannot be done before anything is loaded; the fingerprint of the base."""
     folder = resolve_model(options.model)
     source = Checkpoint.open(folder)
     check_output(options.out, options.overwrite, inputs=(folder,))
-    source.require_unquantised("give the sparse model as it was before quantisation")
-    sequences, _ = batching(options)
+    source.require_unquantized("give the sparse model as it was before quantization")
+    batching(options)
     require_sharding(options)
     if options.quantize != "none":
         require_bitsandbytes()
     reports(options)
-    base = base_fingerprint(folder)
+    return base_fingerprint(folder)
 
-    device = pick_device(options.device)
-    # The Trainer moves the model to the device; each of several processes has its own.
+
+def _load_base(options: TrainOptions, device: torch.device) -> PreTrainedModel:
+    """The sparse model, on the CPU: the Trainer moves it to the device, and each of several processes has its own."""
     dtype = compute_dtype(options.dtype, device)
     pack = False if options.quantize != "none" else options.pack
-    model = load_base(options.model, options, dtype=dtype, pack=pack, on=device)
+    return load_base(options.model, options, dtype=dtype, pack=pack, on=device)
+
+
+def _load_data(options: TrainOptions, model: PreTrainedModel) -> _Data:
     window = context_window(model.config, options.window)
-    examples, packing = training_examples(options, window, model.config.get_text_config().vocab_size)
-    teacher = open_teacher(options, examples, model.config.get_text_config().vocab_size, device)
-    targets = target_layers(model, options.target_modules)
-    share_of_zeros = sparsity(targets.values())
+    examples, joined = training_examples(options, window, _vocabulary(model))
+    return _Data(examples, window, joined)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def _warn_of_unsuitable(model: PreTrainedModel, name: str, share_of_zeros: float) -> None:
+    """Warn where SPP has little to do: no zeros to keep, or weights that it does not reach."""
     if share_of_zeros < _DENSE_BELOW:
         logger.warning(
             "%s IS DENSE: %.2f %% of its weights are zero. SPP keeps zeros, and there are none to keep; "
             "prune it first (spp prune), or use LoRA",
-            options.model,
+            name,
             100 * share_of_zeros,
         )
     if unreached := stacked_weights(model):
         logger.warning("%d weights are no linear layers and get no adapter, e.g. %s", len(unreached), unreached[0])
+
+
+def _use_checkpointing(
+    options: TrainOptions, model: PreTrainedModel, examples: Sequence[Example], device: torch.device
+) -> bool:
+    """Whether to recompute activations in backward; where it is on a CPU, freed memory is given back from now on."""
+    sequences, _ = batching(options)
     batch = torch.Size((sequences, max(len(one.input_ids) for one in examples)))
     checkpointing = needs_checkpointing(options, model, batch, device)
     if checkpointing and options.gradient_checkpointing is None:
         logger.info("gradient checkpointing is on: the batch would not fit into memory without")
     if checkpointing and device.type == "cpu":
         return_freed_memory()  # where memory counts more than speed, anyway
-    if options.quantize != "none":
-        targets = quantise_(model, targets, options.quantize, device)
-    set_seed(options.seed)
-    adapted = with_new_adapter(model, targets, options)
-    fitting = Fitting(
-        adapted,
-        *hold_out(examples, options),
-        teacher,
-        options,
-        folder=_beside(options.out),
-        request=_request(options, base, examples),
-        device=device,
-        gradient_checkpointing=checkpointing,
-    )
-    fitted = fitting.run()
-    report = TrainReport(
+    return checkpointing
+
+
+def _report(
+    options: TrainOptions, data: _Data, targets: Mapping[str, nn.Module], share_of_zeros: float, fitted: TrainingResult
+) -> TrainReport:
+    return TrainReport(
         out=options.out,
         data=options.data,
         steps=fitted.steps,
-        examples=len(examples) - options.validation,
+        examples=len(data.examples) - options.validation,
         tokens=fitted.tokens,
-        window=window,
-        packing=packing,
+        window=data.window,
+        join_documents=data.join_documents,
         seconds=fitted.seconds,
         tokens_per_second=fitted.tokens / max(fitted.seconds, 1e-9),
         trainable_parameters=sum(factor.numel() for factor in fitted.factors.values()),
@@ -158,14 +211,17 @@ def train(options: TrainOptions) -> TrainReport:
         validation=fitted.validation,
         best_step=fitted.best_step,
     )
-    if fitted.is_first:
-        # Only now: PEFT asks the hub about a hub id whenever it saves a checkpoint.
-        adapted.peft_config["default"].base_model_name_or_path = options.model
-        with new_folder(options.out, overwrite=options.overwrite) as partial:
-            adapted.save_pretrained(str(partial), state_dict=fitted.factors, save_embedding_layers=False)
-            write_json(partial / MANIFEST, _manifest(options, base, report))
-        fitting.remove_checkpoints()
-    return report
+
+
+def _write(
+    options: TrainOptions, base: str, adapted: PeftModel, factors: dict[str, Tensor], report: TrainReport
+) -> None:
+    """Write the adapter and its manifest, all of it or nothing."""
+    # Only now: PEFT asks the hub about a hub id whenever it saves a checkpoint.
+    adapted.peft_config["default"].base_model_name_or_path = options.model
+    with new_folder(options.out, overwrite=options.overwrite) as partial:
+        adapted.save_pretrained(str(partial), state_dict=factors, save_embedding_layers=False)
+        write_json(partial / MANIFEST, _manifest(options, base, report))
 
 
 def _beside(out: Path) -> Path:
@@ -176,7 +232,7 @@ def _request(options: TrainOptions, base: str, examples: list[Example]) -> dict[
     """All that the adapter depends on; a checkpoint made for anything else is not resumed."""
     what = options.model_dump(mode="json", exclude=_FREE_ON_RESUME)
     if options.sharding == "zero3":
-        what["processes"] = distributed.started()  # DeepSpeed's checkpoints are of that number
+        what["processes"] = distributed.launched_world_size()  # DeepSpeed's checkpoints are of that number
     return {**what, "base": base, "examples": digest(examples), "version": __version__}
 
 

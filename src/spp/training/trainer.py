@@ -14,7 +14,7 @@ from transformers import Trainer
 from spp.data.examples import Example, collate
 from spp.runtime import distributed
 from spp.training.options import TrainingSettings
-from spp.training.teacher import Lesson, LiveTeacher, Teacher, predicted
+from spp.training.teacher import LiveTeacher, Teacher, TeacherBatch, predicted
 
 Item = tuple[int, Example]
 """An example and its number among all."""
@@ -55,7 +55,7 @@ class SppTrainer(Trainer):
         )
         if self.is_fsdp_enabled and isinstance(teacher, LiveTeacher):
             teacher.divide(self.args.device)
-        self._held_out, self._teacher, self._lesson = held_out, teacher, None
+        self._held_out, self._teacher, self._teacher_batch = held_out, teacher, None
         self._weight, self._features = settings.teacher_weight, settings.teacher_features
         self._last: deque[Tensor] = deque(maxlen=self.args.gradient_accumulation_steps)
 
@@ -68,21 +68,21 @@ class SppTrainer(Trainer):
         """As the Trainer does it; the teacher sees the batch first."""
         self._last.append(inputs.pop(_NUMBERS))
         if self._teacher is not None:
-            self._lesson = self._teacher.lesson(inputs, self._last[-1].tolist())
+            self._teacher_batch = self._teacher.teacher_batch(inputs, self._last[-1].tolist())
             if self._features:
                 inputs["output_hidden_states"] = True
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        lesson: Lesson | None = self._lesson
-        assert lesson is not None
+        teacher_batch: TeacherBatch | None = self._teacher_batch
+        assert teacher_batch is not None
         rows = predicted(labels)
         logits = outputs.logits[:, :-1][rows]
         count = len(logits) if num_items_in_batch is None else num_items_in_batch
         data = F.cross_entropy(logits.float(), labels[:, 1:][rows], reduction="sum")
-        total = (1 - self._weight) * data + self._weight * lesson.divergence(logits)
+        total = (1 - self._weight) * data + self._weight * teacher_batch.divergence(logits)
         if self._features:
-            total = total + self._features * _feature_error(outputs.hidden_states[1:], lesson.features, rows)
+            total = total + self._features * _feature_error(outputs.hidden_states[1:], teacher_batch.features, rows)
         return total / count
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -101,7 +101,7 @@ class SppTrainer(Trainer):
         was_training = model.training
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=distributed.device())
-        for first in range(0, len(batches), distributed.count()):
+        for first in range(0, len(batches), distributed.world_size()):
             number = first + distributed.rank()
             # The last batch again, where there is none left: those who share a model wait for each other.
             batch = self._prepare_inputs(collate(batches[min(number, len(batches) - 1)]))  # pyright: ignore[reportArgumentType]
@@ -112,7 +112,7 @@ class SppTrainer(Trainer):
                 sums[0] += F.cross_entropy(logits.float(), labels[:, 1:][rows], reduction="sum").item()
                 sums[1] += len(logits)
         model.train(was_training)
-        total, count = distributed.add_up(sums).tolist()
+        total, count = distributed.all_reduce(sums).tolist()
         return total / count
 
 

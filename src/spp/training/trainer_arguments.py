@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -24,7 +25,7 @@ def batching(options: TrainingSettings) -> tuple[int, int]:
     Raises:
         UsageError: the batch does not divide.
     """
-    count = distributed.started()
+    count = distributed.launched_world_size()
     if options.batch_size % count:
         raise UsageError(
             f"batch-size {options.batch_size} does not divide over {count} processes; make it a multiple of them"
@@ -62,7 +63,7 @@ def smaller_batch(options: TrainingSettings, sequences: int) -> int | None:
 
     Several processes could not agree on it, since only one of them may be out of memory.
     """
-    if options.device_batch_size is not None or distributed.started() > 1:
+    if options.device_batch_size is not None or distributed.launched_world_size() > 1:
         return None
     return max((count for count in range(1, sequences) if options.batch_size % count == 0), default=None)
 
@@ -88,51 +89,66 @@ def training_arguments(
     """
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=sequences,
-        gradient_accumulation_steps=_share(options) // sequences,
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps or -1,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        warmup_steps=options.warmup_ratio if options.warmup_ratio < 1 else 1 - 1e-9,  # below 1 it is a share
-        lr_scheduler_type=_SCHEDULES[options.schedule],
         gradient_checkpointing=gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         fp16=dtype == torch.float16 and device.type != "cpu",  # scales the loss, which fp16 gradients need
-        save_strategy="steps",
-        save_steps=options.save_steps,
-        save_total_limit=options.keep,
-        eval_strategy="steps" if options.validation else "no",
-        eval_steps=options.eval_steps or options.save_steps,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
         seed=options.seed,
-        report_to=reports(options),
-        disable_tqdm=True,
         use_cpu=device.type == "cpu",
+        **_optimization(options, sequences),
+        **_records(options),
         **sharding_arguments(options, dtype),
     )
-    if device.type == "cpu":
-        _use(arguments, device)
-    elif "WORLD_SIZE" not in os.environ and torch.accelerator.device_count() > 1:
-        chosen = torch.device(device.type, device.index or 0)
-        torch.accelerator.set_device_index(chosen.index)
-        _use(arguments, chosen)
-        arguments._n_gpu = 1
+    _choose_device(arguments, device)
     return arguments
 
 
-def _use(arguments: TrainingArguments, device: torch.device) -> None:
-    """Replace the device that the arguments found for themselves.
+def _optimization(options: TrainingSettings, sequences: int) -> dict[str, Any]:
+    """Arguments for what a step is, how many there are, and the learning rate in each."""
+    return {
+        "per_device_train_batch_size": sequences,
+        "gradient_accumulation_steps": _share(options) // sequences,
+        "num_train_epochs": options.epochs,
+        "max_steps": options.max_steps or -1,
+        "learning_rate": options.learning_rate,
+        "weight_decay": options.weight_decay,
+        "warmup_steps": options.warmup_ratio if options.warmup_ratio < 1 else 1 - 1e-9,  # below 1 it is a share
+        "lr_scheduler_type": _SCHEDULES[options.schedule],
+    }
+
+
+def _records(options: TrainingSettings) -> dict[str, Any]:
+    """Arguments for what is saved, evaluated and logged, and when."""
+    return {
+        "save_strategy": "steps",
+        "save_steps": options.save_steps,
+        "save_total_limit": options.keep,
+        "eval_strategy": "steps" if options.validation else "no",
+        "eval_steps": options.eval_steps or options.save_steps,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "non_padding",
+        "report_to": reports(options),
+        "disable_tqdm": True,
+    }
+
+
+def _choose_device(arguments: TrainingArguments, device: torch.device) -> None:
+    """Replace the device that the arguments found for themselves, where that would be another.
 
     A single process would take the first GPU, whatever was asked for, and spread its batches over all that it sees.
-    One of several on a CPU would take "cpu:0", which optimiser states cannot be loaded to.
+    One of several on a CPU would take "cpu:0", which optimizer states cannot be loaded to.
     """
-    arguments.__dict__["_setup_devices"] = device  # the cache behind `arguments.device`
+    cache = arguments.__dict__  # behind `arguments.device`
+    if device.type == "cpu":
+        cache["_setup_devices"] = device
+    elif "WORLD_SIZE" not in os.environ and torch.accelerator.device_count() > 1:
+        chosen = torch.device(device.type, device.index or 0)
+        torch.accelerator.set_device_index(chosen.index)
+        cache["_setup_devices"] = chosen
+        arguments._n_gpu = 1
 
 
 def _share(options: TrainingSettings) -> int:
     """Sequences of a step that one process computes."""
-    return options.batch_size // distributed.started()
+    return options.batch_size // distributed.launched_world_size()

@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from spp.data.examples import Example, pack, truncate, whole_examples
+from spp.data.examples import Example, join, truncate, whole_examples
 from spp.data.records import load_records, stream_records
 from spp.data.tokens import require_known_ids
 from spp.errors import UsageError
@@ -23,19 +23,19 @@ _READ_AT_ONCE = 1000
 
 
 def training_examples(options: ExampleSource, window: int, vocabulary: int) -> tuple[list[Example], bool]:
-    """What to train on, and whether documents were packed into full windows."""
+    """What to train on, and whether documents were joined and cut into full windows."""
     tokenizer = load_tokenizer(options.model, options)
     whole = _whole_documents(options, tokenizer)
-    packing = options.packing
-    if packing is None:
-        packing = sum(len(one.input_ids) for one in whole) > window * len(whole)
-    examples = pack(whole, window) if packing else truncate(whole, window)
+    joined = options.join_documents
+    if joined is None:
+        joined = sum(len(one.input_ids) for one in whole) > window * len(whole)
+    examples = join(whole, window) if joined else truncate(whole, window)
     if not examples:
         raise UsageError(f"data {options.data!r} has no example with a token to predict within {window} tokens")
     require_known_ids((one.input_ids for one in examples), vocabulary, "data")
-    how = "packed documents" if packing else "one document each"
+    how = "joined documents" if joined else "one document each"
     logger.info("training on %d sequences of up to %d tokens (%s) from %s", len(examples), window, how, options.data)
-    return examples, packing
+    return examples, joined
 
 
 def _whole_documents(options: ExampleSource, tokenizer: PreTrainedTokenizerBase) -> list[Example]:

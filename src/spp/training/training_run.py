@@ -20,10 +20,10 @@ from transformers.trainer_callback import ProgressCallback
 from spp.data.examples import Example
 from spp.errors import SppError
 from spp.ops.zeros import all_finite
-from spp.training.best_adapter import Best
+from spp.training.best_adapter import BestAdapter
 from spp.training.checkpoints import Checkpoints
 from spp.training.options import TrainOptions
-from spp.training.progress_callback import LossNotFinite, Watch
+from spp.training.progress_callback import LossNotFinite, TrainingProgress
 from spp.training.sharding import set_factors, whole_factors
 from spp.training.teacher import Teacher
 from spp.training.trainer import Item, SppTrainer
@@ -33,12 +33,12 @@ logger = logging.getLogger("spp")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
+class TrainingResult:
     """How training went.
 
     Attributes:
         factors: name of every trained parameter -> its value in the end, the best or the last one.
-        steps: optimiser steps.
+        steps: optimizer steps.
         tokens: trained on, without padding; like `seconds` it includes what was done before a resume.
         seconds: in training.
         losses: (step, loss), for every step.
@@ -59,7 +59,7 @@ class Fitted:
     is_first: bool
 
 
-class Fitting:
+class TrainingRun:
     """A training run, which may have to be tried with fewer sequences at once.
 
     Args:
@@ -93,7 +93,7 @@ class Fitting:
         self._first = whole_factors(adapted)
         self._checkpoints: Checkpoints | None = None
 
-    def run(self) -> Fitted:
+    def run(self) -> TrainingResult:
         """Train to the end.
 
         Raises:
@@ -120,7 +120,7 @@ class Fitting:
         if self._checkpoints is not None:
             self._checkpoints.remove()
 
-    def _trainer(self, sequences: int) -> tuple[SppTrainer, Watch, Path | None]:
+    def _trainer(self, sequences: int) -> tuple[SppTrainer, TrainingProgress, Path | None]:
         """The Trainer, and the checkpoint to go on from."""
         options = self._options
         set_seed(options.seed)
@@ -137,7 +137,7 @@ class Fitting:
         with arguments.main_process_first(local=False):  # the first process tidies up, the others find it done
             self._checkpoints = Checkpoints(self._folder, self._request, overwrite=options.overwrite)
             latest = self._checkpoints.latest()
-        watch = Watch()
+        watch = TrainingProgress()
         best = [self._best()] if self._held_out else []
         trainer = SppTrainer(
             self._items,
@@ -152,7 +152,7 @@ class Fitting:
             trainer.remove_callback(printer)
         return trainer, watch, latest
 
-    def _runs_through(self, trainer: SppTrainer, watch: Watch, latest: Path | None) -> bool:
+    def _runs_through(self, trainer: SppTrainer, watch: TrainingProgress, latest: Path | None) -> bool:
         """Train; False where memory did not suffice."""
         if latest is not None:
             logger.info("resuming from %s", latest)
@@ -178,7 +178,7 @@ class Fitting:
             watch.close()
         return True
 
-    def _finished(self, trainer: SppTrainer, watch: Watch) -> Fitted:
+    def _finished(self, trainer: SppTrainer, watch: TrainingProgress) -> TrainingResult:
         history, best_step = trainer.state.log_history, None
         if self._held_out:
             if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history):
@@ -191,7 +191,7 @@ class Fitting:
         else:
             factors = whole_factors(self._adapted)
         _require_finite(factors)
-        return Fitted(
+        return TrainingResult(
             factors=factors,
             steps=trainer.state.global_step,
             tokens=int(trainer.state.num_input_tokens_seen),
@@ -203,8 +203,8 @@ class Fitting:
             is_first=trainer.is_world_process_zero(),
         )
 
-    def _best(self) -> Best:
-        return Best(self._folder / "best", lambda: whole_factors(self._adapted))
+    def _best(self) -> BestAdapter:
+        return BestAdapter(self._folder / "best", lambda: whole_factors(self._adapted))
 
 
 def _disk_is_full(error: BaseException) -> bool:

@@ -5,17 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from spp.adapters.options import AdapterSettings
 from spp.ops.reference import MOST_DIRECTIONS
+
+
+def _option(name: str, more: str = "") -> Any:
+    """A field with the default and the description of an option of `spp train`, and what `more` there is to say."""
+    option = AdapterSettings.model_fields[name]
+    return field(default=option.default, metadata={"help": f"{option.description}{more}"})
 
 
 @dataclass
 class SppConfig(PeftConfig):
     """W' = W + scale * W * (A[g] B): zeros of W stay zeros, in training and in merging (SPP, ICML 2024).
+
+    With the defaults it is the adapter that `spp train` puts on a model. Where `r` is None, putting the adapter on a
+    model sets it, and `rank_pattern`, to the ranks that its layers got, so that they are saved.
 
     `task_type`, `base_model_name_or_path`, `inference_mode` and `revision` are PEFT's own.
 
@@ -23,22 +33,15 @@ class SppConfig(PeftConfig):
         ValueError: a field holds what it cannot; all such fields are named at once.
     """
 
-    r: int = field(default=8, metadata={"help": "row groups R; at most the layer's output features"})
-    directions: int = field(
-        default=4,
-        metadata={
-            "help": "directions K, up to 16: rows of A for each group, which its rows mix; published: 1, with r=16"
-        },
+    r: int | None = _option("r")
+    lora_rank: int = _option("lora_rank")
+    directions: int = _option("directions")
+    scale: float = _option("scale")
+    init_weights: bool | Literal["ones", "published"] = _option(
+        "init_weights", more="; True means ones, False draws both, so that W' != W (for tests)"
     )
-    scale: float = field(default=2.0, metadata={"help": "factor s of the update; the published runs use 2"})
-    mode: Literal["fused", "split"] = field(
-        default="fused",
-        metadata={
-            "help": "fused: three GEMMs a step on W' rounded once, the bits of the merged model; split: four, and "
-            "updates too small to change a bf16 weight still count"
-        },
-    )
-    dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter branch; costs one more GEMM"})
+    mode: Literal["fused", "split"] = _option("mode")
+    dropout: float = _option("dropout")
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "names, a regular expression, or all-linear, which is what None means"}
     )
@@ -60,13 +63,6 @@ class SppConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "rows of the embedding to train as well, for tokens that were added"}
     )
-    init_weights: bool | Literal["ones", "published"] = field(
-        default=True,
-        metadata={
-            "help": "ones, which is what True means: A = 0 and a 1 in each row of B; published: "
-            "A ~ U(-1/sqrt(I), 1/sqrt(I)) and B = 0; False draws both, so that W' != W (for tests)"
-        },
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +74,9 @@ class SppConfig(PeftConfig):
             raise ValueError("SppConfig: " + "; ".join(problems))
 
     def _problems(self) -> Iterator[str]:
-        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}
+        ranks = {} if self.r is None else {"r": self.r}
+        ranks["lora_rank"] = self.lora_rank
+        ranks |= {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
         for name, rank in ranks.items():
             if not isinstance(rank, int) or rank < 1:
                 yield f"{name} must be a positive integer, but it is {rank!r}"

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from spp.adapters.tuner.base_weight import dense, oriented, set_dense, stored, weight_to_compute_with
 from spp.adapters.tuner.config import SppConfig
 from spp.errors import SppError
-from spp.models.architecture import is_transposed, shape_oi
+from spp.models.architecture import shape_oi
 from spp.models.packed_linear import PackedLinear
-from spp.models.quantized import dequantised, is_quantised, made_again
-from spp.ops import Mode, adapter_linear, spp_linear, unpack
-from spp.ops.packed import PackedWeight, Weight
+from spp.models.quantized import is_quantized
+from spp.ops import Mode, adapter_linear, spp_linear
 from spp.ops.reference import add_delta, delta_weight, fitting_groups, row_groups
 from spp.ops.zero_proof import lost_zeros
 from spp.ops.zeros import all_finite
@@ -122,11 +120,11 @@ class SppLinear(nn.Module, SppLayer):
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         if len(active) == 1 and not self._drops(active[0]):
-            with self._onloaded(), self._weight_for(x) as weight:
+            with weight_to_compute_with(self.get_base_layer(), x.dtype) as weight:
                 factors = self._factors(active[0])
                 return spp_linear(x, weight, *factors, self.bias, mode=self.mode[active[0]])
         result = self.base_layer(x, *args, **kwargs)
-        with self._onloaded(), self._weight_for(x) as weight:
+        with weight_to_compute_with(self.get_base_layer(), x.dtype) as weight:
             for name in active:
                 dropped = self.spp_dropout[name](x)
                 result = result + adapter_linear(dropped, weight, *self._factors(name)).to(result.dtype)
@@ -134,10 +132,11 @@ class SppLinear(nn.Module, SppLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Delta = s * W * (A[g] B) of the unmerged W, in W's own layout; fp32, or fp64 if W is."""
-        weight = self._turned(self._unmerged_weight())
+        base = self.get_base_layer()
+        weight = oriented(base, dense(base, self._weight_before_merge))
         A, B, scale = self._factors(adapter)
         delta = delta_weight(weight, A.to(weight.device), B.to(weight.device), scale)
-        return self._turned(delta)
+        return oriented(base, delta)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' Delta to W, rounded once; the zeros of W are proved to be +0.0 afterwards.
@@ -149,17 +148,18 @@ class SppLinear(nn.Module, SppLayer):
             adapter_names: which adapters; None means the active ones.
 
         Raises:
-            ValueError: `safe_merge`, and the result is not finite; or W is quantised.
+            ValueError: `safe_merge`, and the result is not finite; or W is quantized.
             SppError: a zero was lost; nothing is changed.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spp_A]
         if not names:
             return
-        if is_quantised(self.get_base_layer()):
+        base = self.get_base_layer()
+        if is_quantized(base):
             raise ValueError(
-                "the weight is quantised; merge into the model as it was before (spp merge MODEL ADAPTER OUT)"
+                "the weight is quantized; merge into the model as it was before (spp merge MODEL ADAPTER OUT)"
             )
-        before = self._unmerged_weight()
+        before = dense(base, self._weight_before_merge)
         with torch.no_grad():
             delta = sum(self.get_delta_weight(name) for name in [*self.merged_adapters, *names])
             merged = add_delta(before, delta)  # pyright: ignore[reportArgumentType]
@@ -168,12 +168,8 @@ class SppLinear(nn.Module, SppLayer):
         if lost := lost_zeros(before, merged):
             raise SppError(f"merging {', '.join(names)} would turn {lost} zeros of the weight into something else")
         if self._weight_before_merge is None:
-            self._weight_before_merge = self._stored().detach().to("cpu", copy=True)
-        base = self.get_base_layer()
-        if isinstance(base, PackedLinear):
-            base.set_weight(merged)
-        else:
-            self._stored().data.copy_(merged)
+            self._weight_before_merge = stored(base).detach().to("cpu", copy=True)
+        set_dense(base, merged)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -181,7 +177,7 @@ class SppLinear(nn.Module, SppLayer):
         if self._weight_before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._stored().data.copy_(self._weight_before_merge)
+        stored(self.get_base_layer()).data.copy_(self._weight_before_merge)
         self._weight_before_merge = None
         self.merged_adapters.clear()
 
@@ -197,52 +193,3 @@ class SppLinear(nn.Module, SppLayer):
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
         return self.spp_A[adapter](), self.spp_B[adapter](), self.scale[adapter]
-
-    def _stored(self) -> Tensor:
-        """What the base layer keeps: its weight (a parameter, or in FSDP's forward a tensor), or the packed values."""
-        base = self.get_base_layer()
-        return base.values if isinstance(base, PackedLinear) else cast(Tensor, base.weight)
-
-    @contextmanager
-    def _weight_for(self, x: Tensor) -> Iterator[Weight]:
-        """W (O, I) to compute with: the weight itself, a view of it, or the packed one.
-
-        One that is quantised comes in x's dtype, and is not kept for backward.
-        """
-        base = self.get_base_layer()
-        if not is_quantised(base):
-            yield base.packed if isinstance(base, PackedLinear) else self._turned(self._stored())
-            return
-        weight = dequantised(base, x.dtype)
-        with made_again(weight, lambda: dequantised(base, x.dtype)):
-            yield weight
-
-    def _turned(self, weight: Tensor) -> Tensor:
-        """From the base layer's own layout to (O, I), or back."""
-        return weight.T if is_transposed(self.get_base_layer()) else weight
-
-    def _unmerged_weight(self) -> Tensor:
-        """W in its own layout, dense, as it is without any adapter; one that is quantised in fp32."""
-        if is_quantised(self.get_base_layer()):
-            return dequantised(self.get_base_layer(), torch.float32)
-        stored = self._stored().detach()
-        if self._weight_before_merge is not None:
-            stored = self._weight_before_merge.to(stored.device)
-        base = self.get_base_layer()
-        if not isinstance(base, PackedLinear):
-            return stored
-        return self._turned(unpack(PackedWeight(stored, base.bitmask, base.row_offsets, base.in_features)))
-
-    @contextmanager
-    def _onloaded(self) -> Iterator[None]:
-        """Bring in a base weight that accelerate keeps on the CPU or on disk, as calling the base layer would."""
-        layer = self.get_base_layer()
-        hook = getattr(layer, "_hf_hook", None)
-        if hook is None or not getattr(hook, "offload", False):
-            yield
-            return
-        hook.pre_forward(layer)
-        try:
-            yield
-        finally:
-            hook.post_forward(layer, torch.empty(0))

@@ -16,15 +16,16 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from spp.adapters.tuner.config import SppConfig
 from spp.adapters.tuner.layer import SppLayer, SppLinear
+from spp.adapters.tuner.ranks import rank_of, set_ranks
+from spp.models.architecture import shape_oi
 from spp.models.packed_linear import PackedLinear
-from spp.models.quantized import is_quantised
+from spp.models.quantized import is_quantized
 
 _HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 # Parts that wrappers add to module names, but that the names in a state dict do not have.
@@ -43,6 +44,16 @@ class SppModel(BaseTuner):
     prefix: str = "spp_"
     tuner_layer_cls = SppLayer  # pyright: ignore[reportAssignmentType]
     target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter on the layers that its config names, and have the config say which rank each of them got."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, SppConfig)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, SppLinear)}
+        ranks = {name: _rank(config, name, layer) for name, layer in layers.items() if adapter_name in layer.r}
+        if config.r is None and ranks:
+            set_ranks(config, ranks)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         assert isinstance(peft_config, SppConfig)
@@ -98,13 +109,11 @@ class SppModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, SppConfig)
-        ranks = peft_config.rank_pattern
-        rank = ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r)
         if isinstance(target, SppLinear):
-            target.update_layer(adapter_name, rank, peft_config)
+            target.update_layer(adapter_name, _rank(peft_config, current_key, target), peft_config)
             return
         _require_adaptable(target, current_key)
-        layer = SppLinear(target, adapter_name, rank, peft_config)
+        layer = SppLinear(target, adapter_name, _rank(peft_config, current_key, target), peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is set active
         self._replace_module(parent, target_name, layer, target)
@@ -152,6 +161,12 @@ class SppModel(BaseTuner):
         return {in_model.get(key, key): value for key, value in state_dict.items()}
 
 
+def _rank(config: SppConfig, name: str, layer: nn.Module) -> int:
+    """R of a layer, which may have an adapter already."""
+    base = layer.get_base_layer() if isinstance(layer, SppLinear) else layer
+    return rank_of(config, name, *shape_oi(base))
+
+
 def _factor_keys(model: nn.Module, adapter_name: str) -> set[str]:
     """Keys of an adapter's factors in the model's state dict."""
     keys = set()
@@ -183,10 +198,10 @@ def _require_adaptable(target: nn.Module, name: str) -> None:
             "transformers' Conv1D and spp's PackedLinear"
         )
     weight = target.get_parameter("weight")
-    if not weight.is_floating_point() and not is_quantised(target):
+    if not weight.is_floating_point() and not is_quantized(target):
         dtype = str(weight.dtype).removeprefix("torch.")
         raise ValueError(
-            f"{name}: the weight is quantised ({dtype}), in a way that SPP does not know; load it in bfloat16"
+            f"{name}: the weight is quantized ({dtype}), in a way that SPP does not know; load it in bfloat16"
         )
     if getattr(target, "_hf_tp_plan", None) is not None:
         raise ValueError(f"{name}: the weight is split by tensor parallelism, which SPP does not support")

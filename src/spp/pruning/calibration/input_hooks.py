@@ -1,4 +1,4 @@
-"""Watch the inputs of a block's matrices while the block runs.
+"""Hooks on the inputs of a block's matrices, which feed statistics while it runs.
 
 Matrices that get the very same tensor (query, key and value; gate and up) share one statistic, so that a Gram matrix,
 and its inverse, is computed once for all of them.
@@ -24,7 +24,7 @@ Statistics = dict[type[Statistic], Statistic]
 """Kind -> the statistic of that kind over a matrix's inputs."""
 
 
-def observe(
+def collect_statistics(
     matrices: Sequence[Matrix], kinds: Sequence[type[Statistic]], run: Callable[[], object]
 ) -> dict[str, Statistics]:
     """The statistics of every matrix's inputs, by the matrix's name.
@@ -76,7 +76,7 @@ class _Inputs:
 
     def statistics(self) -> dict[str, Statistics]:
         """By the matrix's name; who shares them is the same in all processes."""
-        for leaders in distributed.gathered(self._leaders):
+        for leaders in distributed.all_gather(self._leaders):
             self._leaders |= leaders
         return {name: self._own[self._leaders.get(name, name)] for name in self._own}
 

@@ -68,12 +68,12 @@ class Statistic(ABC):
 
     def all_reduce(self) -> None:
         """Take in what all other processes have seen; each of them ends up with the same."""
-        if distributed.count() == 1:
+        if distributed.world_size() == 1:
             return
         mean = self._zeros(distributed.device()) if self._mean is None else self._mean
         tokens = torch.tensor(float(self.tokens), dtype=torch.float64, device=mean.device)
-        total = int(distributed.add_up(tokens.clone()))
-        self._mean = distributed.add_up(mean.mul_(self.tokens / max(total, 1)))
+        total = int(distributed.all_reduce(tokens.clone()))
+        self._mean = distributed.all_reduce(mean.mul_(self.tokens / max(total, 1)))
         self.tokens, self._value = total, None
 
     @abstractmethod

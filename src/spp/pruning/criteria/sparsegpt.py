@@ -1,6 +1,6 @@
 """SparseGPT (arXiv 2301.00774): remove weights one column at a time and let the rest of the row make up for it.
 
-Each row w minimises the error of its outputs, (w' - w) H (w' - w)^T. With H^-1 = U^T U (U upper triangular), removing
+Each row w minimizes the error of its outputs, (w' - w) H (w' - w)^T. With H^-1 = U^T U (U upper triangular), removing
 weight j after the columns before it are settled costs w_j^2 / U_jj^2 (up to 1/2) and is best made up for by
 w_k -= w_j * U_jk / U_jj for all k > j (SparseGPT, eq. 2 to 4).
 

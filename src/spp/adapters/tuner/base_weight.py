@@ -1,0 +1,93 @@
+"""Where the weight W of an adapted layer is, and how to get at it; the adapter itself knows nothing of that.
+
+A base layer is an `nn.Linear`, a `Conv1D`, which stores W as (I, O), a `PackedLinear`, which stores the values that are
+not zero, or a layer that bitsandbytes quantized. Over each of them, accelerate may keep W on the CPU or on disk, and
+FSDP or ZeRO-3 may shard it. What shards is never cast or copied before the operator has it: autograd would keep that
+copy for backward, and with it the gathered weight.
+
+Shapes: O output features, I input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from spp.models.architecture import is_transposed
+from spp.models.packed_linear import PackedLinear
+from spp.models.quantized import dequantized, is_quantized, made_again
+from spp.ops import unpack
+from spp.ops.packed import PackedWeight, Weight
+
+
+@contextmanager
+def weight_to_compute_with(layer: nn.Module, dtype: torch.dtype) -> Iterator[Weight]:
+    """A context manager for W (O, I): the parameter itself, a view of it, or the packed weight.
+
+    Args:
+        layer: the base layer.
+        dtype: that a quantized weight comes in, the input's; autograd does not keep such a weight for backward.
+    """
+    with _onloaded(layer):
+        if not is_quantized(layer):
+            yield layer.packed if isinstance(layer, PackedLinear) else oriented(layer, stored(layer))
+            return
+        weight = dequantized(layer, dtype)
+        with made_again(weight, lambda: dequantized(layer, dtype)):
+            yield weight
+
+
+def stored(layer: nn.Module) -> Tensor:
+    """What the layer keeps: its weight (a parameter, or in FSDP's forward a tensor), or the packed values."""
+    return layer.values if isinstance(layer, PackedLinear) else cast(Tensor, layer.weight)
+
+
+def dense(layer: nn.Module, kept: Tensor | None = None) -> Tensor:
+    """W in the layer's own layout, dense; one that is quantized in fp32.
+
+    Args:
+        layer: the base layer.
+        kept: an earlier `stored(layer)` to take W from, on any device; None takes what the layer keeps now.
+    """
+    if is_quantized(layer):
+        return dequantized(layer, torch.float32)
+    now = stored(layer).detach()
+    values = now if kept is None else kept.to(now.device)
+    if not isinstance(layer, PackedLinear):
+        return values
+    return oriented(layer, unpack(PackedWeight(values, layer.bitmask, layer.row_offsets, layer.in_features)))
+
+
+def set_dense(layer: nn.Module, weight: Tensor) -> None:
+    """Make `weight`, dense and in the layer's own layout, its W; not for a quantized layer.
+
+    Raises:
+        SppError: the layer is packed, and `weight` is not zero where it is; nothing is changed.
+    """
+    if isinstance(layer, PackedLinear):
+        layer.set_weight(weight)
+    else:
+        stored(layer).data.copy_(weight)
+
+
+def oriented(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A view of `weight`: from the layer's own layout to (O, I), or back."""
+    return weight.T if is_transposed(layer) else weight
+
+
+@contextmanager
+def _onloaded(layer: nn.Module) -> Iterator[None]:
+    """A context manager that brings in a weight which accelerate keeps elsewhere, as calling the layer would."""
+    hook = getattr(layer, "_hf_hook", None)
+    if hook is None or not getattr(hook, "offload", False):
+        yield
+        return
+    hook.pre_forward(layer)
+    try:
+        yield
+    finally:
+        hook.post_forward(layer, torch.empty(0))
