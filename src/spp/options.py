@@ -75,7 +75,7 @@ def _describe(problem: Any) -> str:
 
 
 class LoadingOptions(Options):
-    """How models are loaded."""
+    """Loading models."""
 
     device: str = Field(
         "auto", description="where to compute: auto, cpu, cuda, cuda:1, mps", json_schema_extra={"metavar": "DEVICE"}
@@ -89,13 +89,13 @@ class LoadingOptions(Options):
 
 
 class OutputOptions(Options):
-    """What happens to an output folder that exists."""
+    """Output."""
 
     overwrite: bool = Field(False, description="replace the output folder if it is not empty")
 
 
 class WindowSettings(Options):
-    """Windows of text, for calibration, training and evaluation."""
+    """Windows of text."""
 
     window: int | None = Field(
         None, ge=2, description="tokens per window (default: 2048, or the model's context if shorter)"

@@ -18,14 +18,19 @@ class AdapterSettings(Options):
         None, ge=1, description="row groups R, at most a layer's output features (default: see lora-rank)"
     )
     lora_rank: int = Field(
-        16, ge=1, description="unless r is given: in each layer as many parameters as LoRA of this rank has"
+        16, ge=1, description="without r: give each layer as many parameters as LoRA of this rank has"
     )
     directions: int = Field(
-        4, ge=1, le=16, description="directions K, rows of A for each group, which its rows mix; 1 is as published"
+        4,
+        ge=1,
+        le=16,
+        description="K rows of A for each row group, which every output row mixes by its K entries of B; "
+        "1 is the published SPP",
     )
     scale: float = Field(2.0, gt=0, description="factor s of the update s * W * (A[group] B)")
     init_weights: Literal["ones", "published"] = Field(
-        "ones", description="ones: A = 0 and a 1 in each row of B; published: A at random within 1/sqrt(I), and B = 0"
+        "ones",
+        description="ones: A = 0, and each row of B has a single 1; published: A at random within 1/sqrt(I), and B = 0",
     )
     mode: Literal["fused", "split"] = Field(
         "fused",

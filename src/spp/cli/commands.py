@@ -20,7 +20,7 @@ class Command:
 
     options: type[Options]
     positional: tuple[str, ...] = ()
-    stage: str
+    work: str
     example: str
     takes_recipe: bool = False
     dry_run: str | None = None
@@ -29,21 +29,21 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "run": Command(
         options=RunOptions,
-        stage="spp.pipeline.run:run",
+        work="spp.pipeline.run:run",
         example="spp run --model meta-llama/Llama-3.2-1B --pattern 2:4 --train alpaca.json --eval wiki.txt --out out",
         takes_recipe=True,
     ),
     "prune": Command(
         options=PruneOptions,
         positional=("model", "out"),
-        stage="spp.pruning.prune:prune",
+        work="spp.pruning.prune:prune",
         example="spp prune ./llama ./llama-2of4 --pattern 2:4 --criterion wanda --calibration c4.jsonl",
         dry_run="spp.pruning.memory_estimate:predict_pruning",
     ),
     "train": Command(
         options=TrainOptions,
         positional=("model", "out"),
-        stage="spp.training.train:train",
+        work="spp.training.train:train",
         example="spp train ./llama-2of4 ./adapter --data alpaca.json --epochs 3",
         takes_recipe=True,
         dry_run="spp.training.memory_estimate:predict_training",
@@ -51,68 +51,68 @@ COMMANDS: dict[str, Command] = {
     "cache-teacher": Command(
         options=CacheTeacherOptions,
         positional=("model", "out"),
-        stage="spp.training.teacher_cache:cache_teacher",
+        work="spp.training.teacher_cache:cache_teacher",
         example="spp cache-teacher ./llama ./answers --data alpaca.json",
     ),
     "merge": Command(
         options=MergeOptions,
         positional=("model", "adapter", "out"),
-        stage="spp.adapters.merge:merge",
+        work="spp.adapters.merge:merge",
         example="spp merge ./llama-2of4 ./adapter ./llama-2of4-tuned",
     ),
     "convert": Command(
         options=ConvertOptions,
         positional=("adapter", "out"),
-        stage="spp.adapters.convert:convert",
+        work="spp.adapters.convert:convert",
         example="spp convert ./adapter ./adapter-hira --to hira",
     ),
     "verify": Command(
         options=VerifyOptions,
         positional=("base", "other"),
-        stage="spp.checkpoints.verify:verify",
+        work="spp.checkpoints.verify:verify",
         example="spp verify ./llama-2of4 ./llama-2of4-tuned --pattern 2:4",
     ),
     "eval": Command(
         options=EvalOptions,
         positional=("model", "others"),
-        stage="spp.evaluation.evaluate:evaluate",
+        work="spp.evaluation.evaluate:evaluate",
         example="spp eval ./llama-2of4-tuned --text wikitext2_test.txt --window 2048",
     ),
     "pack": Command(
         options=PackOptions,
         positional=("model", "out"),
-        stage="spp.checkpoints.pack:pack",
+        work="spp.checkpoints.pack:pack",
         example="spp pack ./llama-2of4-tuned ./llama-2of4-packed",
     ),
     "unpack": Command(
         options=UnpackOptions,
         positional=("model", "out"),
-        stage="spp.checkpoints.pack:unpack",
+        work="spp.checkpoints.pack:unpack",
         example="spp unpack ./llama-2of4-packed ./llama-2of4-plain",
     ),
     "generate": Command(
         options=GenerateOptions,
         positional=("model",),
-        stage="spp.evaluation.generate:generate",
+        work="spp.evaluation.generate:generate",
         example='spp generate ./llama-2of4-packed --prompt "Once upon a time"',
     ),
     "inspect": Command(
         options=InspectOptions,
         positional=("model",),
-        stage="spp.checkpoints.inspect:inspect_model",
+        work="spp.checkpoints.inspect:inspect_model",
         example="spp inspect ./llama-2of4",
     ),
     "push": Command(
         options=PushOptions,
         positional=("model", "repo"),
-        stage="spp.checkpoints.push:push_to_hub",
+        work="spp.checkpoints.push:push_to_hub",
         example="spp push ./llama-2of4-tuned user/llama-2of4-tuned --private",
     ),
     "report": Command(
         options=ReportOptions,
         positional=("runs",),
-        stage="spp.reporting.report:report",
+        work="spp.reporting.report:report",
         example="spp report runs/wanda runs/sparsegpt --out comparison.html",
     ),
-    "doctor": Command(options=Options, stage="spp.cli.doctor:diagnose", example="spp doctor --json"),
+    "doctor": Command(options=Options, work="spp.cli.doctor:diagnose", example="spp doctor --json"),
 }

@@ -1,4 +1,4 @@
-"""`spp`: a table of commands. Flags and their help come from the option models, work from the stage functions."""
+"""`spp`: a table of commands. Flags and their help come from the option models, work from a function in a room."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def _execute(command: Command, given: dict[str, Any], *, dry_run: bool) -> Any:
         recipe = "demo"  # the embedded default: the bundled model and a few minutes of training
     values = {**load_recipe(recipe, command.options), **given} if recipe else given
     options = command.options.build(values)
-    module, function = (command.dry_run if dry_run and command.dry_run else command.stage).split(":")
-    stage = getattr(importlib.import_module(module), function)
-    return stage() if command.options is Options else stage(options)
+    module, function = (command.dry_run if dry_run and command.dry_run else command.work).split(":")
+    work = getattr(importlib.import_module(module), function)
+    return work() if command.options is Options else work(options)
 
 
 def _present(command: str, report: Any, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from spp.reporting.units import size
 
-if TYPE_CHECKING:  # each command imports the stage that it needs, and no other
+if TYPE_CHECKING:  # each command imports what it needs, and no other
     from rich.console import RenderableType
 
     from spp.adapters.convert import ConvertReport

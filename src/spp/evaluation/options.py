@@ -11,7 +11,7 @@ from spp.options import DtypeName, LoadingOptions, Options, SeedSettings, Window
 
 
 class ScoringSettings(Options):
-    """How text is scored."""
+    """Scoring."""
 
     per_document: bool | None = Field(
         None,
@@ -22,7 +22,7 @@ class ScoringSettings(Options):
 
 
 class TaskSettings(Options):
-    """Tasks, which lm-eval scores."""
+    """Tasks, scored by lm-eval."""
 
     tasks: str | None = Field(
         None,

@@ -195,7 +195,7 @@ def why_not(*tensors: Tensor | PackedWeight) -> str | None:
 
 
 def effective_weight(weight: Weight, A: Tensor, B: Tensor, out: Tensor, *, with_base: bool) -> None:
-    """As `kernels.effective_weight`, in fp32; a dense weight may have any strides.
+    """As `torch_kernels.effective_weight`, in fp32; a dense weight may have any strides.
 
     Raises:
         SppError: a packed weight whose tensors do not fit each other.
@@ -204,7 +204,7 @@ def effective_weight(weight: Weight, A: Tensor, B: Tensor, out: Tensor, *, with_
 
 
 def expand(weight: PackedWeight, out: Tensor) -> None:
-    """As `kernels.expand`.
+    """As `torch_kernels.expand`.
 
     Raises:
         SppError: a packed weight whose tensors do not fit each other.
@@ -213,7 +213,7 @@ def expand(weight: PackedWeight, out: Tensor) -> None:
 
 
 def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor) -> None:
-    """As `kernels.add_factor_gradients`, in fp32; the order of all sums is fixed.
+    """As `torch_kernels.add_factor_gradients`, in fp32; the order of all sums is fixed.
 
     Raises:
         SppError: a packed weight whose tensors do not fit each other.

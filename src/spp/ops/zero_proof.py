@@ -1,4 +1,4 @@
-"""What a fine-tuned weight owes its pruned base, counted: pure functions on pairs of tensors."""
+"""Count how a fine-tuned weight differs from its pruned base, zeros first: pure functions on pairs of tensors."""
 
 from __future__ import annotations
 

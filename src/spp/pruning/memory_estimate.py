@@ -1,4 +1,4 @@
-"""The memory that pruning will take, foretold: one block, its statistics, and one batch of hidden states.
+"""Predict the memory that pruning takes: one block, its statistics, and one batch of hidden states.
 
 The passes over a block are traced on fake tensors, which computes nothing; the rest is sizes from the files' headers.
 """

@@ -15,14 +15,14 @@ Criterion = Literal["magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt"
 
 
 class PruningSettings(Options):
-    """What to remove and by which criterion."""
+    """Pruning."""
 
     pattern: PatternOption = Field(
         NM(2, 4),
         description="what to keep: N:M keeps N of every M consecutive weights (2:4, 4:8, 2:8); 50% removes half",
         json_schema_extra={"metavar": "PATTERN"},
     )
-    criterion: Criterion = Field("wanda", description="how weights are chosen")
+    criterion: Criterion = Field("wanda", description="how the weights to remove are chosen")
     allocation: Literal["uniform", "owl"] = Field(
         "uniform",
         description="sparsity of blocks: uniform, or less where there are more outliers (not for N:M)",
@@ -30,12 +30,12 @@ class PruningSettings(Options):
     owl_limit: float = Field(0.08, gt=0, lt=0.5, description="owl: how far a block's sparsity may be from the mean")
     owl_threshold: float = Field(5.0, gt=1, description="owl: a Wanda score above X times the mean is an outlier")
     refine: Literal["dsnot"] | None = Field(
-        None, description="afterwards exchange removed and kept weights, without training (not for sparsegpt)"
+        None, description="after choosing, exchange removed and kept weights without training (not for sparsegpt)"
     )
     reconstruct: str | None = Field(
         None,
-        description="afterwards tune what is left of each block towards its dense outputs: block (all at once), "
-        "attention, mlp, or attention,mlp (one after the other)",
+        description="after pruning, tune the weights that are left in each block towards its dense outputs: block (all "
+        "at once), attention, mlp, or attention,mlp (one after the other)",
         json_schema_extra={"metavar": "PARTS"},
     )
     reconstruct_params: Literal["weights", "spp"] = Field(
@@ -48,7 +48,8 @@ class PruningSettings(Options):
         description="peak learning rate of reconstruction (default: 0.1 for spp; 0.05 for weights, times their size)",
     )
     keep_zeros: bool = Field(
-        False, description="prune nothing, and adopt the zeros that the model has; pattern and criterion do not count"
+        False,
+        description="prune nothing: keep the zeros that the model already has, and use neither pattern nor criterion",
     )
     calibration: str | None = Field(
         None,
@@ -57,10 +58,10 @@ class PruningSettings(Options):
     )
     samples: int = Field(128, ge=1, description="calibration windows")
     min_expert_tokens: int = Field(
-        64, ge=0, description="an expert that fewer calibration tokens reach is pruned by magnitude"
+        64, ge=0, description="prune an expert by magnitude where fewer than N calibration tokens reach it"
     )
     skip_indivisible: bool = Field(
-        False, description="leave a layer dense, and say so, where M does not divide its input dimension"
+        False, description="leave a layer dense, and name it, where M does not divide its input dimension"
     )
 
     @property

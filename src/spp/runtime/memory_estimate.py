@@ -30,9 +30,9 @@ class MemoryPrediction:
         return sum(self.parts.values())
 
 
-def libraries(stage: str, device: torch.device) -> dict[str, int]:
-    """Bytes of Python and of all that a run of a stage's module imports, or of what they take on a GPU."""
-    import_module(stage)
+def libraries(module: str, device: torch.device) -> dict[str, int]:
+    """Bytes of Python and of all that a module imports, or of what they take on a GPU."""
+    import_module(module)
     if device.type == "cpu":
         return {"Python and libraries": psutil.Process().memory_info().rss}
     return {"cuBLAS": _CUBLAS} if device.type == "cuda" else {}

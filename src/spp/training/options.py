@@ -12,7 +12,7 @@ from spp.options import LoadingOptions, Options, OutputOptions, SeedSettings, Wi
 
 
 class ExampleSettings(Options):
-    """How text becomes examples to train on."""
+    """Training examples."""
 
     join_documents: bool | None = Field(
         None,
@@ -28,7 +28,7 @@ class ExampleSettings(Options):
 
 
 class TeacherSettings(Options):
-    """Learning from the dense model as well as from the data."""
+    """Distillation from the dense model."""
 
     teacher: str | None = Field(
         None,
@@ -36,7 +36,10 @@ class TeacherSettings(Options):
         json_schema_extra={"metavar": "MODEL"},
     )
     teacher_weight: float = Field(
-        0.5, ge=0, le=1, description="share of the loss that is the divergence from the teacher; the rest is the data's"
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the divergence from the teacher in the loss; the rest is the loss on the data",
     )
     teacher_temperature: float | None = Field(
         None, gt=0, description="temperature of both distributions (default: 1, or that of the cache)"
@@ -55,7 +58,10 @@ class TeacherSettings(Options):
 
 
 class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
-    """How the adapter is trained. `recipes/paper.yaml` has the published values."""
+    """Training.
+
+    `recipes/paper.yaml` has the published values.
+    """
 
     learning_rate: float = Field(2e-2, gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay on A and B")
@@ -81,7 +87,7 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
         description="keep the base in 4 or 8 bits while training (bitsandbytes); merge into the model as it was before",
     )
     save_steps: int = Field(100, ge=1, description="optimizer steps between checkpoints to resume from")
-    keep: int = Field(2, ge=1, description="checkpoints to keep while training; the best adapter is kept besides")
+    keep: int = Field(2, ge=1, description="checkpoints to keep during training; the best adapter is kept in addition")
     validation: int = Field(
         0, ge=0, description="hold out N examples, and take the adapter that has the lowest loss on them"
     )

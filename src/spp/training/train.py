@@ -103,7 +103,7 @@ def train(options: TrainOptions) -> TrainReport:
         targets = quantize_(model, targets, options.quantize, device)
     set_seed(options.seed)
     adapted = with_new_adapter(model, targets, options)
-    fitting = TrainingRun(
+    run = TrainingRun(
         adapted,
         *hold_out(data.examples, options),
         teacher,
@@ -113,11 +113,11 @@ def train(options: TrainOptions) -> TrainReport:
         device=device,
         gradient_checkpointing=checkpointing,
     )
-    fitted = fitting.run()
-    report = _report(options, data, targets, share_of_zeros, fitted)
-    if fitted.is_first:
-        _write(options, base, adapted, fitted.factors, report)
-        fitting.remove_checkpoints()
+    result = run.run()
+    report = _report(options, data, targets, share_of_zeros, result)
+    if result.is_first:
+        _write(options, base, adapted, result.factors, report)
+        run.remove_checkpoints()
     return report
 
 
@@ -189,27 +189,27 @@ def _use_checkpointing(
 
 
 def _report(
-    options: TrainOptions, data: _Data, targets: Mapping[str, nn.Module], share_of_zeros: float, fitted: TrainingResult
+    options: TrainOptions, data: _Data, targets: Mapping[str, nn.Module], share_of_zeros: float, result: TrainingResult
 ) -> TrainReport:
     return TrainReport(
         out=options.out,
         data=options.data,
-        steps=fitted.steps,
+        steps=result.steps,
         examples=len(data.examples) - options.validation,
-        tokens=fitted.tokens,
+        tokens=result.tokens,
         window=data.window,
         join_documents=data.join_documents,
-        seconds=fitted.seconds,
-        tokens_per_second=fitted.tokens / max(fitted.seconds, 1e-9),
-        trainable_parameters=sum(factor.numel() for factor in fitted.factors.values()),
+        seconds=result.seconds,
+        tokens_per_second=result.tokens / max(result.seconds, 1e-9),
+        trainable_parameters=sum(factor.numel() for factor in result.factors.values()),
         sparsity=share_of_zeros,
         packed=sum(isinstance(target, PackedLinear) for target in targets.values()),
         learning_rate=options.learning_rate,
         batch_size=options.batch_size,
-        peak_memory_bytes=peak_memory_bytes(fitted.device),
-        losses=fitted.losses,
-        validation=fitted.validation,
-        best_step=fitted.best_step,
+        peak_memory_bytes=peak_memory_bytes(result.device),
+        losses=result.losses,
+        validation=result.validation,
+        best_step=result.best_step,
     )
 
 

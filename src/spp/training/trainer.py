@@ -32,7 +32,7 @@ class SppTrainer(Trainer):
     Args:
         items: to train on.
         held_out: to evaluate on; may be empty.
-        teacher: whom to learn from, or None.
+        teacher: to distil from, or None.
         settings: w and f.
         arguments: the Trainer's own.
     """

@@ -66,7 +66,7 @@ class TrainingRun:
         adapted: the model with a new adapter, which is trained in place.
         items: what to train on.
         held_out: what to evaluate on; may be empty.
-        teacher: whom to learn from, or None.
+        teacher: to distil from, or None.
         options: of the run.
         folder: of its checkpoints; made if it is not there.
         request: everything that the result depends on, as JSON values.

@@ -95,8 +95,9 @@ class SppLinear(nn.Module, SppLayer):
         """Start at W' = W, unless `init_weights` is False.
 
         ones: A = 0 and one 1 in each row of B, so that A, which is nearly all of the adapter, has its whole gradient at
-        once, and a learning rate changes weights by the same share whatever their number of columns. The 1 is for the
-        k-th direction in the k-th K-th of a group: as with K times as many groups, which then learn from each other.
+        once, and a learning rate changes weights by the same share whatever their number of columns. The rows of a
+        group are divided into K equal parts, and those of part k have their 1 in column k: the adapter starts as one
+        with K times as many groups of one direction each.
         published: A from U(-1/sqrt(I), 1/sqrt(I)), which is kaiming_uniform(a = sqrt(5)), and B = 0.
         """
         A, B, _ = self._factors(adapter_name)

@@ -143,7 +143,7 @@ def why_not(weight: Weight, *others: Tensor) -> str | None:
 
 
 def effective_weight(weight: Weight, A: Tensor, B: Tensor, out: Tensor, *, with_base: bool, level: int = _BEST) -> None:
-    """As `kernels.effective_weight`, in fp32.
+    """As `torch_kernels.effective_weight`, in fp32.
 
     Raises:
         SppError: a packed weight whose bitmask and offsets disagree.
@@ -152,7 +152,7 @@ def effective_weight(weight: Weight, A: Tensor, B: Tensor, out: Tensor, *, with_
 
 
 def expand(weight: PackedWeight, out: Tensor, *, level: int = _BEST) -> None:
-    """As `kernels.expand`.
+    """As `torch_kernels.expand`.
 
     Raises:
         SppError: the bitmask and the offsets disagree.
@@ -179,7 +179,7 @@ def _effective(weight: Weight, A: Tensor | None, B: Tensor | None, out: Tensor, 
 def add_factor_gradients(
     G: Tensor, first: int, weight: Weight, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor, *, level: int = _BEST
 ) -> None:
-    """As `kernels.add_factor_gradients`, in fp32; the sums do not depend on the number of threads.
+    """As `torch_kernels.add_factor_gradients`, in fp32; the sums do not depend on the number of threads.
 
     Raises:
         SppError: a packed weight whose bitmask and offsets disagree.
