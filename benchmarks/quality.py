@@ -115,8 +115,9 @@ class Cell:
         options = spp.EvalOptions(
             model=evaluated.model, text=evaluated.evaluation, window=evaluated.window, limit=evaluated.limit
         )
-        self._text = read_windows(options).windows
-        self.dense = load_model(evaluated.model, self._loading)
+        folder_of_model = Path(evaluated.model)
+        self._text = read_windows(options, folder_of_model).windows
+        self.dense = load_model(folder_of_model, self._loading)
         training = spp.TrainOptions.build(
             {
                 "model": evaluated.model,
@@ -126,7 +127,7 @@ class Cell:
                 "validation": _HELD_OUT,
             }
         )
-        examples, _ = training_examples(training, evaluated.window, self.dense.config.vocab_size)
+        examples, _ = training_examples(training, folder_of_model, evaluated.window, self.dense.config.vocab_size)
         items, self._held_out = hold_out(examples, training)
         self._training = [one for _, one in items]
         mean = sum(len(one.input_ids) for one in self._training) / len(self._training)
@@ -143,7 +144,7 @@ class Cell:
                 "device": self.device,
             }
             spp.prune(spp.PruneOptions.build(values | ({"reconstruct": "block"} if reconstructed else {})))
-        return load_model(str(out), self._loading)
+        return load_model(out, self._loading)
 
     def perplexity(self, model: nn.Module) -> float:
         """On the text that is reported."""

@@ -194,7 +194,7 @@ def test_an_adapter_that_names_no_base_is_not_said_to_have_another(tmp_path, bas
     converted(published, tmp_path / "unnamed")
     converted(published, tmp_path / "named", base=str(base))
     for name in ("unnamed", "named"):
-        check_adapter(tmp_path / name, str(base))
+        check_adapter(tmp_path / name, str(base), base)
     assert not caplog.records
 
 

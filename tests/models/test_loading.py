@@ -17,6 +17,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import read_json, write_json
 from spp.errors import SppError, UsageError
 from spp.models.loading import context_window, load_config, load_model, load_tokenizer
@@ -38,20 +39,20 @@ def refusal(call, *arguments, kind=UsageError) -> str:
     return message
 
 
-def edit_config(folder: Path, **changes) -> str:
+def edit_config(folder: Path, **changes) -> Path:
     write_json(folder / "config.json", {**read_json(folder / "config.json"), **changes})
-    return str(folder)
+    return folder
 
 
-def edit_weights(folder: Path, change) -> str:
+def edit_weights(folder: Path, change) -> Path:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return str(folder)
+    return folder
 
 
 def test_a_model_comes_in_eval_mode_on_its_device(tiny_checkpoint):
-    model = load_model(str(tiny_checkpoint), LoadingOptions(device="auto"))
+    model = load_model(tiny_checkpoint, LoadingOptions(device="auto"))
     assert not model.training
     assert model.device == pick_device("auto")
     stored = load_file(tiny_checkpoint / "model.safetensors")[UP]
@@ -70,7 +71,7 @@ def test_a_model_comes_in_eval_mode_on_its_device(tiny_checkpoint):
     ],
 )
 def test_the_dtype_of_a_bf16_checkpoint_on_a_cpu(tiny_checkpoint, asked, given, dtype):
-    model = load_model(str(tiny_checkpoint), LoadingOptions(device="cpu", dtype=asked), dtype=given)
+    model = load_model(tiny_checkpoint, LoadingOptions(device="cpu", dtype=asked), dtype=given)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
@@ -89,7 +90,7 @@ def test_an_unknown_device(device):
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "xla"])
 def test_a_device_that_is_not_here(device, tiny_checkpoint):
     assert "is not on this machine" in refusal(pick_device, device)
-    assert device in refusal(load_model, str(tiny_checkpoint), LoadingOptions(device=device))
+    assert device in refusal(load_model, tiny_checkpoint, LoadingOptions(device=device))
 
 
 def test_the_cpu_is_always_there():
@@ -112,22 +113,21 @@ def test_each_of_several_processes_gets_an_accelerator_of_its_own(monkeypatch):
     assert "2 accelerators are not enough for 3 processes" in refusal(pick_device, "auto")
 
 
-@pytest.mark.parametrize("load", [load_model, load_tokenizer, load_config])
-def test_no_such_model(load, tmp_path, monkeypatch):
-    assert "no such folder" in refusal(load, str(tmp_path / "missing"), CPU)
+def test_no_such_model(tmp_path, monkeypatch):
+    assert "no such folder" in refusal(resolve_model, str(tmp_path / "missing"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "the hub cannot be reached" in refusal(load, "nobody/nothing", CPU)
+    assert "the hub cannot be reached" in refusal(resolve_model, "nobody/nothing")
 
 
 def test_a_folder_without_weights(tiny_checkpoint):
     (tiny_checkpoint / "model.safetensors").unlink()
-    assert "neither model.safetensors nor" in refusal(load_model, str(tiny_checkpoint), CPU)
+    assert "neither model.safetensors nor" in refusal(load_model, tiny_checkpoint, CPU)
 
 
 def test_a_truncated_file_is_named(tiny_checkpoint):
     path = tiny_checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    message = refusal(load_model, str(tiny_checkpoint), CPU, kind=SppError)
+    message = refusal(load_model, tiny_checkpoint, CPU, kind=SppError)
     assert "model.safetensors" in message and "truncated" in message
 
 
@@ -135,7 +135,7 @@ def test_a_missing_shard_is_named(tiny_model, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model", max_shard_size="20KB")
     lost = sorted((tmp_path / "model").glob("*.safetensors"))[1]
     lost.unlink()
-    assert lost.name in refusal(load_model, str(tmp_path / "model"), CPU, kind=SppError)
+    assert lost.name in refusal(load_model, tmp_path / "model", CPU, kind=SppError)
 
 
 def test_missing_weights_are_counted_and_named(tiny_checkpoint):
@@ -152,20 +152,20 @@ def test_weights_of_another_shape_are_named(tiny_checkpoint):
 def test_a_tied_head_is_not_missing(tiny_model, tmp_path):
     tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    model = load_model(str(tmp_path), CPU)
+    model = load_model(tmp_path, CPU)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def test_an_encoder_decoder_is_no_causal_lm(tmp_path):
     config = T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=32)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    assert "is of type 't5', which is no causal language model" in refusal(load_model, str(tmp_path), CPU)
+    assert "is of type 't5', which is no causal language model" in refusal(load_model, tmp_path, CPU)
 
 
 def test_an_encoder_is_no_causal_lm(tmp_path):
     config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32)
     BertModel(config).save_pretrained(tmp_path)
-    assert "lacks 6 weights" in refusal(load_model, str(tmp_path), CPU, kind=SppError)
+    assert "lacks 6 weights" in refusal(load_model, tmp_path, CPU, kind=SppError)
 
 
 @pytest.mark.parametrize("load", [load_model, load_config])
@@ -187,9 +187,9 @@ def test_a_configuration_that_makes_no_sense(tiny_checkpoint, load, changes, rea
 @pytest.mark.parametrize("load", [load_model, load_config])
 def test_no_configuration(tiny_checkpoint, load):
     (tiny_checkpoint / "config.json").write_text("{")
-    assert "not a valid JSON file" in refusal(load, str(tiny_checkpoint), CPU)
+    assert "not a valid JSON file" in refusal(load, tiny_checkpoint, CPU)
     (tiny_checkpoint / "config.json").unlink()
-    assert "no usable config.json" in refusal(load, str(tiny_checkpoint), CPU)
+    assert "no usable config.json" in refusal(load, tiny_checkpoint, CPU)
 
 
 def test_a_back_end_that_is_not_installed_is_named(tiny_checkpoint):
@@ -198,7 +198,7 @@ def test_a_back_end_that_is_not_installed_is_named(tiny_checkpoint):
 
 
 def test_the_tokenizer_is_loaded(tiny_checkpoint, tiny_tokenizer):
-    tokenizer = load_tokenizer(str(tiny_checkpoint), CPU)
+    tokenizer = load_tokenizer(tiny_checkpoint, CPU)
     assert tokenizer("The cat").input_ids == tiny_tokenizer("The cat").input_ids
 
 
@@ -206,13 +206,13 @@ def test_the_tokenizer_is_loaded(tiny_checkpoint, tiny_tokenizer):
 def test_no_tokenizer(family, tiny_model, tmp_path):
     """For most families transformers makes one up that turns every text into nothing."""
     tiny_model(family).save_pretrained(tmp_path)
-    assert "has no usable tokenizer" in refusal(load_tokenizer, str(tmp_path), CPU)
+    assert "has no usable tokenizer" in refusal(load_tokenizer, tmp_path, CPU)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"version": "1.0", "model": {"type": "Nonsense"}}', ""])
 def test_a_damaged_tokenizer(tiny_checkpoint, content):
     (tiny_checkpoint / "tokenizer.json").write_text(content)
-    assert "has no usable tokenizer" in refusal(load_tokenizer, str(tiny_checkpoint), CPU)
+    assert "has no usable tokenizer" in refusal(load_tokenizer, tiny_checkpoint, CPU)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_nothing_bounds_the_window_of_a_model_without_positions():
 
 @pytest.mark.parametrize("name", ["story", "stories260K", "shakespeare_opt"])
 def test_real_models(shared_data, name):
-    folder = str(shared_data / "models" / name)
+    folder = shared_data / "models" / name
     assert load_model(folder, CPU).num_parameters() > 200_000
     tokenizer = load_tokenizer(folder, CPU)
     assert tokenizer.decode(tokenizer("the end", add_special_tokens=False).input_ids).strip() == "the end"

@@ -48,12 +48,10 @@ def logits(model):
 @pytest.mark.parametrize("from_archive", [False, True])
 def test_the_packed_model_is_the_dense_one(sparse_folder, tmp_path, family, dtype, from_archive):
     folder = sparse_folder(family, max_shard_size="30KB")
-    dense = load_model(str(folder), ON_CPU, dtype=dtype)
+    dense = load_model(folder, ON_CPU, dtype=dtype)
     if from_archive:
         pack(PackOptions(model=str(folder), out=tmp_path / "archive"))
-    packed = load_model(
-        str(tmp_path / "archive" if from_archive else folder), ON_CPU, dtype=dtype, pack=not from_archive
-    )
+    packed = load_model(tmp_path / "archive" if from_archive else folder, ON_CPU, dtype=dtype, pack=not from_archive)
     layers = prunable_linears(packed).values()
     assert all(isinstance(layer, PackedLinear) and layer.values.dtype == torch.bfloat16 for layer in layers)
     assert packed.dtype == dense.dtype and not packed.training
@@ -67,23 +65,23 @@ def test_the_packed_model_is_the_dense_one(sparse_folder, tmp_path, family, dtyp
 
 def test_layers_that_are_not_sparse_stay_dense(sparse_folder):
     folder = sparse_folder()
-    model = load_model(str(folder), ON_CPU)
+    model = load_model(folder, ON_CPU)
     model.model.layers[1].mlp.up_proj.weight.data.fill_(1.0)
     model.to(torch.bfloat16).save_pretrained(folder)
-    packed = load_model(str(folder), ON_CPU, pack=True)
+    packed = load_model(folder, ON_CPU, pack=True)
     assert type(packed.model.layers[1].mlp.up_proj) is nn.Linear
     assert type(packed.model.layers[0].mlp.up_proj) is PackedLinear
 
 
 def test_values_that_bf16_cannot_hold_keep_their_dtype(sparse_folder):
     folder = sparse_folder()
-    model = load_model(str(folder), ON_CPU, dtype=torch.float32)
+    model = load_model(folder, ON_CPU, dtype=torch.float32)
     layer = model.model.layers[0].mlp.up_proj
     layer.weight.data *= 1 + 2**-20
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    packed = load_model(str(folder), ON_CPU, dtype=torch.float32, pack=True)
+    packed = load_model(folder, ON_CPU, dtype=torch.float32, pack=True)
     assert packed.model.layers[0].mlp.up_proj.values.dtype == torch.float32
     assert packed.model.layers[0].mlp.up_proj.weight.equal(layer.weight)
 
@@ -94,7 +92,7 @@ def test_a_config_of_another_model_is_named(sparse_folder, pack_it):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
     with pytest.raises(SppError, match=r"\(96, 32\).*\(50, 32\)"):
-        load_model(str(folder), ON_CPU, pack=pack_it)
+        load_model(folder, ON_CPU, pack=pack_it)
 
 
 def test_packing_on_request_only_or_where_it_is_fast(sparse_folder, tiny_model, tmp_path):
@@ -102,24 +100,25 @@ def test_packing_on_request_only_or_where_it_is_fast(sparse_folder, tiny_model, 
     cpu = torch.device("cpu")
 
     def packed(**choice):
-        model = load_base(str(folder), ON_CPU, dtype="auto", on=cpu, **choice)
+        model = load_base(folder, ON_CPU, dtype="auto", on=cpu, **choice)
         return any(isinstance(module, PackedLinear) for module in model.modules())
 
     assert packed(pack=True) and not packed(pack=False)
     assert packed(pack=None) == (spp.ops.native.instructions() is not None)
     tiny_model("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(UsageError, match="Prune it first"):
-        load_base(str(tmp_path / "dense"), ON_CPU, dtype="auto", on=cpu, pack=True)
+        load_base(tmp_path / "dense", ON_CPU, dtype="auto", on=cpu, pack=True)
 
 
 MEASURE = """
 import sys, torch
+from pathlib import Path
 from spp.models.loading import load_model
 from spp.runtime.memory import peak_rss_bytes
 from spp.options import LoadingOptions
 import transformers.models.llama.modeling_llama, spp.models.packed_loading
 before = peak_rss_bytes()
-model = load_model(sys.argv[1], LoadingOptions(device="cpu", dtype="bfloat16"), pack=sys.argv[2] == "packed")
+model = load_model(Path(sys.argv[1]), LoadingOptions(device="cpu", dtype="bfloat16"), pack=sys.argv[2] == "packed")
 with torch.no_grad():
     model(torch.zeros(1, 3, dtype=torch.int64))  # touches what was only mapped
 print(peak_rss_bytes() - before)

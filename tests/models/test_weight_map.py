@@ -55,7 +55,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 def filled(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, dict[str, Part]]:
     """A skeleton with the weights of its files, put in place through the map."""
-    model, checkpoint = skeleton(str(folder), CPU, dtype), Checkpoint.open(folder)
+    model, checkpoint = skeleton(folder, CPU, dtype), Checkpoint.open(folder)
     assert all(parameter.is_meta for parameter in model.parameters())
     parts = weight_map(model, checkpoint)
     require_filled(parts, (name for name, _ in model.named_parameters()), checkpoint)
@@ -91,7 +91,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 def test_a_skeleton_with_its_weights_is_the_loaded_model(saved: Saved, family: str, dtype: torch.dtype) -> None:
     folder = saved(family, dtype)
     model, parts = filled(folder, dtype)
-    loaded = load_model(str(folder), CPU, dtype=dtype)
+    loaded = load_model(folder, CPU, dtype=dtype)
     loaded.set_experts_implementation("eager")
     assert set(parts) == set(Checkpoint.open(folder).names)
     for here, there in (
@@ -173,7 +173,7 @@ def test_shards(saved: Saved, family: str) -> None:
 
 
 def _eager(folder: Path) -> PreTrainedModel:
-    model = load_model(str(folder), CPU)
+    model = load_model(folder, CPU)
     model.set_experts_implementation("eager")
     return model
 
@@ -189,7 +189,7 @@ def test_a_packed_archive_reads_as_the_dense_model(saved: Saved, tmp_path: Path)
 
 
 def test_the_files_of_a_bare_base_model(saved: Saved, tmp_path: Path) -> None:
-    whole = load_model(str(saved("gpt2")), CPU)
+    whole = load_model(saved("gpt2"), CPU)
     whole.base_model.save_pretrained(tmp_path)
     assert "h.0.attn.c_attn.weight" in Checkpoint.open(tmp_path).names
     assert logits(filled(tmp_path)[0]).equal(logits(whole))
@@ -222,7 +222,7 @@ def test_tied_embeddings_are_found_under_either_name(tmp_path: Path, stored: str
 
 def edited(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> tuple[PreTrainedModel, Checkpoint]:
     """A skeleton, and its checkpoint with other tensors."""
-    model = skeleton(str(folder), CPU, torch.float32)
+    model = skeleton(folder, CPU, torch.float32)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file({name: one.contiguous() for name, one in tensors.items()}, folder / "model.safetensors")
@@ -371,7 +371,7 @@ def test_what_is_no_view_is_left_out_elsewhere(saved: Saved, monkeypatch: pytest
 
 def test_a_skeleton_in_the_dtype_of_its_files(saved: Saved) -> None:
     folder = saved("llama", torch.bfloat16)
-    model = skeleton(str(folder), CPU, "auto")
+    model = skeleton(folder, CPU, "auto")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.name_or_path == str(folder)
 
@@ -380,7 +380,7 @@ def test_a_skeleton_of_what_is_no_causal_lm(tmp_path: Path) -> None:
     small = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
     T5ForConditionalGeneration(T5Config(**small)).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="of type 't5', which is no causal language model"):
-        skeleton(str(tmp_path), CPU, torch.float32)
+        skeleton(tmp_path, CPU, torch.float32)
 
 
 def test_a_skeleton_of_a_damaged_configuration(saved: Saved) -> None:
@@ -388,7 +388,7 @@ def test_a_skeleton_of_a_damaged_configuration(saved: Saved) -> None:
     config = read_json(folder / "config.json")
     write_json(folder / "config.json", {**config, "hidden_act": "nonsense"})
     with pytest.raises(SppError, match="cannot be built: .*nonsense"):
-        skeleton(str(folder), CPU, torch.float32)
+        skeleton(folder, CPU, torch.float32)
     write_json(folder / "config.json", {**config, "num_attention_heads": "many"})
     with pytest.raises(UsageError, match="no usable config.json"):
-        skeleton(str(folder), CPU, torch.float32)
+        skeleton(folder, CPU, torch.float32)

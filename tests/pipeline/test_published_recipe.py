@@ -140,7 +140,7 @@ def test_the_first_losses_are_those_of_the_published_algorithm(
     with monkeypatch.context() as patch:
         patch.setattr(trainer.SppTrainer, "compute_loss", recorded)
         report = train(options)
-    examples, _ = training_examples(options, 64, 96)
+    examples, _ = training_examples(options, Path(options.model), 64, 96)
     same_dropout()
     losses, layers = published(load(), first, [[examples[number] for number in numbers] for numbers in steps])
     assert len(losses) == STEPS

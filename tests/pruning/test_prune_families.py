@@ -41,7 +41,7 @@ def pruned(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, stories: Pat
 
 
 def loaded(folder: Path) -> PreTrainedModel:
-    return load_model(str(folder), PruneOptions.build({"model": str(folder), "out": "-", "device": "cpu"}))
+    return load_model(folder, PruneOptions.build({"model": str(folder), "out": "-", "device": "cpu"}))
 
 
 def matrices(model: PreTrainedModel, index: int) -> dict[str, Matrix]:

@@ -449,10 +449,11 @@ def test_the_tokenizer_of_another_model(options, pruned, tiny_model, tmp_path):
 
 
 def test_a_hub_id_is_kept_and_not_looked_up(options, pruned, monkeypatch, tmp_path):
-    for module in ("spp.training.train", "spp.models.loading"):
-        monkeypatch.setattr(f"{module}.resolve_model", lambda *_, **__: pruned)
+    asked = []
+    monkeypatch.setattr("spp.training.train.resolve_model", lambda model, **_: asked.append(model) or pruned)
     monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_, **__: pytest.fail("asked"))
     train(options(model="someone/llama-2of4", max_steps=3, save_steps=1))
+    assert asked == ["someone/llama-2of4"]  # once: two answers could be of two revisions
     assert read_json(tmp_path / "adapter" / "adapter_config.json")["base_model_name_or_path"] == "someone/llama-2of4"
 
 

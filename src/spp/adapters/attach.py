@@ -12,17 +12,22 @@ import spp.adapters.tuner  # noqa: F401 (makes PEFT know SPP adapters)
 from spp.adapters.factors import SETTINGS, read_settings
 from spp.checkpoints.checkpoint import MANIFEST
 from spp.checkpoints.fingerprint import base_fingerprint, warn_of_other_base
-from spp.checkpoints.hub import resolve_model
 from spp.errors import SppError, UsageError, brief
 from spp.models.pack_model import unpack_
 
 
-def check_adapter(adapter: Path, model: str) -> None:
-    """Refuse what is no adapter; warn where ours was trained on other weights than the model's."""
+def check_adapter(adapter: Path, model: str, folder: Path) -> None:
+    """Refuse what is no adapter; warn where ours was trained on other weights than the model's.
+
+    Args:
+        adapter: its folder.
+        model: what the user calls the model.
+        folder: where the model is.
+    """
     if not (adapter / SETTINGS).is_file():
         raise UsageError(f"adapter {adapter}: no {SETTINGS} there; give the folder that spp train wrote")
     if (adapter / MANIFEST).is_file():
-        warn_of_other_base(adapter, model, base_fingerprint(resolve_model(model)))
+        warn_of_other_base(adapter, model, base_fingerprint(folder))
 
 
 def with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:

@@ -178,7 +178,7 @@ def _fitting_base(source: _Source, options: ConvertOptions) -> Checkpoint | None
         return None
     base = Checkpoint.open(resolve_model(options.base))
     match_adapter(base, source.factors, options.adapter)
-    check_adapter(options.adapter, options.base)
+    check_adapter(options.adapter, options.base, base.folder)
     return base
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftModel
@@ -52,9 +53,17 @@ def evaluate(options: EvalOptions) -> EvalReport | TasksReport | Comparison:
     return comparison
 
 
-def _subjects(options: EvalOptions) -> dict[str, EvalOptions]:
+@dataclass(frozen=True)
+class _Subject:
+    """One model to score: the options for it alone, and its folder, found once."""
+
+    options: EvalOptions
+    folder: Path
+
+
+def _subjects(options: EvalOptions) -> dict[str, _Subject]:
     """What to score, by the name it was given: the options of one model each, checked for what can be checked."""
-    subjects: dict[str, EvalOptions] = {}
+    subjects: dict[str, _Subject] = {}
     problems: list[str] = []
     for name in (options.model, *options.others):
         if name in subjects:
@@ -67,7 +76,7 @@ def _subjects(options: EvalOptions) -> dict[str, EvalOptions]:
     return subjects
 
 
-def _subject(name: str, options: EvalOptions) -> EvalOptions:
+def _subject(name: str, options: EvalOptions) -> _Subject:
     model, adapter = name, options.adapter
     if adapter is None and (Path(name) / SETTINGS).is_file():
         adapter = Path(name)
@@ -75,22 +84,23 @@ def _subject(name: str, options: EvalOptions) -> EvalOptions:
         if not isinstance(model, str) or not model:
             raise UsageError(f"adapter {name} does not say which model it is for; pass the model, and --adapter {name}")
         try:
-            resolve_model(model)
+            folder = resolve_model(model, code=options.trust_remote_code)
         except UsageError as error:
             raise UsageError(
                 f"adapter {name} is for the model {model!r}: {error}; pass the model itself, and --adapter {name}"
             ) from None
-    resolve_model(model)
+    else:
+        folder = resolve_model(model, code=options.trust_remote_code)
     if adapter is not None:
-        check_adapter(adapter, model)
-    return options.model_copy(update={"model": model, "adapter": adapter, "others": ()})
+        check_adapter(adapter, model, folder)
+    return _Subject(options.model_copy(update={"model": model, "adapter": adapter, "others": ()}), folder)
 
 
-def _perplexity(options: EvalOptions) -> EvalReport:
+def _perplexity(subject: _Subject) -> EvalReport:
     """The perplexity of one model."""
     start = time.perf_counter()
-    text = read_windows(options)
-    model, dtype = _loaded(options)
+    text = read_windows(subject.options, subject.folder)
+    model, dtype = _loaded(subject)
     score = perplexity_of(model, text.windows)
     return EvalReport(
         perplexity=score.perplexity,
@@ -103,22 +113,23 @@ def _perplexity(options: EvalOptions) -> EvalReport:
         stride=text.window,
         per_document=text.per_document,
         dtype=dtype,
-        source=options.text,
+        source=subject.options.text,
         seconds=time.perf_counter() - start,
     )
 
 
-def _scores(options: EvalOptions, tasks: TaskSet) -> TasksReport:
+def _scores(subject: _Subject, tasks: TaskSet) -> TasksReport:
     """The scores of one model on tasks."""
+    options = subject.options
     if options.window is not None:
-        context_window(load_config(options.model, options), options.window)  # whether the model has so many positions
-    tokenizer = load_tokenizer(options.model, options)
-    model, dtype = _loaded(options)
+        context_window(load_config(subject.folder, options), options.window)  # whether the model has so many positions
+    tokenizer = load_tokenizer(subject.folder, options)
+    model, dtype = _loaded(subject)
     return score_tasks(model, tokenizer, tasks, options, dtype)
 
 
-def _loaded(options: EvalOptions) -> tuple[PreTrainedModel | PeftModel, str]:
+def _loaded(subject: _Subject) -> tuple[PreTrainedModel | PeftModel, str]:
     """The model with its adapter, and the dtype that it computes in."""
-    model = load_model(options.model, options)
+    model, adapter = load_model(subject.folder, subject.options), subject.options.adapter
     dtype = dtype_name(model.dtype)
-    return (model if options.adapter is None else with_adapter(model, options.adapter)), dtype
+    return (model if adapter is None else with_adapter(model, adapter)), dtype

@@ -14,10 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from spp.adapters.attach import check_adapter, with_adapter
+from spp.checkpoints.hub import resolve_model
 from spp.errors import UsageError
 from spp.evaluation.options import GenerateOptions
 from spp.models.loading import load_base, load_tokenizer
 from spp.models.packed_linear import PackedLinear
+from spp.ops.dtypes import dtype_name
 from spp.runtime.devices import pick_device
 from spp.runtime.memory import peak_memory_bytes
 
@@ -81,11 +83,12 @@ def _load(
     options: GenerateOptions, device: torch.device
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, str]:
     """The model on its device, with the adapter if there is one; its tokenizer; and the dtype of its weights."""
+    folder = resolve_model(options.model, code=options.trust_remote_code)
     if options.adapter is not None:
-        check_adapter(options.adapter, options.model)
-    tokenizer = load_tokenizer(options.model, options)
-    base = load_base(options.model, options, dtype=options.dtype, pack=options.pack, on=device)
-    dtype = str(base.dtype).removeprefix("torch.")
+        check_adapter(options.adapter, options.model, folder)
+    tokenizer = load_tokenizer(folder, options)
+    base = load_base(folder, options, dtype=options.dtype, pack=options.pack, on=device)
+    dtype = dtype_name(base.dtype)
     model = base if options.adapter is None else with_adapter(base, options.adapter)
     model.to(device)  # pyright: ignore[reportArgumentType]
     return model, tokenizer, dtype

@@ -69,14 +69,14 @@ class Windows:
     per_document: bool
 
 
-def read_windows(options: EvalOptions) -> Windows:
-    """The evaluation text of these options, tokenized and cut.
+def read_windows(options: EvalOptions, model: Path) -> Windows:
+    """The evaluation text of these options, tokenized and cut for the model in a folder.
 
     Raises:
         UsageError: a missing model or text, or too little text for one window.
     """
-    window = context_window(load_config(options.model, options), options.window)
-    tokenizer = load_tokenizer(options.model, options)
+    window = context_window(load_config(model, options), options.window)
+    tokenizer = load_tokenizer(model, options)
     records = load_records(options.text, "evaluation")[: options.limit]
     per_document = _is_by_document(options.text) if options.per_document is None else options.per_document
     windows = document_windows(records, tokenizer, window) if per_document else text_windows(records, tokenizer, window)

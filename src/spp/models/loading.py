@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spp.checkpoints.checkpoint import Checkpoint
-from spp.checkpoints.hub import resolve_model
 from spp.errors import SppError, UsageError, brief
 from spp.models.architecture import AutoClass, auto_class
 from spp.models.pack_model import pack_, unpack_
@@ -23,7 +23,7 @@ _DEFAULT_WINDOW = 2048
 
 
 def load_model(
-    model: str,
+    folder: Path,
     options: LoadingOptions,
     *,
     dtype: str | torch.dtype | None = None,
@@ -35,7 +35,7 @@ def load_model(
     Of a packed archive, or with `pack`, its sparse layers stay packed.
 
     Args:
-        model: folder or hub id with safetensors weights.
+        folder: of the model, with safetensors weights (see `resolve_model`).
         options: device, dtype, trust_remote_code.
         dtype: instead of the options' dtype; "auto" keeps the checkpoint's own.
         device: instead of the options' device.
@@ -45,11 +45,10 @@ def load_model(
         UsageError: no such model, no weights, or not a causal LM.
         SppError: damaged or incomplete weights.
     """
-    folder = resolve_model(model, code=options.trust_remote_code)
     checkpoint = Checkpoint.open(folder)  # names a truncated shard, which transformers reports without its file name
     target = pick_device(device or options.device)
-    config = load_config(model, options)
-    kind = kind_of(model, config)
+    config = load_config(folder, options)
+    kind = kind_of(folder, config)
     wanted: dict[str, Any] = {
         "dtype": dtype or compute_dtype(options.dtype, target),
         "output_loading_info": True,
@@ -65,27 +64,29 @@ def load_model(
     except SppError:
         raise
     except Exception as error:  # transformers, its back-ends and the model's own code raise anything
-        raise SppError(f"model {model!r} cannot be loaded: {brief(error)}") from error
+        raise SppError(f"model {str(folder)!r} cannot be loaded: {brief(error)}") from error
     loaded, info = loading
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         raise SppError(
-            f"model {model!r} does not fit its config.json: {len(mismatched)} weights have another shape, "
+            f"model {str(folder)!r} does not fit its config.json: {len(mismatched)} weights have another shape, "
             f"e.g. {name} with {tuple(stored)} instead of {tuple(wanted)}"
         )
     if missing := sorted(info["missing_keys"]):
-        raise SppError(f"model {model!r} lacks {len(missing)} weights, e.g. {missing[0]}; the checkpoint is incomplete")
+        raise SppError(
+            f"model {str(folder)!r} lacks {len(missing)} weights, e.g. {missing[0]}; the checkpoint is incomplete"
+        )
     return loaded.to(target).eval()
 
 
-def skeleton(model: str, options: LoadingOptions, dtype: str | torch.dtype) -> PreTrainedModel:
+def skeleton(folder: Path, options: LoadingOptions, dtype: str | torch.dtype) -> PreTrainedModel:
     """A model as `load_model` gives it, but for its parameters, which have no memory: they are on the meta device.
 
     Buffers are real and hold their values, except those that the files hold. Experts are computed one after the other,
     with `linear` (see `spp.models.architecture.prunable_matrices`).
 
     Args:
-        model: folder or hub id with safetensors weights.
+        folder: of the model, with safetensors weights (see `resolve_model`).
         options: trust_remote_code.
         dtype: what it is to compute in; "auto" is the checkpoint's own.
 
@@ -93,9 +94,9 @@ def skeleton(model: str, options: LoadingOptions, dtype: str | torch.dtype) -> P
         UsageError: no such model, no weights, or not a causal LM.
         SppError: transformers cannot build it.
     """
-    checkpoint = Checkpoint.open(resolve_model(model))
-    config = load_config(model, options)
-    kind = kind_of(model, config)
+    checkpoint = Checkpoint.open(folder)
+    config = load_config(folder, options)
+    kind = kind_of(folder, config)
     wanted: dict[str, Any] = {
         "dtype": stored_dtype(checkpoint, config) if dtype == "auto" else dtype,
         "experts_implementation": "eager",
@@ -105,7 +106,7 @@ def skeleton(model: str, options: LoadingOptions, dtype: str | torch.dtype) -> P
         with init_empty_weights(include_buffers=False):
             built = kind.from_config(config, **wanted)
     except Exception as error:  # transformers and the model's own code raise anything
-        raise SppError(f"model {model!r} cannot be built: {brief(error)}") from error
+        raise SppError(f"model {str(folder)!r} cannot be built: {brief(error)}") from error
     built.tie_weights()  # a parameter that moves to the meta device becomes another one, and loses its ties
     _compute_buffers(built)
     _keep_in_fp32(built, wanted["dtype"])
@@ -113,11 +114,11 @@ def skeleton(model: str, options: LoadingOptions, dtype: str | torch.dtype) -> P
     return built.eval()
 
 
-def kind_of(model: str, config: Any) -> AutoClass:
+def kind_of(model: str | Path, config: Any) -> AutoClass:
     """The class that loads a model; an error where it is no causal LM."""
     kind = auto_class(config)
     if kind is None:
-        raise UsageError(f"model {model!r} is of type {config.model_type!r}, which is no causal language model")
+        raise UsageError(f"model {str(model)!r} is of type {config.model_type!r}, which is no causal language model")
     return kind
 
 
@@ -140,12 +141,12 @@ def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def load_base(
-    model: str, options: LoadingOptions, *, dtype: str | torch.dtype, pack: bool | None, on: torch.device
+    folder: Path, options: LoadingOptions, *, dtype: str | torch.dtype, pack: bool | None, on: torch.device
 ) -> PreTrainedModel:
     """Load a model for work on the device `on`, into the CPU's memory, packed or not.
 
     Args:
-        model, options, dtype: as for `load_model`.
+        folder, options, dtype: as for `load_model`.
         pack: whether its sparse layers are to be packed; None packs them where that is fast.
         on: where it will be used.
 
@@ -153,7 +154,7 @@ def load_base(
         UsageError, SppError: as `load_model`; or packing was asked for, and no layer is sparse enough.
     """
     wanted = packs_well(on) if pack is None else pack
-    loaded = load_model(model, options, dtype=dtype, device="cpu", pack=wanted)
+    loaded = load_model(folder, options, dtype=dtype, device="cpu", pack=wanted)
     if pack is False:
         unpack_(loaded)  # of an archive
     elif pack:
@@ -161,35 +162,33 @@ def load_base(
     return loaded
 
 
-def load_tokenizer(model: str, options: LoadingOptions) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, options: LoadingOptions) -> PreTrainedTokenizerBase:
     """Load the tokenizer beside a model.
 
     Raises:
         UsageError: there is none, or it cannot be read.
     """
-    folder = resolve_model(model, code=options.trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # tokenizers raises bare exceptions
-        raise UsageError(f"model {model!r} has no usable tokenizer: {brief(error)}") from error
+        raise UsageError(f"model {str(folder)!r} has no usable tokenizer: {brief(error)}") from error
     # For some families transformers makes up an empty one where the files are missing.
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
-        raise UsageError(f"model {model!r} has no usable tokenizer: no vocabulary is in {folder}")
+        raise UsageError(f"model {str(folder)!r} has no usable tokenizer: no vocabulary is in {folder}")
     return tokenizer
 
 
-def load_config(model: str, options: LoadingOptions) -> Any:
+def load_config(folder: Path, options: LoadingOptions) -> Any:
     """Load a model's configuration alone.
 
     Raises:
         UsageError: there is none, or it cannot be read.
     """
-    folder = resolve_model(model, code=options.trust_remote_code)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # every family checks its values with exceptions of its own
         remedy = "; pass --trust-remote-code if you trust it" if "trust_remote_code" in str(error) else ""
-        raise UsageError(f"model {model!r} has no usable config.json: {brief(error)}{remedy}") from error
+        raise UsageError(f"model {str(folder)!r} has no usable config.json: {brief(error)}{remedy}") from error
 
 
 def context_window(config: Any, asked: int | None) -> int:

@@ -56,10 +56,10 @@ def predict_pruning(options: PruneOptions) -> PruningPrediction:
         UsageError: as `prune`, for what can be wrong with the request.
         SppError: a damaged model.
     """
-    source = Checkpoint.open(resolve_model(options.model))
+    source = Checkpoint.open(resolve_model(options.model, code=options.trust_remote_code))
     source.require_unquantized("give the model as it was before quantization")
     device = pick_device(options.device)
-    model = skeleton(options.model, options, compute_dtype(options.dtype, device))
+    model = skeleton(source.folder, options, compute_dtype(options.dtype, device))
     pruner = BlockPruner(options, matrices_to_prune(model, options)[0])
     prefix, blocks = decoder_blocks(model)
     heaviest = max(range(len(blocks)), key=lambda index: _nbytes(blocks[index].parameters()))

@@ -132,12 +132,12 @@ def prune(options: PruneOptions) -> PruneReport:
 def _prune(options: PruneOptions, device: torch.device) -> PruneReport:
     start = time.perf_counter()
     return_freed_memory()  # before calibration text leaves holes in the heap that tensors would go to
-    source = Checkpoint.open(resolve_model(options.model))
+    source = Checkpoint.open(resolve_model(options.model, code=options.trust_remote_code))
     check_output(options.out, options.overwrite, inputs=(source.folder,))
     source.require_unquantized("give the model as it was before quantization")
-    model = skeleton(options.model, options, compute_dtype(options.dtype, device))
+    model = skeleton(source.folder, options, compute_dtype(options.dtype, device))
     names, skipped = matrices_to_prune(model, options)
-    windows, calibration = _calibrate(options, model)
+    windows, calibration = _calibrate(options, source.folder, model)
     with (
         _output(options, _request(options, source, calibration)) as folder,
         FolderJournal(folder / WORK) as journal,
@@ -193,14 +193,16 @@ def _leave(_: dict[str, tuple[Part, Tensor]]) -> dict[str, Any]:
     return {}
 
 
-def _calibrate(options: PruneOptions, model: PreTrainedModel) -> tuple[Tensor | None, CalibrationFacts | None]:
+def _calibrate(
+    options: PruneOptions, folder: Path, model: PreTrainedModel
+) -> tuple[Tensor | None, CalibrationFacts | None]:
     """Token windows for the criterion and where they came from; nothing is read where it needs none."""
     if not needs_calibration(options):
         if options.calibration:
             logger.info("no calibration is needed; %s is not read", options.calibration)
         return None, None
     window = context_window(model.config, options.window)
-    tokenizer = load_tokenizer(options.model, options)
+    tokenizer = load_tokenizer(folder, options)
     calibration: Calibration = calibration_windows(
         tokenizer, options.calibration or _DEFAULT_TEXT, samples=options.samples, window=window, seed=options.seed
     )

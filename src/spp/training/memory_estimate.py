@@ -65,13 +65,13 @@ def predict_training(options: TrainOptions) -> TrainingPrediction:
         UsageError: as `train`, for what can be wrong with the request.
         SppError: a damaged model.
     """
-    checkpoint = Checkpoint.open(resolve_model(options.model))
+    checkpoint = Checkpoint.open(resolve_model(options.model, code=options.trust_remote_code))
     checkpoint.require_unquantized("give the sparse model as it was before quantization")
-    config = load_config(options.model, options)
+    config = load_config(checkpoint.folder, options)
     device = pick_device(options.device)
     sequences, _ = batching(options)
     examples, _ = training_examples(
-        options, context_window(config, options.window), config.get_text_config().vocab_size
+        options, checkpoint.folder, context_window(config, options.window), config.get_text_config().vocab_size
     )
     batch = torch.Size((sequences, max(len(one.input_ids) for one in examples)))
     skeleton = _skeleton(options, config, device)

@@ -141,13 +141,13 @@ def open_teacher(
     """
     if options.teacher is None:
         return None
-    folder = resolve_model(options.teacher)
+    folder = resolve_model(options.teacher, code=options.trust_remote_code)
     if (manifest := cache_manifest(folder)) is not None:
         _require_fit(options, manifest, examples, vocabulary)
         return CachedTeacher(folder, manifest["temperature"], examples)
     dtype = teacher_dtype(options.dtype, device)
     place = "cpu" if options.sharding == "fsdp" else None  # until it is divided
-    model = load_model(options.teacher, options, dtype=dtype, device=place).requires_grad_(False)
+    model = load_model(folder, options, dtype=dtype, device=place).requires_grad_(False)
     found = model.config.get_text_config().vocab_size
     _require_vocabulary(options.teacher, found, vocabulary)
     temperature = 1.0 if options.teacher_temperature is None else options.teacher_temperature

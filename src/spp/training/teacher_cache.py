@@ -62,16 +62,16 @@ def cache_teacher(options: CacheTeacherOptions) -> CacheTeacherReport:
         SppError: a damaged model, or predictions that are not finite.
     """
     start = time.perf_counter()
-    folder = resolve_model(options.model)
+    folder = resolve_model(options.model, code=options.trust_remote_code)
     check_output(options.out, options.overwrite, inputs=(folder,))
     Checkpoint.open(folder).require_unquantized("give the dense model as it was before quantization")
     device = pick_device(options.device)
-    model = load_model(options.model, options, dtype=teacher_dtype(options.dtype, device))
+    model = load_model(folder, options, dtype=teacher_dtype(options.dtype, device))
     vocabulary = model.config.get_text_config().vocab_size
     if options.top_k > vocabulary:
         raise UsageError(f"top-k {options.top_k} is more than the {vocabulary} tokens of the vocabulary; lower it")
     window = context_window(model.config, options.window)
-    examples, _ = training_examples(options, window, vocabulary)
+    examples, _ = training_examples(options, folder, window, vocabulary)
     with new_folder(options.out, overwrite=options.overwrite) as partial:
         kept = _write_answers(partial / CACHE_FILE, model, examples, options)
         write_json(partial / MANIFEST, _manifest(options, base_fingerprint(folder), examples, vocabulary))

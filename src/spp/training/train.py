@@ -90,10 +90,11 @@ def train(options: TrainOptions) -> TrainReport:
         UsageError: a wrong option, a missing model or file, a full output folder, modules that the model lacks.
         SppError: a damaged model, or a loss or factor that is not finite.
     """
-    base = _checked_request(options)
+    folder = resolve_model(options.model, code=options.trust_remote_code)
+    base = _checked_request(options, folder)
     device = pick_device(options.device)
-    model = _load_base(options, device)
-    data = _load_data(options, model)
+    model = _load_base(options, folder, device)
+    data = _load_data(options, folder, model)
     teacher = open_teacher(options, data.examples, _vocabulary(model), device)
     targets = target_layers(model, options.target_modules)
     share_of_zeros = sparsity(targets.values())
@@ -130,9 +131,8 @@ class _Data:
     join_documents: bool
 
 
-def _checked_request(options: TrainOptions) -> str:
+def _checked_request(options: TrainOptions, folder: Path) -> str:
     """Refuse what cannot be done before anything is loaded; the fingerprint of the base."""
-    folder = resolve_model(options.model)
     source = Checkpoint.open(folder)
     check_output(options.out, options.overwrite, inputs=(folder,))
     source.require_unquantized("give the sparse model as it was before quantization")
@@ -144,16 +144,16 @@ def _checked_request(options: TrainOptions) -> str:
     return base_fingerprint(folder)
 
 
-def _load_base(options: TrainOptions, device: torch.device) -> PreTrainedModel:
+def _load_base(options: TrainOptions, folder: Path, device: torch.device) -> PreTrainedModel:
     """The sparse model, on the CPU: the Trainer moves it to the device, and each of several processes has its own."""
     dtype = compute_dtype(options.dtype, device)
     pack = False if options.quantize != "none" else options.pack
-    return load_base(options.model, options, dtype=dtype, pack=pack, on=device)
+    return load_base(folder, options, dtype=dtype, pack=pack, on=device)
 
 
-def _load_data(options: TrainOptions, model: PreTrainedModel) -> _Data:
+def _load_data(options: TrainOptions, folder: Path, model: PreTrainedModel) -> _Data:
     window = context_window(model.config, options.window)
-    examples, joined = training_examples(options, window, _vocabulary(model))
+    examples, joined = training_examples(options, folder, window, _vocabulary(model))
     return _Data(examples, window, joined)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -22,9 +23,9 @@ ExampleSource = TrainOptions | CacheTeacherOptions
 _READ_AT_ONCE = 1000
 
 
-def training_examples(options: ExampleSource, window: int, vocabulary: int) -> tuple[list[Example], bool]:
-    """What to train on, and whether documents were joined and cut into full windows."""
-    tokenizer = load_tokenizer(options.model, options)
+def training_examples(options: ExampleSource, folder: Path, window: int, vocabulary: int) -> tuple[list[Example], bool]:
+    """What to train the model in a folder on, and whether documents were joined and cut into full windows."""
+    tokenizer = load_tokenizer(folder, options)
     whole = _whole_documents(options, tokenizer)
     joined = options.join_documents
     if joined is None:

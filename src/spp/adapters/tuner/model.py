@@ -26,6 +26,7 @@ from spp.adapters.tuner.ranks import rank_of, set_ranks
 from spp.models.architecture import shape_oi
 from spp.models.packed_linear import PackedLinear
 from spp.models.quantized import is_quantized
+from spp.ops.dtypes import dtype_name
 
 _HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 # Parts that wrappers add to module names, but that the names in a state dict do not have.
@@ -199,7 +200,7 @@ def _require_adaptable(target: nn.Module, name: str) -> None:
         )
     weight = target.get_parameter("weight")
     if not weight.is_floating_point() and not is_quantized(target):
-        dtype = str(weight.dtype).removeprefix("torch.")
+        dtype = dtype_name(weight.dtype)
         raise ValueError(
             f"{name}: the weight is quantized ({dtype}), in a way that SPP does not know; load it in bfloat16"
         )
