@@ -16,8 +16,6 @@ _SMALL_GROUP = 16
 # Rows longer than this are searched by themselves, from a sample of them.
 _LONG_ROW = 2**17
 _SAMPLE = 2**13
-
-
 # Scores looked at together: on a CPU they stay in the cache, elsewhere a few launches do for a matrix.
 _PART, _GPU_PART = 2**19, 2**26
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from spp.checkpoints.json_files import read_object
 from spp.checkpoints.model_card import CARD, model_card
 from spp.checkpoints.options import PushOptions
 from spp.errors import SppError, UsageError
-
-logger = logging.getLogger("spp")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,8 +18,6 @@ from spp.ops.zero_proof import TensorProof, compare
 from spp.ops.zeros import is_float
 from spp.patterns import Pattern
 from spp.runtime.progress import track_bytes
-
-logger = logging.getLogger("spp")
 
 
 @dataclass(frozen=True, kw_only=True)

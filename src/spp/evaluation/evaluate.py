@@ -10,7 +10,6 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-import spp.adapters.tuner  # noqa: F401 (makes PEFT know SPP adapters)
 from spp.adapters.attach import check_adapter, with_adapter
 from spp.adapters.factors import SETTINGS, read_settings
 from spp.checkpoints.hub import resolve_model

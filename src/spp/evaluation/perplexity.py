@@ -17,7 +17,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import spp.adapters.tuner  # noqa: F401 (makes PEFT know SPP adapters)
 from spp.data.records import STANDARD_LIBRARY, Record, data_suffix, load_records
 from spp.data.tokens import cut, documents, encode, render, require_known_ids
 from spp.errors import SppError, UsageError
