@@ -1,8 +1,12 @@
-"""Errors that are the user's to fix: one clear message, no traceback, a fixed exit code."""
+"""Errors that a user can fix: one clear message, no traceback, a fixed exit code."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class SppError(Exception):
@@ -18,15 +22,35 @@ class UsageError(SppError):
 
 
 def raise_problems(problems: Sequence[str], kind: type[SppError] = UsageError) -> None:
-    """Raise one `kind` that lists every problem; return where there is none."""
+    """Raise one error of class `kind` that lists every problem; do nothing if there is none."""
     if len(problems) == 1:
         raise kind(problems[0])
     if problems:
         raise kind(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
+class Problems:
+    """Collects what goes wrong in several pieces of work, so that a user sees all of it at once."""
+
+    def __init__(self) -> None:
+        self._errors: list[SppError] = []
+
+    def of(self, work: Callable[P, T], *values: P.args, **named: P.kwargs) -> T | None:
+        """What `work` returns, or None where it raises a SppError."""
+        try:
+            return work(*values, **named)
+        except SppError as error:
+            self._errors.append(error)
+            return None
+
+    def raise_any(self) -> None:
+        """Raise one error that lists all of them: a UsageError where one of them is."""
+        wrong = any(isinstance(error, UsageError) for error in self._errors)
+        raise_problems([str(error) for error in self._errors], UsageError if wrong else SppError)
+
+
 def brief(error: BaseException) -> str:
-    """What a library's error says, in one line: its first line, and the next where that one only announces it."""
+    """A library's error in one line: the first line of its message, and the second if the first ends in a colon."""
     text = repr(error) if isinstance(error, KeyError) else str(error)  # a bare key explains nothing
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

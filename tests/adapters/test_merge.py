@@ -147,7 +147,7 @@ def test_the_result_may_have_another_dtype(tmp_path, tiny_model, base_dtype, dty
     assert AutoModelForCausalLM.from_pretrained(out).dtype == wanted
 
 
-def test_the_dtype_is_said_wherever_the_configuration_says_it(tmp_path, base, adapter):
+def test_the_new_dtype_replaces_the_old_one_everywhere_in_the_configuration(tmp_path, base, adapter):
     config = read_json(base / "config.json")
     config.pop("dtype")
     write_json(base / "config.json", config | {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "n": 1}})
@@ -211,7 +211,7 @@ def test_stochastic_rounding_goes_on_to_the_same_bytes(tmp_path, tiny_model, wan
         with pytest.raises(KeyboardInterrupt):
             merge(options("other"))
     merge(options("resumed"))
-    merge(options("other", seed=4))  # starts over
+    merge(options("other", seed=4, overwrite=True))  # starts over
     merge(options("fresh", seed=4))
     whole, resumed, other, fresh = (
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed", "other", "fresh")
@@ -237,7 +237,8 @@ merge.merge(MergeOptions(model={model!r}, adapter={adapter!r}, out={out!r}))
         ("checkpoints.safetensors_file", "TensorFile", "copy", 9, 1),
         ("checkpoints.safetensors_file", "TensorFile", "copy", 9, 20_000),
         ("checkpoints.rewrite", "Rewriting", "sync", 2, 20_000),
-        ("checkpoints.atomic_folder", "shutil", "rmtree", 1, 1),  # at the very end
+        ("checkpoints.atomic_folder", "Path", "unlink", 1, 1),  # published, and not yet tidied up
+        ("checkpoints.atomic_folder", "Path", "unlink", 2, 1),
     ],
 )
 def test_a_killed_merge_goes_on_to_the_same_bytes(tmp_path, tiny_model, module, owner, function, call, at_once):
@@ -247,7 +248,7 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(tmp_path, tiny_model, module, 
     out = tmp_path / "merged"
     where = {"model": str(base), "adapter": str(adapter), "out": str(out)}
     run_killed(MERGE.format(at_once=at_once, **where), module, owner, function, call)
-    assert not out.exists()
+    assert out.exists() == (function == "unlink")
     resumed = merge(MergeOptions(model=str(base), adapter=adapter, out=out))
     assert resumed.tensors == whole.tensors
     files = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "merged").iterdir()}
@@ -273,14 +274,16 @@ def test_what_is_finished_is_not_merged_again(tmp_path, base, adapter, monkeypat
     assert len(merged) == 3 + 2  # of four, two had been finished
 
 
-def test_another_adapter_starts_over(tmp_path, base, adapter, monkeypatch):
+def test_another_adapter_starts_over_where_the_user_says_so(tmp_path, base, adapter, monkeypatch):
     other = adapter_for(tmp_path / "other", base, ["model.layers.0.mlp.down_proj"], size=0.1)
     with monkeypatch.context() as patch:
         patch.setattr(merge_stage, "_AT_ONCE", 1)
         patch.setattr(Rewriting, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
-    merge(MergeOptions(model=str(base), adapter=other, out=tmp_path / "merged"))
+    with pytest.raises(UsageError, match=r"adapter changed.*--overwrite"):
+        merge(MergeOptions(model=str(base), adapter=other, out=tmp_path / "merged"))
+    merge(MergeOptions(model=str(base), adapter=other, out=tmp_path / "merged", overwrite=True))
     merge(MergeOptions(model=str(base), adapter=other, out=tmp_path / "fresh"))
     first, second = (tmp_path / name / "model.safetensors" for name in ("merged", "fresh"))
     assert first.read_bytes() == second.read_bytes()

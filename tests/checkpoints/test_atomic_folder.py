@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from spp.checkpoints.atomic_folder import WORK, check_output, new_folder, resumable_folder
+from spp.checkpoints.atomic_folder import (
+    check_output,
+    new_folder,
+    partial_folder,
+    resumable_folder,
+    work_folder,
+)
 from spp.checkpoints.json_files import read_json, write_json
+from spp.checkpoints.request import Request
 from spp.errors import SppError, UsageError
+
+ASKED = Request({"a": 1})
 
 
 def test_new_folder_appears_whole(tmp_path):
@@ -87,7 +97,7 @@ with new_folder(Path({str(tmp_path / "out")!r}), overwrite=False):
         assert process.stdout.readline() == "claimed\n"
         for make in (
             new_folder(tmp_path / "out", overwrite=False),
-            resumable_folder(tmp_path / "out", {}, overwrite=True),
+            resumable_folder(tmp_path / "out", ASKED, overwrite=True),
         ):
             with pytest.raises(UsageError, match="another process is writing"), make:
                 pass
@@ -98,32 +108,99 @@ with new_folder(Path({str(tmp_path / "out")!r}), overwrite=False):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
 
 
+def begin(out: Path, request: Request = ASKED, error: type[BaseException] = KeyboardInterrupt) -> None:
+    """Work on a resumable folder that is stopped after its first part."""
+    with pytest.raises(error), resumable_folder(out, request, overwrite=False) as (folder, work):
+        (folder / "shard").write_text("done")
+        write_json(work / "record.json", 1)
+        raise error
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, MemoryError])
 def test_a_resumable_folder_goes_on_after_what_is_no_fault_of_the_request(tmp_path: Path, error: type) -> None:
     out = tmp_path / "out"
-    with pytest.raises(error), resumable_folder(out, {"a": 1}, overwrite=False) as folder:
-        (folder / "shard").write_text("done")
-        (folder / WORK / "record").write_text("1")
-        raise error
+    begin(out, error=error)
     assert not out.exists()
-    with resumable_folder(out, {"a": 1}, overwrite=False) as folder:
+    with resumable_folder(out, ASKED, overwrite=False) as (folder, work):
         assert (folder / "shard").read_text() == "done"
-        assert (folder / WORK / "record").read_text() == "1"
+        assert read_json(work / "record.json") == 1
     assert [path.name for path in out.iterdir()] == ["shard"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_another_request_starts_over(tmp_path: Path) -> None:
-    with pytest.raises(OSError), resumable_folder(tmp_path / "out", {"a": 1}, overwrite=False) as folder:
-        (folder / "shard").write_text("done")
-        raise OSError
-    with resumable_folder(tmp_path / "out", {"a": 2}, overwrite=False) as folder:
-        assert not (folder / "shard").exists()
-        assert not (folder / WORK / "record").exists()
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (Request({"a": 2}), "a was 1 and is 2 now"),
+        (Request({"a": 1}, {"training data": "1f"}), "training data changed"),
+        (Request({"a": 1}, {}, {"spp": "9.9"}), "spp was None and is 9.9 now"),
+    ],
+)
+def test_work_of_another_request_is_kept_until_the_user_lets_it_go(tmp_path: Path, other: Request, named: str) -> None:
+    out = tmp_path / "out"
+    begin(out)
+    with pytest.raises(UsageError, match=rf"{named}.*--overwrite"), resumable_folder(out, other, overwrite=False):
+        pass
+    with resumable_folder(out, ASKED, overwrite=False) as (folder, _):
+        assert (folder / "shard").exists()
+    begin(tmp_path / "other")
+    with resumable_folder(tmp_path / "other", other, overwrite=True) as (folder, work):
+        assert not (folder / "shard").exists() and not (work / "record.json").exists()
+
+
+def test_work_that_came_nowhere_is_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), resumable_folder(tmp_path / "out", ASKED, overwrite=False):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_request_that_cannot_succeed_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(SppError), resumable_folder(tmp_path / "out", {}, overwrite=False) as folder:
-        (folder / "shard").touch()
-        raise SppError("NaN")
+    begin(tmp_path / "out", error=SppError)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_work_whose_output_was_deleted_starts_over(tmp_path: Path) -> None:
+    """Its records speak of files that are not there any more."""
+    begin(tmp_path / "out")
+    shutil.rmtree(partial_folder(tmp_path / "out"))
+    with resumable_folder(tmp_path / "out", ASKED, overwrite=False) as (folder, work):
+        assert not (folder / "shard").exists() and not (work / "record.json").exists()
+
+
+@pytest.fixture
+def untidied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that was published just before its process was killed."""
+
+    def killed(work: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spp.checkpoints.atomic_folder._tidy", killed)
+        begin(tmp_path / "out")
+        with pytest.raises(KeyboardInterrupt), resumable_folder(tmp_path / "out", ASKED, overwrite=False):
+            pass
+    assert (tmp_path / "out").is_dir() and work_folder(tmp_path / "out").is_dir()
+    return tmp_path / "out"
+
+
+def test_a_kill_after_publishing_is_tidied_up_by_the_same_request(untidied: Path) -> None:
+    check_output(untidied, overwrite=False)
+    with resumable_folder(untidied, ASKED, overwrite=False) as (folder, work):
+        assert (folder / "shard").exists() and (work / "record.json").exists()
+    assert [path.name for path in untidied.parent.iterdir()] == ["out"]
+
+
+def test_a_kill_after_publishing_costs_no_other_request_the_result(untidied: Path) -> None:
+    with pytest.raises(UsageError, match="not empty"), resumable_folder(untidied, Request({}), overwrite=False):
+        pass
+    assert (untidied / "shard").exists()
+    assert [path.name for path in untidied.parent.iterdir()] == ["out"]
+
+
+def test_a_folder_that_took_the_place_of_a_published_one_is_not_taken_for_it(untidied: Path) -> None:
+    untidied.rename(untidied.with_name("moved"))
+    untidied.mkdir()
+    (untidied / "mine").touch()
+    with pytest.raises(UsageError, match="not empty"), resumable_folder(untidied, ASKED, overwrite=False):
+        pass
+    assert (untidied / "mine").exists()

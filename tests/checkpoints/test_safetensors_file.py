@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spp.checkpoints.safetensors_file import Layout, TensorFile, read_floats, read_layouts, read_offsets
+from spp.checkpoints.safetensors_file import Layout, TensorFile, read_floats, read_header
 
 TENSORS = {
     "odd": torch.arange(7, dtype=torch.uint8),
@@ -26,7 +26,7 @@ TENSORS = {
 @pytest.fixture
 def layouts(tmp_path: Path) -> dict[str, Layout]:
     save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, tmp_path / "source.safetensors")
-    return read_layouts(tmp_path / "source.safetensors")
+    return read_header(tmp_path / "source.safetensors").layouts
 
 
 def test_layouts_are_what_the_file_holds(layouts: dict[str, Layout]) -> None:
@@ -80,17 +80,18 @@ def test_floats_are_read_to_the_bit(tmp_path: Path, dtype: torch.dtype, shape: t
     tensor = bits.view(dtype).reshape(shape)
     path = tmp_path / "x.safetensors"
     save_file({"before": torch.ones(3), "tensor": tensor, "count": torch.tensor([7])}, path)
-    layouts, offsets = read_layouts(path), read_offsets(path)
-    found = read_floats(path, offsets["tensor"], layouts["tensor"])
+    header = read_header(path)
+    found = read_floats(path, header.offsets["tensor"], header.layouts["tensor"])
     assert found is not None and found.dtype == dtype and found.shape == shape
     assert found.reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
-    assert read_floats(path, offsets["count"], layouts["count"]) is None
+    assert read_floats(path, header.offsets["count"], header.layouts["count"]) is None
 
 
 def test_floats_that_end_too_early_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"tensor": torch.ones(8)}, path)
-    layout, offset = read_layouts(path)["tensor"], read_offsets(path)["tensor"]
+    header = read_header(path)
+    layout, offset = header.layouts["tensor"], header.offsets["tensor"]
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(OSError, match="ends 3 bytes too early"):
         read_floats(path, offset, layout)

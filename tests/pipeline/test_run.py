@@ -85,7 +85,7 @@ def test_a_run_resumes_after_its_last_finished_stage(tmp_path, tiny_checkpoint, 
         raise SppError("the machine went away")
 
     with monkeypatch.context() as patch:
-        patch.setattr("spp.pipeline.run.merge", killed)
+        patch.setattr("spp.pipeline.stages.merge", killed)
         with pytest.raises(SppError, match="went away"):
             run(asked)
     assert not (out / "results.json").exists()
@@ -101,7 +101,7 @@ def test_a_run_resumes_after_its_last_finished_stage(tmp_path, tiny_checkpoint, 
 
 def test_another_request_in_the_same_folder_is_refused(finished, tiny_checkpoint, stories):
     changed = options(tiny_checkpoint, stories, finished.out, pattern="4:8")
-    with pytest.raises(UsageError, match=r"pattern was '2:4' and is '4:8' now.*--overwrite"):
+    with pytest.raises(UsageError, match=r"pattern was 2:4 and is 4:8 now.*--overwrite"):
         run(changed)
     (finished.out / "notes.txt").write_text("mine")
     again = run(changed.model_copy(update={"overwrite": True}))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from spp.checkpoints.atomic_folder import WORK, partial_folder
+from spp.checkpoints.atomic_folder import partial_folder, work_folder
 from spp.checkpoints.checkpoint import MANIFEST, Checkpoint
 from spp.checkpoints.json_files import read_json
 from spp.errors import SppError, UsageError
@@ -57,7 +57,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def finished(out: Path) -> int:
     """Blocks that an unfinished run has finished."""
-    record = partial_folder(out) / WORK / "record.json"
+    record = work_folder(out) / "record.json"
     return len(read_json(record).get("prune", [])) if record.is_file() else 0
 
 
@@ -144,12 +144,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert contents(prune(asked).out) == contents(whole.out)
 
 
-def test_other_options_start_over(options: Callable[..., PruneOptions], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_options_start_over_where_the_user_says_so(
+    options: Callable[..., PruneOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         die_after(2, patch, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             prune(options())
-    assert contents(prune(options(seed=1)).out) == contents(prune(options("other", seed=1)).out)
+    with pytest.raises(UsageError, match="seed was 0 and is 1 now"):
+        prune(options(seed=1))
+    assert contents(prune(options(seed=1, overwrite=True)).out) == contents(prune(options("other", seed=1)).out)
 
 
 def test_one_block_is_in_memory_at_a_time(

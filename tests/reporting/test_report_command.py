@@ -7,6 +7,7 @@ import json
 import pytest
 from realistic_results import realistic
 
+from spp.checkpoints.lock import locked
 from spp.cli.entry_point import main
 
 
@@ -49,7 +50,13 @@ def test_runs_that_do_not_compare_are_named_on_the_terminal(runs, tmp_path, caps
     assert "perplexities do not compare: the runs differ in window" in capsys.readouterr().out
 
 
-def test_an_output_that_exists(runs, tmp_path, capsys):
+def test_two_processes_never_write_the_same_page(runs, tmp_path, capsys):
+    with locked(tmp_path / "page.html"):
+        assert "another process is writing" in fails(capsys, 2, runs[0], "--out", tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_an_existing_output_is_replaced_with_overwrite_only(runs, tmp_path, capsys):
     out = tmp_path / "page.html"
     out.write_text("mine")
     assert "--overwrite" in fails(capsys, 2, runs[0], "--out", out)
@@ -63,7 +70,7 @@ def test_an_output_that_exists(runs, tmp_path, capsys):
     assert "is an input" in message and (runs[0] / "results.json").read_text() == before
 
 
-def test_a_run_that_is_unfinished(tmp_path, capsys):
+def test_an_unfinished_run_is_refused_with_its_stages(tmp_path, capsys):
     stages = tmp_path / "run" / "stages"
     stages.mkdir(parents=True)
     for name in ("evaluate_dense", "prune"):
@@ -86,7 +93,7 @@ def test_a_run_that_is_unfinished(tmp_path, capsys):
         ('{"perplexity": {}, "protocol": {}, "verification": {"zeros": null, "problems": 1}}', 2, "problems"),
     ],
 )
-def test_files_that_are_no_results(tmp_path, capsys, text, code, words):
+def test_files_that_are_no_results_are_refused(tmp_path, capsys, text, code, words):
     (tmp_path / "results.json").write_text(text)
     message = fails(capsys, code, tmp_path / "results.json", "--out", tmp_path / "page.html")
     assert words in message and "results.json" in message
@@ -105,7 +112,7 @@ def test_files_that_are_no_results(tmp_path, capsys, text, code, words):
         (b"date,device,hardware\n\xff,2,3\n", 1, "not CSV"),
     ],
 )
-def test_files_that_are_no_benchmarks(runs, tmp_path, capsys, content, code, words):
+def test_files_that_are_no_benchmarks_are_refused(runs, tmp_path, capsys, content, code, words):
     file = tmp_path / "rows.csv"
     file.write_bytes(content)
     message = fails(capsys, code, runs[0], "--benchmarks", file, "--out", tmp_path / "page.html")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spp.checkpoints.atomic_folder import work_folder
 from spp.checkpoints.json_files import read_json
 from spp.errors import UsageError
 from spp.pruning.options import PruneOptions
@@ -142,13 +143,13 @@ def test_a_killed_run_of_two_resumes_to_the_bit(values: dict[str, Any], tmp_path
     assert done.returncode == 0, done.stderr[-4000:]
     again = {**values, "out": str(tmp_path / "again")}
     assert start(tmp_path / "program.py", {**again, "killed_at": 4}).returncode != 0
-    assert not (tmp_path / "again").exists() and (tmp_path / "again.checkpoints" / "checkpoint-4").is_dir()
+    assert not (tmp_path / "again").exists() and (work_folder(tmp_path / "again") / "checkpoint-4").is_dir()
     done = start(tmp_path / "program.py", again)
     assert done.returncode == 0, done.stderr[-4000:]
     assert read_json(tmp_path / "again.json") == read_json(tmp_path / "whole.json")
     ours, theirs = factors(tmp_path / "whole"), factors(tmp_path / "again")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert not (tmp_path / "again.checkpoints").exists()
+    assert not (work_folder(tmp_path / "again")).exists()
 
 
 @pytest.mark.slow
@@ -156,7 +157,7 @@ def test_one_process_goes_on_where_two_were_killed(values: dict[str, Any], tmp_p
     whole = train(TrainOptions.build({**values, "out": tmp_path / "whole"}))
     again = {**values, "out": str(tmp_path / "again")}
     assert start(tmp_path / "program.py", {**again, "killed_at": 4}).returncode != 0
-    assert (tmp_path / "again.checkpoints" / "checkpoint-4").is_dir()
+    assert (work_folder(tmp_path / "again") / "checkpoint-4").is_dir()
     resumed = train(TrainOptions.build(again))
     assert resumed.tokens == whole.tokens
     for (_, one), (_, two) in zip(whole.losses, resumed.losses, strict=True):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from spp.checkpoints.atomic_folder import work_folder
 from spp.checkpoints.json_files import read_json
 from spp.cli.entry_point import main
 from spp.errors import SppError, UsageError
@@ -174,7 +175,7 @@ def test_a_cache_that_does_not_fit(
         changes = {"data": str(tmp_path / "other.jsonl")}
     with pytest.raises(UsageError, match=message):
         train(options(teacher=str(cache()), **changes))
-    assert not (tmp_path / "adapter").exists() and not (tmp_path / "adapter.checkpoints").exists()
+    assert not (tmp_path / "adapter").exists() and not work_folder(tmp_path / "adapter").exists()
 
 
 def test_a_teacher_with_another_vocabulary(options: Make, tiny_model: MakeModel, tmp_path: Path) -> None:

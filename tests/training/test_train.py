@@ -20,6 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from spp.checkpoints.atomic_folder import work_folder
 from spp.checkpoints.json_files import read_json
 from spp.data.examples import IGNORED, Example, collate
 from spp.errors import SppError, UsageError
@@ -78,7 +79,7 @@ def test_it_learns_and_only_the_adapter_is_new(options, pruned, tmp_path):
         "spp.json",
     }
     assert not any(path.suffix in {".bin", ".pt", ".pth"} for path in report.out.iterdir())
-    assert not (tmp_path / "adapter.checkpoints").exists()
+    assert not work_folder(tmp_path / "adapter").exists()
     assert all(name.endswith((".spp_A.weight", ".spp_B.weight")) for name in factors(report.out))
     assert report.trainable_parameters == sum(tensor.numel() for tensor in factors(report.out).values())
     assert read_json(report.out / "adapter_config.json")["base_model_name_or_path"] == str(pruned)
@@ -108,7 +109,7 @@ def test_a_killed_run_resumes_to_the_bit(options, stories, monkeypatch, tmp_path
         patch.setattr(progress_callback.TrainingProgress, "on_log", interrupted_at(stop))
         with pytest.raises(KeyboardInterrupt):
             train(options("again", **settings))
-    beside = tmp_path / "again.checkpoints"
+    beside = work_folder(tmp_path / "again")
     assert not (tmp_path / "again").exists()
     assert (beside / f"checkpoint-{stop // 4 * 4}" / "complete.json").is_file()
     assert not list(beside.rglob("model*.safetensors"))  # the base is not copied
@@ -129,7 +130,7 @@ def test_a_run_killed_after_its_last_step_trains_no_further(options, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("spp.training.train.new_folder", killed)
+        patch.setattr("spp.checkpoints.atomic_folder._publish", killed)
         with pytest.raises(KeyboardInterrupt):
             train(options("again", save_steps=4))
     report = train(options("again", save_steps=4))
@@ -143,18 +144,10 @@ def test_a_damaged_checkpoint_is_passed_over(options, monkeypatch, tmp_path):
         patch.setattr(progress_callback.TrainingProgress, "on_log", interrupted_at(9))
         with pytest.raises(KeyboardInterrupt):
             train(options("again", save_steps=4))
-    optimizer = tmp_path / "again.checkpoints" / "checkpoint-8" / "optimizer.pt"
+    optimizer = work_folder(tmp_path / "again") / "checkpoint-8" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
     train(options("again", save_steps=4))
     assert same(tmp_path / "whole", tmp_path / "again")
-
-
-def test_a_folder_of_something_else_is_left_alone(options, tmp_path):
-    (tmp_path / "adapter.checkpoints").mkdir()
-    (tmp_path / "adapter.checkpoints" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="adapter.checkpoints is where checkpoints go, and it holds something else"):
-        train(options(overwrite=True))
-    assert (tmp_path / "adapter.checkpoints" / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_half_written_checkpoint_is_passed_over(options, monkeypatch, tmp_path):
@@ -178,11 +171,11 @@ def test_a_half_written_checkpoint_is_passed_over(options, monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"learning_rate": 0.01}, "learning-rate 0.3 (not 0.01)"),
-        ({"r": 8}, "r 4 (not 8)"),
-        ({"seed": 1, "init_weights": "published"}, "seed 0 (not 1), init-weights ones (not published)"),
-        ({"data": "other"}, "other examples"),
-        ({"model": "other"}, "another model"),
+        ({"learning_rate": 0.01}, "learning-rate was 0.3 and is 0.01 now"),
+        ({"r": 8}, "r was 4 and is 8 now"),
+        ({"seed": 1, "init_weights": "published"}, "init-weights was ones and is published now"),
+        ({"data": "other"}, "training data changed"),
+        ({"model": "other"}, "weights of the model changed"),
     ],
 )
 def test_checkpoints_of_another_run(options, tiny_checkpoint, monkeypatch, stories, tmp_path, change, named, caplog):
@@ -203,7 +196,7 @@ def test_checkpoints_of_another_run(options, tiny_checkpoint, monkeypatch, stori
     with pytest.raises(UsageError, match=re.escape(named)) as caught:
         train(options("again", save_steps=4, **change))
     assert "--overwrite" in str(caught.value)
-    assert (tmp_path / "again.checkpoints" / "checkpoint-4" / "complete.json").is_file()
+    assert (work_folder(tmp_path / "again") / "checkpoint-4" / "complete.json").is_file()
     with caplog.at_level(logging.INFO, "spp"):
         monkeypatch.setattr(logging.getLogger("spp"), "propagate", True)
         train(options("again", save_steps=4, overwrite=True, **change))
@@ -314,7 +307,7 @@ def test_what_is_known_of_a_step_that_went_wrong(options, monkeypatch, tmp_path)
     with pytest.raises(SppError) as caught:
         train(options(batch_size=4, device_batch_size=2, save_steps=5))
     assert "the loss is nan at step 6" in str(caught.value)
-    assert f"The last good checkpoint is {tmp_path / 'adapter.checkpoints' / 'checkpoint-5'}" in str(caught.value)
+    assert f"The last good checkpoint is {work_folder(tmp_path / 'adapter') / 'checkpoint-5'}" in str(caught.value)
     numbers = [int(number) for number in re.search(r"counted from 0: ([\d, ]+)", str(caught.value))[1].split(", ")]
     assert len(set(numbers)) == 4 and all(0 <= number < 200 for number in numbers)
 
@@ -406,7 +399,7 @@ def test_nothing_would_be_left_to_train_on(options):
 def test_a_report_to_nowhere(options, tmp_path):
     with pytest.raises(UsageError, match="report-to: nonsense cannot be used here.*available: "):
         train(options(report_to="nonsense"))
-    assert not (tmp_path / "adapter.checkpoints").exists()
+    assert not work_folder(tmp_path / "adapter").exists()
 
 
 def test_only_so_many_checkpoints_are_kept(options, monkeypatch, tmp_path):
@@ -414,7 +407,7 @@ def test_only_so_many_checkpoints_are_kept(options, monkeypatch, tmp_path):
         patch.setattr(progress_callback.TrainingProgress, "on_log", interrupted_at(11))
         with pytest.raises(KeyboardInterrupt):
             train(options(save_steps=2, keep=3))
-    assert len(list((tmp_path / "adapter.checkpoints").glob("checkpoint-*"))) == 3
+    assert len(list(work_folder(tmp_path / "adapter").glob("checkpoint-*"))) == 3
 
 
 def tokenized(model: Path, stories: Path) -> list[list[int]]:
@@ -480,7 +473,7 @@ def test_batch_sizes_that_do_not_divide(options, tmp_path):
     with pytest.raises(UsageError, match="device-batch-size 3 does not divide"):
         train(options(batch_size=8, device_batch_size=3))
     assert train(options(batch_size=12, max_steps=1)).batch_size == 12
-    assert not (tmp_path / "adapter.checkpoints").exists()
+    assert not work_folder(tmp_path / "adapter").exists()
 
 
 def test_nothing_to_learn(options, tmp_path):
@@ -544,5 +537,5 @@ def test_killed_at_random_moments_it_resumes_to_the_bit(options, tmp_path):
         if not (tmp_path / f"{number}").exists():
             subprocess.run(command(f"{number}"), check=True, capture_output=True)
         assert same(tmp_path / "whole", tmp_path / f"{number}")
-        assert not (tmp_path / f"{number}.checkpoints").exists()
+        assert not (work_folder(tmp_path / f"{number}")).exists()
     assert killed >= 5

@@ -1,4 +1,4 @@
-"""Put a saved adapter, of SPP or of any PEFT method, on a model that is loaded."""
+"""Attach a saved adapter, of SPP or any other PEFT method, to a loaded model."""
 
 from __future__ import annotations
 
@@ -10,40 +10,41 @@ from transformers import PreTrainedModel
 
 import spp.adapters.tuner  # noqa: F401 (makes PEFT know SPP adapters)
 from spp.adapters.factors import SETTINGS, read_settings
-from spp.checkpoints.checkpoint import MANIFEST
 from spp.checkpoints.fingerprint import base_fingerprint, warn_of_other_base
 from spp.errors import SppError, UsageError, brief
 from spp.models.pack_model import unpack_
 
 
 def check_adapter(adapter: Path, model: str, folder: Path) -> None:
-    """Refuse what is no adapter; warn where ours was trained on other weights than the model's.
+    """Refuse a folder without an adapter; warn if an SPP adapter was trained on other weights than the model's.
 
     Args:
-        adapter: its folder.
-        model: what the user calls the model.
-        folder: where the model is.
+        adapter: the adapter's folder.
+        model: the model as the user named it, for messages.
+        folder: the model's folder.
+
+    Raises:
+        UsageError: there is no adapter in the folder.
     """
     if not (adapter / SETTINGS).is_file():
         raise UsageError(f"adapter {adapter}: no {SETTINGS} there; give the folder that spp train wrote")
-    if (adapter / MANIFEST).is_file():
-        warn_of_other_base(adapter, model, base_fingerprint(folder))
+    warn_of_other_base(adapter, model, lambda: base_fingerprint(folder))
 
 
 def with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """Put a saved adapter on a model.
+    """Attach a saved adapter to a model.
 
     Raises:
-        SppError: it is damaged, or was made for another model.
+        SppError: the adapter is damaged, or was made for another model.
     """
     if read_settings(adapter).get("peft_type") != "SPP":
-        unpack_(model, model.dtype)  # other methods know no packed layers, nor layers of another dtype than x
+        unpack_(model, model.dtype)  # other methods support neither packed layers nor layers whose dtype is not x's
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
             adapted = PeftModel.from_pretrained(model, str(adapter))
-        # Again, because only this call tells what did not match: PEFT leaves factors that the file lacks at their
-        # init, and drops those of modules that the model lacks.
+        # Loaded again, because only this call reports mismatches: PEFT leaves factors that the file lacks at their
+        # initial values, and drops those of modules that the model lacks.
         found = adapted.load_adapter(str(adapter), "default")
     except Exception as error:  # PEFT raises whatever its parts do: KeyError, RuntimeError, SafetensorError, ...
         raise SppError(f"adapter {adapter} does not load on this model: {brief(error)}") from error

@@ -1,13 +1,14 @@
-"""Fold an SPP adapter into its base, tensor by tensor, and prove in the same pass that the zeros stayed.
+"""Merge an SPP adapter into its base, tensor by tensor, and prove in the same pass that the zeros stayed.
 
-The result is what engines expect: the base's own files with other numbers in them. No model is built; memory is three
-times the largest tensor: one that is read, one that is merged, one that is written. A failed proof leaves nothing
-behind; a run that was killed goes on where it was.
+The result has the files of the base, with new values in the merged tensors. No model is built. Memory is three times
+the largest tensor: at any time one is read, one merged and one written. If the proof fails, nothing is left behind; a
+merge that was killed resumes where it stopped.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Container, Mapping
@@ -24,13 +25,14 @@ from spp.adapters.factors import WEIGHTS, Factors
 from spp.adapters.options import MergeOptions
 from spp.adapters.spp_format import read_adapter
 from spp.adapters.stochastic_rounding import round_stochastically
-from spp.checkpoints.atomic_folder import WORK, check_output, resumable_folder
+from spp.checkpoints.atomic_folder import check_output, resumable_folder
 from spp.checkpoints.checkpoint import MANIFEST, VERIFICATION, Checkpoint
-from spp.checkpoints.fingerprint import base_fingerprint, warn_of_other_base
+from spp.checkpoints.fingerprint import WEIGHTS_OF_MODEL, file_digest, model_digests, warn_of_other_base
 from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import read_json, read_object, write_json
 from spp.checkpoints.model_card import read_licence, write_model_card
 from spp.checkpoints.prefetch import read_ahead
+from spp.checkpoints.request import Request
 from spp.checkpoints.rewrite import Rewriting, tensor_name
 from spp.checkpoints.verify import failures
 from spp.errors import SppError, raise_problems
@@ -43,7 +45,7 @@ logger = logging.getLogger("spp")
 
 _UNCHANGED_WORTH_A_WARNING = 0.5
 RECORD = "merged.json"
-_AT_ONCE = 2**28  # bytes that are written before they are saved, while the next ones are written
+_AT_ONCE = 2**28  # bytes written before they are flushed to disk, which happens while the next ones are written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +54,10 @@ class MergeReport:
 
     Attributes:
         verified: always True; a merge that fails its proof raises and writes nothing.
-        zeros: zeros of the base in what was merged or converted, every one of them +0.0 in the result.
+        zeros: zeros of the base in merged and converted tensors; every one of them is +0.0 in the result.
         tensors: proof of each merged tensor.
-        converted: proof of each other tensor that got another dtype; the rest is byte for byte the base's.
-        underflowed: survivors that rounding turned into zeros.
+        converted: proof of each tensor that only got another dtype; all others are copied byte for byte.
+        underflowed: survivors (non-zeros of the base) that rounding turned into zeros.
         unchanged_share: share of the survivors in merged tensors whose change was lost in rounding.
     """
 
@@ -70,7 +72,7 @@ class MergeReport:
 
 
 def merge(options: MergeOptions) -> MergeReport:
-    """Write `options.out`: the base with the adapter folded in, loadable without spp.
+    """Write the base with the adapter merged into it to `options.out`; the result loads without spp.
 
     Raises:
         UsageError: a folder is missing, the output is not empty, or the adapter is not an SPP adapter.
@@ -82,10 +84,9 @@ def merge(options: MergeOptions) -> MergeReport:
     base.require_unquantized("merge into the sparse model before quantization")
     factors = match_adapter(base, read_adapter(options.adapter), options.adapter)
     request = _request(base, factors, options)
-    warn_of_other_base(options.adapter, options.model, request["base"])
-
-    with resumable_folder(options.out, request, overwrite=options.overwrite) as folder:
-        proofs = _write(base, factors, options, folder)
+    warn_of_other_base(options.adapter, options.model, lambda: str(request.inputs[WEIGHTS_OF_MODEL]))
+    with resumable_folder(options.out, request, overwrite=options.overwrite) as (folder, work):
+        proofs = _write(base, factors, options, folder, work)
         problems = [problem for name, proof in proofs.items() for problem in failures(name, proof)]
         raise_problems([f"{problem}; nothing was written" for problem in problems], SppError)
         report = _report(options.out, proofs, factors, time.perf_counter() - start)
@@ -96,29 +97,27 @@ def merge(options: MergeOptions) -> MergeReport:
     return report
 
 
-def _request(base: Checkpoint, factors: Mapping[str, Factors], options: MergeOptions) -> dict[str, Any]:
-    """All that the bits of the result depend on, as JSON values."""
-    return {
-        "stage": "merge",
-        "version": __version__,
-        "base": base_fingerprint(base.folder),
-        "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in base.shards},
-        "adapter": hashlib.sha256((options.adapter / WEIGHTS).read_bytes()).hexdigest(),
-        "scales": {name: one.scale for name, one in factors.items()},
-        **options.model_dump(include={"dtype", "rounding", "seed"}),
-    }
+def _request(base: Checkpoint, factors: Mapping[str, Factors], options: MergeOptions) -> Request:
+    """All that the bits of the result depend on."""
+    adapter = {"adapter": file_digest(options.adapter / WEIGHTS), "scales of the adapter": _digest_of_scales(factors)}
+    inputs = {**model_digests(base.folder), **adapter}
+    return Request(options.of_the_result(), inputs, {"spp": __version__})
+
+
+def _digest_of_scales(factors: Mapping[str, Factors]) -> str:
+    return hashlib.sha256(json.dumps({name: one.scale for name, one in factors.items()}).encode()).hexdigest()
 
 
 def _write(
-    base: Checkpoint, factors: Mapping[str, Factors], options: MergeOptions, folder: Path
+    base: Checkpoint, factors: Mapping[str, Factors], options: MergeOptions, folder: Path, work: Path
 ) -> dict[str, TensorProof]:
-    """Write every tensor that no earlier run has; the proofs of those that are not copied.
+    """Write every tensor that no earlier run has written; return the proofs of those that are not copied.
 
-    While one tensor is worked on, the next one is read, the one before is written, and earlier ones go to the disk.
+    While one tensor is merged, the next one is read, the previous one is written, and earlier ones are flushed to disk.
     """
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     files = Rewriting(base, folder, dtype)
-    record = _Record(folder / WORK / RECORD, files)
+    record = _Record(work / RECORD, files)
     rewritten = {name for name in base.names if name in factors or files.layouts[name] != base.layouts[name]}
     sizes = {name: layout.nbytes for name, layout in base.layouts.items()}
     left = [name for name in base.names if name not in record.proofs]
@@ -150,13 +149,13 @@ def _write(
 
 
 class _Record:
-    """Which tensors are written, kept on the disk for a run that goes on after this one was killed.
+    """A record, on disk, of the tensors that are written; from it, a merge that was killed resumes.
 
-    A context manager, which waits until the disk has what was saved.
+    A context manager: on exit it waits until the last save is on disk.
 
     Args:
-        path: of the record; one that is there is gone on with.
-        files: where the tensors are written.
+        path: the record's file; if there is one, it is resumed from.
+        files: the files that the tensors are written to.
 
     Attributes:
         proofs: name of each tensor that is written -> its proof as JSON values, or None for one that is copied.
@@ -168,7 +167,7 @@ class _Record:
         self.proofs: dict[str, Any] = read_json(path) if path.is_file() else {}
 
     def save(self) -> None:
-        """Have the tensors saved that are written, and then the record as it is now, while the work goes on."""
+        """In the background, flush the written tensors to disk, then save the record as it is now."""
         self._saving.result()
         self._saving = self._saver.submit(self._save, dict(self.proofs))
 
@@ -177,7 +176,7 @@ class _Record:
         write_json(self._path, proofs)
 
     def __enter__(self) -> None:
-        """Nothing more."""
+        """No set-up."""
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._saver.shutdown()
@@ -186,7 +185,7 @@ class _Record:
 
 
 def _done() -> Future[None]:
-    """A future that is over."""
+    """A future that is done."""
     future: Future[None] = Future()
     future.set_result(None)
     return future
@@ -208,7 +207,7 @@ def _new(
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype, seed: int, name: str) -> Tensor:
-    """Round at random; what is drawn depends on the seed and the name, and not on what was drawn before a kill."""
+    """Round stochastically; the draws depend on the seed and the name alone, so a resumed merge has the same bits."""
     if weight.dtype == dtype:
         return weight
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
@@ -216,7 +215,7 @@ def _rounded(weight: Tensor, dtype: torch.dtype, seed: int, name: str) -> Tensor
 
 
 def match_adapter(base: Checkpoint, adapter: dict[str, Factors], folder: Path) -> dict[str, Factors]:
-    """Tensor name in the checkpoint -> factors.
+    """The factors by the tensor that they change: its name in the checkpoint -> factors.
 
     Raises:
         SppError: some do not fit, so that the adapter belongs to another model.

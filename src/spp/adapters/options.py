@@ -7,37 +7,37 @@ from typing import Literal
 
 from pydantic import Field
 
-from spp.options import DtypeName, Options, OutputOptions, SeedSettings
+from spp.options import NOT_OF_THE_RESULT, DtypeName, Options, OutputOptions, SeedSettings
 
 
 class AdapterSettings(Options):
     """The SPP adapter: W' = W + scale * W * (A[group] B)."""
 
-    # `r` and `init_weights` are PEFT's words: SppConfig has these settings, defaults and descriptions, too.
+    # `r` and `init_weights` are PEFT's names. SppConfig has the same settings, defaults and descriptions.
     r: int | None = Field(
         None, ge=1, description="row groups R, at most a layer's output features (default: see lora-rank)"
     )
     lora_rank: int = Field(
-        16, ge=1, description="without r: give each layer as many parameters as LoRA of this rank has"
+        16, ge=1, description="without r: give each layer at most as many parameters as LoRA of this rank has"
     )
     directions: int = Field(
         4,
         ge=1,
         le=16,
-        description="K rows of A for each row group, which every output row mixes by its K entries of B; "
+        description="K: rows of A per row group; each output row combines them with its K entries of B; "
         "1 is the published SPP",
     )
     scale: float = Field(2.0, gt=0, description="factor s of the update s * W * (A[group] B)")
     init_weights: Literal["ones", "published"] = Field(
         "ones",
-        description="ones: A = 0, and each row of B has a single 1; published: A at random within 1/sqrt(I), and B = 0",
+        description="ones: A = 0, and each row of B has a single 1; published: A uniform within 1/sqrt(I), B = 0",
     )
     mode: Literal["fused", "split"] = Field(
         "fused",
         description="fused: three GEMMs a step, on the merged weight rounded once; split: four, and updates too small "
         "to change a bfloat16 weight still count",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter branch; above 0 costs one more GEMM")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter branch; above 0: five GEMMs a step")
     target_modules: str = Field(
         "all-linear",
         description="modules to adapt: all-linear, or names separated by commas (q_proj,v_proj)",
@@ -50,25 +50,29 @@ class MergingSettings(Options):
 
     rounding: Literal["nearest", "stochastic"] = Field(
         "nearest",
-        description="how merged weights are rounded; stochastic keeps, in the mean, updates that the dtype is too "
-        "coarse for; the seed fixes its bits",
+        description="how merged weights are rounded; stochastic keeps, on average, updates that are too small for the "
+        "dtype; the seed determines its bits",
     )
 
 
 class MergeOptions(MergingSettings, SeedSettings, OutputOptions):
-    """`spp merge MODEL ADAPTER OUT`: fold an adapter into its model and prove that the zeros stayed."""
+    """`spp merge MODEL ADAPTER OUT`: merge an adapter into its model and prove that every zero stayed."""
 
     model: str = Field(
         description="the sparse model that the adapter was trained on: a folder or a hub id",
-        json_schema_extra={"metavar": "MODEL"},
+        json_schema_extra={"metavar": "MODEL"} | NOT_OF_THE_RESULT,
     )
-    adapter: Path = Field(description="folder of the SPP adapter", json_schema_extra={"metavar": "DIR"})
-    out: Path = Field(description="folder for the merged model", json_schema_extra={"metavar": "DIR"})
-    dtype: DtypeName = Field("auto", description="dtype of the result; auto leaves every tensor its own")
+    adapter: Path = Field(
+        description="folder of the SPP adapter", json_schema_extra={"metavar": "DIR"} | NOT_OF_THE_RESULT
+    )
+    out: Path = Field(
+        description="folder for the merged model", json_schema_extra={"metavar": "DIR"} | NOT_OF_THE_RESULT
+    )
+    dtype: DtypeName = Field("auto", description="dtype of the result; auto keeps each tensor's own")
 
 
 class ConvertOptions(OutputOptions):
-    """`spp convert ADAPTER OUT`: make an SPP adapter a HiRA adapter, which stock PEFT loads, or the other way round."""
+    """`spp convert ADAPTER OUT`: convert an SPP adapter to HiRA, which stock PEFT loads, or another adapter to SPP."""
 
     adapter: Path = Field(
         description="folder of an SPP adapter, a HiRA adapter, or one of the published SPP code",
@@ -76,10 +80,10 @@ class ConvertOptions(OutputOptions):
     )
     out: Path = Field(description="folder for the converted adapter", json_schema_extra={"metavar": "DIR"})
     to: Literal["spp", "hira"] | None = Field(
-        None, description="what to write (default: hira from an SPP adapter, spp from any other)"
+        None, description="layout to convert to (default: hira for an SPP adapter, spp for any other)"
     )
     base: str | None = Field(
         None,
-        description="the sparse model it belongs to, a folder or a hub id: shapes are checked, and the name noted",
+        description="the adapter's sparse model, a folder or a hub id: shapes are checked, and its name is recorded",
         json_schema_extra={"metavar": "MODEL"},
     )

@@ -11,13 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from spp.checkpoints import packed_archive
 from spp.checkpoints.conv1d import stores_transposed
 from spp.checkpoints.json_files import read_json, read_object
-from spp.checkpoints.safetensors_file import Layout, read_floats, read_layouts, read_offsets
+from spp.checkpoints.safetensors_file import Header, Layout, read_floats, read_header
 from spp.errors import SppError, UsageError
 
 MANIFEST = "spp.json"
@@ -36,11 +36,13 @@ class Checkpoint:
     Attributes:
         folder: where it is.
         files: tensor name -> the file that holds it, in the order of the files.
+        headers: file -> what it says of itself.
         packed: name -> entry of those that the file holds packed.
     """
 
     folder: Path
     files: dict[str, Path]
+    headers: dict[Path, Header] = field(default_factory=dict)
     packed: dict[str, packed_archive.PackedEntry] = field(default_factory=dict)
 
     @classmethod
@@ -52,9 +54,10 @@ class Checkpoint:
             SppError: a shard is missing, truncated, or not what the index says; or the index names files elsewhere.
         """
         if (folder / SINGLE).is_file():  # first, as in transformers: where both are there, both read the same weights
-            return cls(folder, dict.fromkeys(_header(folder / SINGLE)[0], folder / SINGLE))
+            header = read_header(folder / SINGLE)
+            return cls(folder, dict.fromkeys(header.layouts, folder / SINGLE), {folder / SINGLE: header})
         if (folder / INDEX).is_file():
-            return cls(folder, _indexed_files(folder))
+            return cls._open_sharded(folder)
         if paths := packed_archive.archive_files(folder):
             return cls._open_archive(folder, paths)
         pickles = " (there are .bin files: load and save the model with transformers to convert them)"
@@ -62,15 +65,28 @@ class Checkpoint:
         raise UsageError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
 
     @classmethod
+    def _open_sharded(cls, folder: Path) -> Checkpoint:
+        index = _index(folder / INDEX)
+        headers = {folder / shard: read_header(folder / shard) for shard in sorted(set(index.values()))}
+        _require_agreement(folder, index, headers)
+        files = {name: path for path, header in headers.items() for name in header.layouts}
+        return cls(folder, files, headers)
+
+    @classmethod
     def _open_archive(cls, folder: Path, paths: list[Path]) -> Checkpoint:
         files: dict[str, Path] = {}
         packed: dict[str, packed_archive.PackedEntry] = {}
-        for path in paths:
-            names, metadata = _header(path)
-            entries = packed_archive.entries(path, names, metadata)
-            files |= dict.fromkeys(packed_archive.plain_names(names, entries), path)
+        headers = {path: read_header(path) for path in paths}
+        for path, header in headers.items():
+            names = list(header.layouts)
+            entries = packed_archive.entries(path, names, header.metadata)
+            plain = packed_archive.plain_names(names, entries)
+            if repeated := [name for name in plain if name in files]:
+                other = files[repeated[0]].name
+                raise SppError(f"{path}: it holds {repeated[0]}, which {other} holds as well; copy the archive again")
+            files |= dict.fromkeys(plain, path)
             packed |= entries
-        return cls(folder, files, packed)
+        return cls(folder, files, headers, packed)
 
     @property
     def names(self) -> list[str]:
@@ -136,31 +152,18 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
-        if name in self.packed:
-            return self.packed[name].shape
-        with safe_open(self.files[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        return self.layouts[name].shape
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
         """Name -> dtype, shape and bytes of every tensor; for a packed one, those of the dense tensor."""
-        layouts: dict[str, Layout] = {}
-        for path, names in self.shards.items():
-            stored = read_layouts(path)
-            layouts |= {
-                name: self._packed_layout(name, stored) if name in self.packed else stored[name] for name in names
-            }
-        return layouts
+        stored = {name: layout for header in self.headers.values() for name, layout in header.layouts.items()}
+        return {name: self._packed_layout(name, stored) if name in self.packed else stored[name] for name in self.files}
 
     @cached_property
     def offsets(self) -> dict[str, int]:
         """Name -> where its bytes begin in its file, of the tensors that are not packed."""
-        return {
-            name: offset
-            for path in self.shards
-            for name, offset in read_offsets(path).items()
-            if name in self.files and name not in self.packed
-        }
+        return {name: self.headers[path].offsets[name] for name, path in self.files.items() if name not in self.packed}
 
     def _packed_layout(self, name: str, stored: dict[str, Layout]) -> Layout:
         values, shape = stored[f"{name}.{packed_archive.VALUES}"], self.packed[name].shape
@@ -174,18 +177,6 @@ class Checkpoint:
                 for name in names:
                     yield name, self._read(file, name)
 
-    def heads(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-        """Name, shape and first row of every tensor (all of it, if it has no dimension); no more than that is read."""
-        for path, names in self.shards.items():
-            with safe_open(path, framework="pt") as file:
-                for name in names:
-                    if name in self.packed:
-                        yield name, self.packed[name].shape, self._read(file, name)[:1]
-                        continue
-                    part = file.get_slice(name)
-                    shape = tuple(part.get_shape())
-                    yield name, shape, part[:1] if shape else file.get_tensor(name)
-
     def _read(self, file: Any, name: str) -> Tensor:
         if name not in self.packed:
             return file.get_tensor(name)
@@ -193,11 +184,9 @@ class Checkpoint:
         return packed_archive.dense(packed_archive.read_weight(file.get_tensor, name, entry), entry)
 
 
-def _indexed_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index; it and the shards have to agree on every name."""
-    index = _index(folder / INDEX)
-    held = {shard: _header(folder / shard)[0] for shard in sorted(set(index.values()))}
-    found = {(name, shard) for shard, names in held.items() for name in names}
+def _require_agreement(folder: Path, index: dict[str, str], headers: dict[Path, Header]) -> None:
+    """Refuse shards that the index does not fit, name by name."""
+    found = {(name, path.name) for path, header in headers.items() for name in header.layouts}
     misplaced = [
         f"{INDEX} says that {shard} holds {name}, and it does not" for name, shard in sorted(index.items() - found)
     ]
@@ -209,7 +198,6 @@ def _indexed_files(folder: Path) -> dict[str, Path]:
             f"{folder}: the shards and the index do not belong together, for {len(problems)} tensors; first of them: "
             f"{problems[0]}; copy or download the model again"
         )
-    return {name: folder / shard for shard, names in held.items() for name in names}
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -229,16 +217,3 @@ def _index(path: Path) -> dict[str, str]:
 def _is_plain_name(name: str) -> bool:
     """Whether a name from a file can only be that of a weights file in the same folder, on any system."""
     return name.endswith(".safetensors") and not any(character in name for character in "/\\:\0")
-
-
-def _header(path: Path) -> tuple[list[str], dict[str, str]]:
-    """A file's tensor names and metadata."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys()), file.metadata() or {}
-    except FileNotFoundError:
-        raise SppError(f"{path}: the index names this shard, but it is not there") from None
-    except SafetensorError as error:
-        raise SppError(
-            f"{path}: not a whole safetensors file ({error}); it is truncated or damaged: copy or download it again"
-        ) from error

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spp.checkpoints.json_files import sync
+from spp.errors import SppError
 from spp.ops.dtypes import FLOATS
 
 _ALIGNMENT = 8
@@ -43,18 +45,46 @@ def in_dtype(layout: Layout, dtype: torch.dtype) -> Layout:
     return Layout(FLOATS[dtype].safetensors, layout.shape, torch.Size(layout.shape).numel() * dtype.itemsize)
 
 
-def read_layouts(path: Path) -> dict[str, Layout]:
-    """The layouts of all tensors in a sound file, from its header."""
-    return {
-        name: Layout(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in _read_header(path)[1].items()
-    }
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself.
+
+    Attributes:
+        layouts: tensor name -> layout.
+        offsets: tensor name -> where its bytes begin in the file.
+        metadata: its free texts.
+    """
+
+    layouts: dict[str, Layout]
+    offsets: dict[str, int]
+    metadata: dict[str, str]
 
 
-def read_offsets(path: Path) -> dict[str, int]:
-    """Where each tensor of a sound file begins in it, in bytes."""
-    first, entries = _read_header(path)
-    return {name: first + entry["data_offsets"][0] for name, entry in entries.items()}
+def read_header(path: Path) -> Header:
+    """Read a file's header; that it is sound, and the file as long as it says, is checked by safetensors itself.
+
+    Raises:
+        SppError: it is not there, truncated or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except FileNotFoundError:
+        raise SppError(f"{path}: the index names this shard, but it is not there") from None
+    except SafetensorError as error:
+        raise SppError(
+            f"{path}: not a whole safetensors file ({error}); it is truncated or damaged: copy or download it again"
+        ) from error
+    with path.open("rb") as plain:
+        size = int.from_bytes(plain.read(8), "little")
+        entries = json.loads(plain.read(size))
+    entries.pop("__metadata__", None)
+    layouts, offsets = {}, {}
+    for name, entry in sorted(entries.items()):
+        start, end = entry["data_offsets"]
+        layouts[name] = Layout(entry["dtype"], tuple(entry["shape"]), end - start)
+        offsets[name] = 8 + size + start
+    return Header(layouts, offsets, metadata)
 
 
 def read_floats(path: Path, offset: int, layout: Layout) -> Tensor | None:
@@ -79,15 +109,6 @@ def read_floats(path: Path, offset: int, layout: Layout) -> Tensor | None:
                 raise OSError(f"{path} ends {len(left)} bytes too early")
             left = left[count:]
     return tensor.view(_DTYPES[layout.dtype]).view(layout.shape)
-
-
-def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the tensors' bytes begin, and the entry of each."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(size))
-    entries.pop("__metadata__", None)
-    return 8 + size, entries
 
 
 class TensorFile:

@@ -1,7 +1,7 @@
-"""Load a model with its sparse layers packed, each one as it is read, so that the dense model never is in memory.
+"""Load a model and pack each sparse layer when it is read, so that the dense model is never in memory.
 
-transformers has one place where a weight can become something else on its way from the file into the model: the
-quantizers. So packing is one here, for the length of a load; nothing of it stays in the model or its configuration.
+transformers lets a quantizer replace a weight between the file and the model. So packing is a quantizer here, for the
+duration of a load; no trace of it stays in the model or its configuration.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from spp.checkpoints.checkpoint import Checkpoint
 from spp.errors import SppError
 from spp.models.architecture import AutoClass, prunable_linears
 from spp.models.pack_model import packed_layer
+from spp.ops.dtypes import FLOATS
 from spp.ops.packed import WORTH_PACKING, zero_share
-from spp.ops.zeros import is_float
 
 _METHOD = "spp_packed"
 
@@ -31,17 +31,17 @@ _METHOD = "spp_packed"
 def load_packed(
     kind: AutoClass, checkpoint: Checkpoint, config: PreTrainedConfig, wanted: dict[str, Any], trust: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model of a checkpoint or an archive with its sparse layers packed, and transformers' account of the load.
+    """The model of a checkpoint or an archive with its sparse layers packed, and transformers' loading info.
 
     Args:
-        kind: the class that loads models of this kind.
+        kind: the class that loads the model.
         checkpoint: dense or packed.
-        config: its configuration.
+        config: the model's configuration.
         wanted: arguments for `from_pretrained`, output_loading_info among them.
-        trust: those about code that the model brings along.
+        trust: further arguments, about the model's own code.
 
     Raises:
-        SppError: a tensor has not the shape that the configuration says; a packed weight is damaged.
+        SppError: a tensor's shape differs from the configuration's, or a packed weight is damaged.
     """
     with torch.device("meta"):
         own = type(kind.from_config(config, **trust))
@@ -54,7 +54,7 @@ def load_packed(
         quantization_config=PackOnLoad(WORTH_PACKING, stored_dtype(checkpoint, config)),
         **wanted,
     )
-    # Where the model is from, which transformers notes itself when it reads a folder; PEFT looks it up.
+    # The folder of the model. transformers sets it itself when it reads a folder; PEFT uses it.
     model.name_or_path = model.config.name_or_path = str(checkpoint.folder)
     if (checkpoint.folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
@@ -65,11 +65,13 @@ def stored_dtype(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtyp
     """The dtype that a checkpoint says it has, or that of its first tensor of floats."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    return next((row.dtype for _, _, row in checkpoint.heads() if is_float(row)), torch.float32)
+    floats = {one.safetensors: dtype for dtype, one in FLOATS.items()}
+    stored = (layout.dtype for layout in checkpoint.layouts.values())
+    return next((floats[dtype] for dtype in stored if dtype in floats), torch.float32)
 
 
 class _LazyTensor:
-    """Reads its tensor when the loader gets to it, and forgets it afterwards."""
+    """A tensor that is read from the checkpoint when the loader needs it, and is not kept."""
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         self._checkpoint, self._name = checkpoint, name
@@ -79,11 +81,11 @@ class _LazyTensor:
 
 
 class PackOnLoad(QuantizationConfigMixin):
-    """What `from_pretrained` takes as `quantization_config` to pack.
+    """The `quantization_config` that makes `from_pretrained` pack.
 
     Args:
-        min_sparsity: of the layers that are packed; see `spp.models.pack_model.pack_`.
-        dtype: of the checkpoint; packed values keep it where the model computes in a wider one.
+        min_sparsity: least sparsity of a layer that is packed; see `spp.models.pack_model.pack_`.
+        dtype: the checkpoint's dtype; packed values keep it if the model computes in a wider one.
     """
 
     def __init__(self, min_sparsity: float, dtype: torch.dtype) -> None:
@@ -92,7 +94,7 @@ class PackOnLoad(QuantizationConfigMixin):
 
 
 class _Packer(HfQuantizer):
-    """Packs linear layers of the decoder blocks, and takes itself out of the model when the load is over."""
+    """Packs linear layers of the decoder blocks, and removes itself from the model after the load."""
 
     quantization_config: PackOnLoad
 
@@ -111,7 +113,7 @@ class _Packer(HfQuantizer):
     ) -> None:
         self.remove_quantization_config(model)
         del model.is_quantized
-        # transformers leaves shapes to a quantizer.
+        # transformers leaves the check of shapes to the quantizer.
         for name, parameter in model.named_parameters():
             if name in self._shapes and parameter.shape != self._shapes[name]:
                 raise SppError(
@@ -132,7 +134,7 @@ register_quantizer(_METHOD)(_Packer)
 
 
 class _Pack(ConversionOps):
-    """Put a packed layer in the place of the one whose weight has come, where it is sparse enough."""
+    """Replace the layer whose weight was read by a packed one, if it is sparse enough."""
 
     def __init__(self, config: PackOnLoad) -> None:
         self._config = config
@@ -168,6 +170,6 @@ def _with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
 
 
 def _narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values in `dtype` if that loses nothing: they were read into the dtype that the model computes in."""
+    """The values, which were read in the dtype that the model computes in, in `dtype` if that loses nothing."""
     narrow = values.detach().to(dtype)
     return narrow if narrow.to(values.dtype).equal(values) else values.detach()

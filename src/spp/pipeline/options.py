@@ -8,7 +8,7 @@ from pydantic import Field
 
 from spp.adapters.options import MergingSettings
 from spp.evaluation.options import ScoringSettings
-from spp.options import LoadingOptions, OutputOptions, SeedSettings, WindowSettings
+from spp.options import NOT_OF_THE_RESULT, LoadingOptions, OutputOptions, SeedSettings, WindowSettings
 from spp.pruning.options import PruningSettings
 from spp.training.options import TrainingSettings
 
@@ -28,18 +28,20 @@ class RunOptions(
     model: str | None = Field(
         None,
         description="dense model: a folder or a hub id (default: the bundled one)",
-        json_schema_extra={"metavar": "MODEL"},
+        json_schema_extra={"metavar": "MODEL"} | NOT_OF_THE_RESULT,
     )
     train: str = Field(
         "python-stdlib",
         description="training data: a file, a datasets id, or python-stdlib",
-        json_schema_extra={"metavar": "DATA"},
+        json_schema_extra={"metavar": "DATA"} | NOT_OF_THE_RESULT,
     )
     eval: str = Field(
         "python-stdlib",
         description="evaluation text: a file, a datasets id, or python-stdlib",
-        json_schema_extra={"metavar": "DATA"},
+        json_schema_extra={"metavar": "DATA"} | NOT_OF_THE_RESULT,
     )
     out: Path | None = Field(
-        None, description="output folder (default: runs/<date-time>)", json_schema_extra={"metavar": "DIR"}
+        None,
+        description="output folder (default: runs/<date-time>)",
+        json_schema_extra={"metavar": "DIR"} | NOT_OF_THE_RESULT,
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spp.checkpoints.json_files import read_json, write_json
+from spp.checkpoints.fingerprint import folder_digest
+from spp.checkpoints.json_files import read_json, read_object, write_json
+from spp.errors import SppError, UsageError
+from spp.pipeline.stages import Stage
 from spp.runtime.memory import peak_rss_bytes
 
 logger = logging.getLogger("spp")
@@ -22,21 +24,37 @@ class StageRecords:
         self._folder = folder
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def keep(self, name: str, stage: Callable[[], Any]) -> None:
-        """Run a stage and record its report, its seconds and the process's peak memory, unless that is done."""
-        path = self._path(name)
-        if path.is_file():
-            logger.info("%s: done before", name)
+    def keep(self, stage: Stage) -> None:
+        """Run a stage and record its report, seconds and the process's peak memory, unless a record says it is done.
+
+        Raises:
+            UsageError: it is done, and the folder that it wrote has been changed since.
+        """
+        path = self._path(stage.name)
+        if self._is_done(stage):
+            logger.info("%s: done before", stage.name)
             return
-        logger.info("%s ...", name)
+        logger.info("%s ...", stage.name)
         start = time.perf_counter()
-        report = stage()
+        report = stage.work()
         record = {
             "report": asdict(report),
             "seconds": time.perf_counter() - start,
             "peak_rss_bytes": peak_rss_bytes(),
+            "output_sha256": stage.out and folder_digest(stage.out),
         }
         write_json(path, record)
+
+    def _is_done(self, stage: Stage) -> bool:
+        try:
+            written = read_object(self._path(stage.name))["output_sha256"]
+        except (SppError, KeyError):  # there is none, or it is damaged
+            return False
+        if stage.out and not (stage.out.is_dir() and folder_digest(stage.out) == written):
+            raise UsageError(
+                f"{stage.out} is not what this run wrote there; restore it, or pass --overwrite to start the run over"
+            )
+        return True
 
     def report(self, name: str) -> dict[str, Any]:
         return read_json(self._path(name))["report"]

@@ -5,46 +5,38 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from spp.adapters.merge import merge
-from spp.adapters.options import MergeOptions
+from spp._version import __version__
 from spp.checkpoints.atomic_folder import check_output
 from spp.checkpoints.checkpoint import MANIFEST
+from spp.checkpoints.fingerprint import file_digest, model_digests
 from spp.checkpoints.hub import resolve_model
-from spp.checkpoints.json_files import read_json, write_json
+from spp.checkpoints.json_files import read_object, write_json
+from spp.checkpoints.lock import locked
 from spp.checkpoints.model_card import write_model_card
-from spp.checkpoints.options import VerifyOptions
-from spp.checkpoints.verify import verify
+from spp.checkpoints.request import Request
 from spp.errors import UsageError
-from spp.evaluation.evaluate import evaluate
-from spp.evaluation.options import EvalOptions
-from spp.options import Options
 from spp.pipeline.bundled import bundled_model
+from spp.pipeline.checks import check_run
 from spp.pipeline.options import RunOptions
 from spp.pipeline.records import StageRecords
-from spp.pruning.criteria.table import CRITERIA, method_of
-from spp.pruning.options import PruneOptions
-from spp.pruning.prune import prune
+from spp.pipeline.stages import ADAPTER, MERGED, PRUNED, Stages
+from spp.pruning.criteria.table import CRITERIA
 from spp.reporting.inputs import RECORDS, RESULTS, Run
 from spp.reporting.report import write_report
 from spp.reporting.results import Protocol, RunResults, Sparsity, Training, Verification, gap_closed
 from spp.runtime.environment import environment, versions
 from spp.training.options import TrainOptions
-from spp.training.train import train
+from spp.training.teacher import teacher_digest
 
 logger = logging.getLogger("spp")
 
 _RUN, _REPORT = "run.json", "report.html"
-_WRITTEN = ("pruned", "adapter", "adapter.checkpoints", "merged", RECORDS, _RUN, RESULTS, _REPORT)
-# Options that may differ when a run is resumed: they say where and how, not what.
-_FREE_ON_RESUME = {"overwrite", "out", "device"}
-
-StageOptions = TypeVar("StageOptions", bound=Options)
+_WRITTEN = (PRUNED, ADAPTER, MERGED, RECORDS, _RUN, RESULTS, _REPORT)
 
 
 @dataclass(frozen=True)
@@ -74,77 +66,57 @@ def run(options: RunOptions) -> RunReport:
         SppError: a stage failed; finished stages are kept.
     """
     model = options.model or str(bundled_model())
-    resolve_model(model)
-    method_of(options)  # what it refuses is known now, before hours of work
+    folder = resolve_model(model, code=options.trust_remote_code)
     out = options.out or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    _open_run(out, options)
-    logger.info("results go to %s", out)
-    records = StageRecords(out / RECORDS)
-
-    def of(kind: type[StageOptions], **values: Any) -> StageOptions:
-        shared = {name: value for name, value in options if name in kind.model_fields}
-        return kind.build({**shared, **values})
-
-    pruned, adapter, merged = (out / name for name in ("pruned", "adapter", "merged"))
-    # The folder of a stage without a record can only be what a killed run left behind, so a stage may replace it.
-    new = {"overwrite": True}
-    calibration = options.calibration or options.train
-    stages: dict[str, Callable[[], Any]] = {
-        "evaluate_dense": lambda: evaluate(of(EvalOptions, model=model, text=options.eval)),
-        "prune": lambda: prune(of(PruneOptions, model=model, out=pruned, calibration=calibration, **new)),
-        "evaluate_pruned": lambda: evaluate(of(EvalOptions, model=str(pruned), text=options.eval)),
-        "train": lambda: train(of(TrainOptions, model=str(pruned), out=adapter, data=options.train, **new)),
-        # A run's dtype is what it computes in; what it writes keeps the model's own.
-        "merge": lambda: merge(of(MergeOptions, model=str(pruned), adapter=adapter, out=merged, dtype="auto", **new)),
-        "verify": lambda: verify(
-            VerifyOptions.build(
-                {"base": str(pruned), "other": str(merged), "pattern": _pattern_of_every_matrix(options, pruned)}
-            )
-        ),
-        "evaluate_spp": lambda: evaluate(of(EvalOptions, model=str(merged), text=options.eval)),
-    }
-    for name, stage in stages.items():
-        records.keep(name, stage)
-
-    results = _results(options, records, read_json(pruned / MANIFEST))
-    write_json(out / RESULTS, results.plain())
-    figures = {"perplexity": results.perplexity, "evaluation": results.protocol.evaluation}
-    write_model_card(merged, figures)
-    write_report([Run(out.name, results)], out / _REPORT)
+    stages = Stages(options, model, out)
+    check_run(options, folder, stages.training)
+    with locked(out):
+        _open_run(out, options, _request(options, folder, stages.training))
+        logger.info("results go to %s", out)
+        records = StageRecords(out / RECORDS)
+        for stage in stages.in_order():
+            records.keep(stage)
+        results = _results(options, records, read_object(stages.pruned / MANIFEST))
+        write_json(out / RESULTS, results.plain())
+        figures = {"perplexity": results.perplexity, "evaluation": results.protocol.evaluation}
+        write_model_card(stages.merged, figures)
+        write_report([Run(out.name, results)], out / _REPORT)
     return RunReport(out, results)
 
 
-def _pattern_of_every_matrix(options: RunOptions, pruned: Path) -> str | None:
-    """What can be asked of each pruned matrix: not a ratio that is a mean over matrices, as OWL's and adopted ones."""
-    pattern = read_json(pruned / MANIFEST)["pattern"]
-    is_mean = ":" not in pattern and (options.keep_zeros or options.allocation == "owl")
-    return None if is_mean else pattern
+def _request(options: RunOptions, folder: Path, training: TrainOptions) -> Request:
+    """All that the results of the run depend on."""
+    sources = {"training data": options.train, "evaluation text": options.eval, "calibration text": options.calibration}
+    inputs = {name: source and _data_digest(source) for name, source in sources.items()}
+    inputs |= {**model_digests(folder), "teacher": teacher_digest(training)}
+    return Request(options.of_the_result(), inputs, {"spp": __version__})
 
 
-def _open_run(out: Path, options: RunOptions) -> None:
-    """Start a run in `out`, or go on with the one that is there if its options are the same."""
-    asked = options.model_dump(mode="json", exclude=_FREE_ON_RESUME)
+def _data_digest(source: str) -> str:
+    """What is in a file; of other sources, their name is all that can be known."""
+    path = Path(source).expanduser()
+    return file_digest(path) if path.is_file() else source
+
+
+def _open_run(out: Path, options: RunOptions, request: Request) -> None:
+    """Start a run in `out`, or go on with the one that is there if it is the same."""
     if options.overwrite:
         for name in _WRITTEN:
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif (out / _RUN).is_file():
-        before = read_json(out / _RUN)
-        changed = [
-            f"{name} was {before.get(name)!r} and is {value!r} now"
-            for name, value in asked.items()
-            if before.get(name) != value
-        ]
-        if changed:
+        if (before := Request.read(out / _RUN)) is None:
+            raise UsageError(f"{out / _RUN} is damaged; name another folder, or pass --overwrite to start over")
+        if changed := before.differences(request):
             raise UsageError(
-                f"{out} holds a run with other options ({'; '.join(changed)}); "
-                "repeat its options to resume it, name another folder, or pass --overwrite to start over"
+                f"{out} holds another run: {'; '.join(changed)}. "
+                "Repeat it as it was to resume it, name another folder, or pass --overwrite to start over"
             )
         return
     else:
         check_output(out, overwrite=False)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / _RUN, asked)
+    request.write(out / _RUN)
 
 
 def _results(options: RunOptions, records: StageRecords, manifest: dict[str, Any]) -> RunResults:

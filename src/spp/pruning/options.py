@@ -7,7 +7,15 @@ from typing import Literal, Self, cast, get_args
 
 from pydantic import Field, model_validator
 
-from spp.options import LoadingOptions, Options, OutputOptions, PatternOption, SeedSettings, WindowSettings
+from spp.options import (
+    NOT_OF_THE_RESULT,
+    LoadingOptions,
+    Options,
+    OutputOptions,
+    PatternOption,
+    SeedSettings,
+    WindowSettings,
+)
 from spp.patterns import NM
 
 BlockPart = Literal["block", "attention", "mlp"]
@@ -39,7 +47,9 @@ class PruningSettings(Options):
         json_schema_extra={"metavar": "PARTS"},
     )
     reconstruct_params: Literal["weights", "spp"] = Field(
-        "weights", description="what reconstruction tunes: the weights that are left, or SPP's A and B"
+        "weights",
+        description="what reconstruction tunes: the weights that are left, or A and B of a published SPP adapter "
+        "(r 16, directions 1, scale 2), whatever the one has that is trained later",
     )
     reconstruct_epochs: int = Field(8, ge=1, description="passes of reconstruction over the calibration windows")
     reconstruct_learning_rate: float | None = Field(
@@ -54,7 +64,7 @@ class PruningSettings(Options):
     calibration: str | None = Field(
         None,
         description="calibration text: a file or datasets id (default: spp run's training data, else python-stdlib)",
-        json_schema_extra={"metavar": "DATA"},
+        json_schema_extra={"metavar": "DATA"} | NOT_OF_THE_RESULT,
     )
     samples: int = Field(128, ge=1, description="calibration windows")
     min_expert_tokens: int = Field(
@@ -96,5 +106,5 @@ def _conflicts(settings: PruningSettings) -> list[str]:
 class PruneOptions(PruningSettings, WindowSettings, SeedSettings, LoadingOptions, OutputOptions):
     """`spp prune MODEL OUT`: remove weights from a dense model."""
 
-    model: str = Field(description="dense model: a folder or a hub id")
-    out: Path = Field(description="folder for the pruned model")
+    model: str = Field(description="dense model: a folder or a hub id", json_schema_extra=NOT_OF_THE_RESULT)
+    out: Path = Field(description="folder for the pruned model", json_schema_extra=NOT_OF_THE_RESULT)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,12 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spp._version import __version__
-from spp.checkpoints.atomic_folder import WORK, check_output, partial_folder, resumable_folder
+from spp.checkpoints.atomic_folder import check_output, partial_folder, resumable_folder, work_folder
 from spp.checkpoints.checkpoint import MANIFEST, Checkpoint
-from spp.checkpoints.fingerprint import base_fingerprint
+from spp.checkpoints.fingerprint import model_digests
 from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import write_json
 from spp.checkpoints.model_card import read_licence
+from spp.checkpoints.request import Request
 from spp.data.calibration import Calibration, calibration_windows
 from spp.errors import SppError, UsageError
 from spp.models.architecture import unreached_weights
@@ -49,7 +50,6 @@ logger = logging.getLogger("spp")
 _DEFAULT_TEXT = "python-stdlib"
 _WORTH_A_NOTE = 0.01
 # What may differ between a run that was killed and the one that goes on with it: where, not what.
-_FREE_ON_RESUME = {"overwrite", "out"}
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def _prune(options: PruneOptions, device: torch.device) -> PruneReport:
     names, skipped = matrices_to_prune(model, options)
     windows, calibration = _calibrate(options, source.folder, model)
     with (
-        _output(options, _request(options, source, calibration)) as folder,
-        FolderJournal(folder / WORK) as journal,
+        _output(options, lambda: _request(options, source, calibration)) as (folder, work),
+        FolderJournal(work) as journal,
     ):
         files = None  # the first of several processes writes
         if distributed.rank() == 0:
@@ -150,7 +150,7 @@ def _prune(options: PruneOptions, device: torch.device) -> PruneReport:
             if files:
                 files.copy(set(source.names) - blocks.stored_names())
             journal.finish("rest", None)
-        results = prune_blocks(blocks, options, windows, journal)
+        results = prune_blocks(blocks, options, windows, journal, seed=options.seed)
         tensors = {
             name: TensorFacts(**one) for block in journal.results("prune") for name, one in block["kept"].items()
         }
@@ -163,29 +163,24 @@ def _prune(options: PruneOptions, device: torch.device) -> PruneReport:
 
 
 @contextmanager
-def _output(options: PruneOptions, request: dict[str, Any]) -> Iterator[Path]:
-    """The folder to write to. The first of several processes makes it, and the others work in it."""
+def _output(options: PruneOptions, request: Callable[[], Request]) -> Iterator[tuple[Path, Path]]:
+    """The folders to write to and to work in. The first of several processes makes them, and the others use them."""
     if distributed.rank() == 0:
-        with resumable_folder(options.out, request, overwrite=options.overwrite) as folder:
+        with resumable_folder(options.out, request(), overwrite=options.overwrite) as folders:
             distributed.barrier()
-            yield folder
+            yield folders
             distributed.barrier()
     else:
         distributed.barrier()
-        yield partial_folder(options.out)
+        yield partial_folder(options.out), work_folder(options.out)
         distributed.barrier()
 
 
-def _request(options: PruneOptions, source: Checkpoint, calibration: CalibrationFacts | None) -> dict[str, Any]:
-    """All that the bits of the result depend on, as JSON values."""
-    return {
-        **options.model_dump(mode="json", exclude=_FREE_ON_RESUME),
-        "base": base_fingerprint(source.folder),
-        "calibration": calibration and calibration.sha256,
-        "spp": __version__,
-        "torch": torch.__version__,
-        "processes": distributed.world_size(),
-    }
+def _request(options: PruneOptions, source: Checkpoint, calibration: CalibrationFacts | None) -> Request:
+    """All that the bits of the result depend on."""
+    inputs = {**model_digests(source.folder), "calibration text": calibration and calibration.sha256}
+    versions = {"spp": __version__, "torch": torch.__version__}
+    return Request(options.of_the_result(), inputs, {**versions, "processes": distributed.world_size()})
 
 
 def _leave(_: dict[str, tuple[Part, Tensor]]) -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""The report of one run or of several: one HTML page that needs nothing but itself."""
+"""`spp report`: the report of one run or of several, as one self-contained HTML page."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -15,7 +15,8 @@ from markupsafe import Markup
 from spp._version import __version__
 from spp.checkpoints.atomic_folder import check_output_file
 from spp.checkpoints.json_files import write_text
-from spp.errors import SppError, UsageError, raise_problems
+from spp.checkpoints.lock import locked
+from spp.errors import Problems
 from spp.reporting import side_by_side
 from spp.reporting.benchmark_table import benchmark_table
 from spp.reporting.inputs import Benchmark, Run, read_benchmark, read_results, results_path, run_names
@@ -23,13 +24,10 @@ from spp.reporting.key_values import facts
 from spp.reporting.options import ReportOptions
 from spp.reporting.sections import run_sections
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReportReport:
-    """The result of `report`: the page, the names of its runs, and what keeps their perplexities from comparing."""
+    """The result of `report`: the page, the names of its runs, and why their perplexities cannot be compared."""
 
     out: Path
     runs: list[str]
@@ -40,45 +38,25 @@ def report(options: ReportOptions) -> ReportReport:
     """Write one page about the results of one run or of several.
 
     Raises:
-        UsageError: a run or a benchmark is missing, unfinished or something else, or the output exists.
-        SppError: a file cannot be read. Either lists every problem.
+        UsageError: a run or a benchmark is missing, unfinished or of another kind, or the output exists.
+        SppError: a file cannot be read. Both list every problem.
     """
-    failures = _Failures()
+    problems = Problems()
     inputs = [*map(results_path, options.runs), *options.benchmarks]
-    failures.of(check_output_file, options.out, options.overwrite, inputs)
-    names = failures.of(run_names, options.runs)
-    results = [failures.of(read_results, path) for path in options.runs]
-    benchmarks = [failures.of(read_benchmark, path) for path in options.benchmarks]
-    failures.raise_any()
+    problems.of(check_output_file, options.out, options.overwrite, inputs)
+    names = problems.of(run_names, options.runs)
+    results = [problems.of(read_results, path) for path in options.runs]
+    benchmarks = [problems.of(read_benchmark, path) for path in options.benchmarks]
+    problems.raise_any()
     runs = [Run(name, found) for name, found in zip(names or [], results, strict=True) if found is not None]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_report(runs, options.out, [benchmark for benchmark in benchmarks if benchmark])
+    with locked(options.out):
+        write_report(runs, options.out, [benchmark for benchmark in benchmarks if benchmark])
     differences = [label for label, _ in side_by_side.protocols(runs)["warnings"]]
     return ReportReport(out=options.out, runs=[run.name for run in runs], differences=differences)
 
 
-class _Failures:
-    """Collects what goes wrong, so that a user sees all of it at once."""
-
-    def __init__(self) -> None:
-        self._errors: list[SppError] = []
-
-    def of(self, work: Callable[P, T], *values: P.args, **named: P.kwargs) -> T | None:
-        """What `work` returns, or None where it fails."""
-        try:
-            return work(*values, **named)
-        except SppError as error:
-            self._errors.append(error)
-            return None
-
-    def raise_any(self) -> None:
-        """Raise one error about all of them: a wrong request where one is."""
-        wrong = any(isinstance(error, UsageError) for error in self._errors)
-        raise_problems([str(error) for error in self._errors], UsageError if wrong else SppError)
-
-
 def write_report(runs: Sequence[Run], path: Path, benchmarks: Sequence[Benchmark] = ()) -> None:
-    """Write the page, whole or not at all."""
+    """Write the page atomically: whole or not at all."""
     environment = Environment(
         loader=PackageLoader("spp.reporting"),
         autoescape=True,
@@ -92,19 +70,19 @@ def write_report(runs: Sequence[Run], path: Path, benchmarks: Sequence[Benchmark
 
 
 def _inline(environment: Environment, name: str) -> Markup:
-    """One of our own files, to stand between tags as it is."""
+    """One of our own template files, not escaped."""
     loader = environment.loader
     assert loader
     return Markup("\n" + loader.get_source(environment, name)[0])
 
 
 def _hash(text: str) -> str:
-    """What the page's policy allows an inline style or script by: nothing but these two is run."""
+    """The hash by which the page's content security policy allows an inline style or script, and no other."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _page(runs: Sequence[Run], benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
-    """Everything that the template shows, as text and charts."""
+    """The template's variables: text and charts."""
     several = len(runs) > 1
     sections = [run_sections(run, f"run-{number}-" if several else "") for number, run in enumerate(runs, 1)]
     return {

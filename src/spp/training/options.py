@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from spp.adapters.options import AdapterSettings
-from spp.options import LoadingOptions, Options, OutputOptions, SeedSettings, WindowSettings
+from spp.options import NOT_OF_THE_RESULT, LoadingOptions, Options, OutputOptions, SeedSettings, WindowSettings
 
 
 class ExampleSettings(Options):
@@ -33,7 +33,7 @@ class TeacherSettings(Options):
     teacher: str | None = Field(
         None,
         description="dense model to learn from: a folder, a hub id, or what spp cache-teacher wrote",
-        json_schema_extra={"metavar": "MODEL"},
+        json_schema_extra={"metavar": "MODEL"} | NOT_OF_THE_RESULT,
     )
     teacher_weight: float = Field(
         0.5,
@@ -86,8 +86,18 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
         "none",
         description="keep the base in 4 or 8 bits while training (bitsandbytes); merge into the model as it was before",
     )
-    save_steps: int = Field(100, ge=1, description="optimizer steps between checkpoints to resume from")
-    keep: int = Field(2, ge=1, description="checkpoints to keep during training; the best adapter is kept in addition")
+    save_steps: int = Field(
+        100,
+        ge=1,
+        description="optimizer steps between checkpoints to resume from",
+        json_schema_extra=NOT_OF_THE_RESULT,
+    )
+    keep: int = Field(
+        2,
+        ge=1,
+        description="checkpoints to keep during training; the best adapter is kept in addition",
+        json_schema_extra=NOT_OF_THE_RESULT,
+    )
     validation: int = Field(
         0, ge=0, description="hold out N examples, and take the adapter that has the lowest loss on them"
     )
@@ -102,7 +112,7 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
     report_to: str = Field(
         "none",
         description="also log to tensorboard, wandb, trackio, ... (names separated by commas)",
-        json_schema_extra={"metavar": "NAMES"},
+        json_schema_extra={"metavar": "NAMES"} | NOT_OF_THE_RESULT,
     )
 
     @model_validator(mode="after")
@@ -116,12 +126,14 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
 class TrainOptions(TrainingSettings, WindowSettings, SeedSettings, LoadingOptions, OutputOptions):
     """`spp train MODEL OUT --data FILE`: fine-tune a sparse model with SPP."""
 
-    model: str = Field(description="sparse model, whoever pruned it: a folder or a hub id")
-    out: Path = Field(description="folder for the adapter")
+    model: str = Field(
+        description="sparse model, whoever pruned it: a folder or a hub id", json_schema_extra=NOT_OF_THE_RESULT
+    )
+    out: Path = Field(description="folder for the adapter", json_schema_extra=NOT_OF_THE_RESULT)
     data: str = Field(
         "python-stdlib",
         description="training data: a file, a datasets id, or python-stdlib",
-        json_schema_extra={"metavar": "DATA"},
+        json_schema_extra={"metavar": "DATA"} | NOT_OF_THE_RESULT,
     )
 
 

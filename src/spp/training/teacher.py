@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spp.checkpoints.checkpoint import MANIFEST
+from spp.checkpoints.fingerprint import folder_digest
 from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import read_object
 from spp.data.examples import IGNORED, Example, digest
 from spp.errors import UsageError
-from spp.models.loading import load_model
+from spp.models.loading import load_config, load_model
 from spp.runtime.devices import compute_dtype
 from spp.training.distillation_loss import divergence, divergence_of_top
 from spp.training.options import TrainOptions
@@ -152,6 +153,26 @@ def open_teacher(
     _require_vocabulary(options.teacher, found, vocabulary)
     temperature = 1.0 if options.teacher_temperature is None else options.teacher_temperature
     return LiveTeacher(model, temperature, features=options.teacher_features > 0)
+
+
+def check_teacher(options: TrainOptions, vocabulary: int) -> None:
+    """Refuse a teacher that is not there, or has another vocabulary than the student, before anything is loaded.
+
+    Raises:
+        UsageError: see above.
+        SppError: its files are damaged.
+    """
+    if options.teacher is None:
+        return
+    folder = resolve_model(options.teacher, code=options.trust_remote_code)
+    manifest = cache_manifest(folder)
+    own = manifest["vocabulary"] if manifest else load_config(folder, options).get_text_config().vocab_size
+    _require_vocabulary(options.teacher, own, vocabulary)
+
+
+def teacher_digest(options: TrainOptions) -> str | None:
+    """A digest of all files of the teacher that the options name, a model's or a cache's; None without a teacher."""
+    return None if options.teacher is None else folder_digest(resolve_model(options.teacher))
 
 
 def teacher_dtype(asked: str, device: torch.device) -> torch.dtype:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,33 +15,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from spp._version import __version__
-from spp.checkpoints.atomic_folder import check_output, new_folder
+from spp.checkpoints.atomic_folder import check_output, partial_folder, resumable_folder, work_folder
 from spp.checkpoints.checkpoint import MANIFEST, Checkpoint
-from spp.checkpoints.fingerprint import base_fingerprint
+from spp.checkpoints.fingerprint import WEIGHTS_OF_MODEL, model_digests
 from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import write_json
+from spp.checkpoints.request import Request
 from spp.data.examples import Example, digest
 from spp.models.architecture import sparsity, stacked_weights
 from spp.models.loading import context_window, load_base
 from spp.models.packed_linear import PackedLinear
-from spp.models.quantized import quantize_, require_bitsandbytes
+from spp.models.quantized import quantize_
 from spp.runtime import distributed
 from spp.runtime.devices import compute_dtype, pick_device
 from spp.runtime.memory import peak_memory_bytes, return_freed_memory
+from spp.training.checks import check_settings
 from spp.training.memory_estimate import needs_checkpointing
 from spp.training.new_adapter import target_layers, with_new_adapter
 from spp.training.options import TrainingSettings, TrainOptions
-from spp.training.sharding import require_sharding
-from spp.training.teacher import open_teacher
-from spp.training.trainer_arguments import batching, reports
+from spp.training.teacher import open_teacher, teacher_digest
+from spp.training.trainer_arguments import batching
 from spp.training.training_data import hold_out, training_examples
 from spp.training.training_run import TrainingResult, TrainingRun
 
 logger = logging.getLogger("spp")
 
 _DENSE_BELOW = 0.01
-# What a run may go on with in another way; the model and the data are compared by what is in them.
-_FREE_ON_RESUME = {"out", "overwrite", "device", "model", "data", "save_steps", "keep", "report_to"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +84,16 @@ class TrainReport:
 def train(options: TrainOptions) -> TrainReport:
     """Write `options.out`: an SPP adapter for a sparse model. A killed run with the same options is resumed.
 
-    Checkpoints lie beside `out`, in `<out>.checkpoints`, until the adapter is written.
+    Checkpoints lie in a hidden folder beside `out`, `.<out>.work`, until the adapter is written.
 
     Raises:
         UsageError: a wrong option, a missing model or file, a full output folder, modules that the model lacks.
         SppError: a damaged model, or a loss or factor that is not finite.
     """
     folder = resolve_model(options.model, code=options.trust_remote_code)
-    base = _checked_request(options, folder)
+    _check(options, folder)
+    is_first = distributed.launched_rank() == 0
+    inputs = model_digests(folder) if is_first else {}
     device = pick_device(options.device)
     model = _load_base(options, folder, device)
     data = _load_data(options, folder, model)
@@ -104,22 +106,35 @@ def train(options: TrainOptions) -> TrainReport:
         targets = quantize_(model, targets, options.quantize, device)
     set_seed(options.seed)
     adapted = with_new_adapter(model, targets, options)
-    run = TrainingRun(
-        adapted,
-        *hold_out(data.examples, options),
-        teacher,
-        options,
-        folder=_beside(options.out),
-        request=_request(options, base, data.examples),
-        device=device,
-        gradient_checkpointing=checkpointing,
-    )
-    result = run.run()
-    report = _report(options, data, targets, share_of_zeros, result)
-    if result.is_first:
-        _write(options, base, adapted, result.factors, report)
-        run.remove_checkpoints()
+    request = _request(options, inputs, data.examples) if is_first else None
+    with _output(options, request) as (out, work):
+        run = TrainingRun(
+            adapted,
+            *hold_out(data.examples, options),
+            teacher,
+            options,
+            folder=work,
+            device=device,
+            gradient_checkpointing=checkpointing,
+        )
+        result = run.run()
+        report = _report(options, data, targets, share_of_zeros, result)
+        if is_first:
+            _write(out, options, inputs[WEIGHTS_OF_MODEL], adapted, result.factors, report)
     return report
+
+
+@contextmanager
+def _output(options: TrainOptions, request: Request | None) -> Iterator[tuple[Path, Path]]:
+    """The folders for the adapter and for checkpoints. The first of several processes, which has a request, makes them.
+
+    The others find them made: they wait for the first one when the Trainer joins them.
+    """
+    if request is not None:
+        with resumable_folder(options.out, request, overwrite=options.overwrite, keep_after_failure=True) as folders:
+            yield folders
+    else:
+        yield partial_folder(options.out), work_folder(options.out)
 
 
 @dataclass(frozen=True)
@@ -131,17 +146,12 @@ class _Data:
     join_documents: bool
 
 
-def _checked_request(options: TrainOptions, folder: Path) -> str:
-    """Refuse what cannot be done before anything is loaded; the fingerprint of the base."""
+def _check(options: TrainOptions, folder: Path) -> None:
+    """Refuse what cannot be done before anything is loaded."""
     source = Checkpoint.open(folder)
     check_output(options.out, options.overwrite, inputs=(folder,))
     source.require_unquantized("give the sparse model as it was before quantization")
-    batching(options)
-    require_sharding(options)
-    if options.quantize != "none":
-        require_bitsandbytes()
-    reports(options)
-    return base_fingerprint(folder)
+    check_settings(options)
 
 
 def _load_base(options: TrainOptions, folder: Path, device: torch.device) -> PreTrainedModel:
@@ -214,26 +224,22 @@ def _report(
 
 
 def _write(
-    options: TrainOptions, base: str, adapted: PeftModel, factors: dict[str, Tensor], report: TrainReport
+    out: Path, options: TrainOptions, base: str, adapted: PeftModel, factors: dict[str, Tensor], report: TrainReport
 ) -> None:
-    """Write the adapter and its manifest, all of it or nothing."""
+    """Write the adapter and its manifest."""
     # Only now: PEFT asks the hub about a hub id whenever it saves a checkpoint.
     adapted.peft_config["default"].base_model_name_or_path = options.model
-    with new_folder(options.out, overwrite=options.overwrite) as partial:
-        adapted.save_pretrained(str(partial), state_dict=factors, save_embedding_layers=False)
-        write_json(partial / MANIFEST, _manifest(options, base, report))
+    adapted.save_pretrained(str(out), state_dict=factors, save_embedding_layers=False)
+    write_json(out / MANIFEST, _manifest(options, base, report))
 
 
-def _beside(out: Path) -> Path:
-    return out.with_name(f"{out.name}.checkpoints")
-
-
-def _request(options: TrainOptions, base: str, examples: list[Example]) -> dict[str, Any]:
+def _request(options: TrainOptions, inputs: dict[str, str], examples: list[Example]) -> Request:
     """All that the adapter depends on; a checkpoint made for anything else is not resumed."""
-    what = options.model_dump(mode="json", exclude=_FREE_ON_RESUME)
+    circumstances: dict[str, Any] = {"spp": __version__}
     if options.sharding == "zero3":
-        what["processes"] = distributed.launched_world_size()  # DeepSpeed's checkpoints are of that number
-    return {**what, "base": base, "examples": digest(examples), "version": __version__}
+        circumstances["processes"] = distributed.launched_world_size()  # DeepSpeed's checkpoints are of that number
+    taught = {"training data": digest(examples), "teacher": teacher_digest(options)}
+    return Request(options.of_the_result(), {**inputs, **taught}, circumstances)
 
 
 def _manifest(options: TrainOptions, base: str, report: TrainReport) -> dict[str, Any]:

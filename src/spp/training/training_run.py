@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -68,8 +67,7 @@ class TrainingRun:
         held_out: what to evaluate on; may be empty.
         teacher: to distil from, or None.
         options: of the run.
-        folder: of its checkpoints; made if it is not there.
-        request: everything that the result depends on, as JSON values.
+        folder: of its checkpoints.
         device: to train on.
         gradient_checkpointing: whether to recompute activations in backward.
     """
@@ -83,15 +81,14 @@ class TrainingRun:
         options: TrainOptions,
         *,
         folder: Path,
-        request: dict[str, Any],
         device: torch.device,
         gradient_checkpointing: bool,
     ) -> None:
         self._adapted, self._items, self._held_out, self._teacher = adapted, items, held_out, teacher
-        self._options, self._folder, self._request, self._device = options, folder, request, device
+        self._options, self._device = options, device
         self._gradient_checkpointing = gradient_checkpointing
         self._first = whole_factors(adapted)
-        self._checkpoints: Checkpoints | None = None
+        self._folder, self._checkpoints = folder, Checkpoints(folder)
 
     def run(self) -> TrainingResult:
         """Train to the end.
@@ -115,11 +112,6 @@ class TrainingRun:
             "--gradient-checkpointing"
         )
 
-    def remove_checkpoints(self) -> None:
-        """When the adapter is safe."""
-        if self._checkpoints is not None:
-            self._checkpoints.remove()
-
     def _trainer(self, sequences: int) -> tuple[SppTrainer, TrainingProgress, Path | None]:
         """The Trainer, and the checkpoint to go on from."""
         options = self._options
@@ -135,7 +127,6 @@ class TrainingRun:
             gradient_checkpointing=self._gradient_checkpointing,
         )
         with arguments.main_process_first(local=False):  # the first process tidies up, the others find it done
-            self._checkpoints = Checkpoints(self._folder, self._request, overwrite=options.overwrite)
             latest = self._checkpoints.latest()
         watch = TrainingProgress()
         best = [self._best()] if self._held_out else []
@@ -169,7 +160,7 @@ class TrainingRun:
             ) from error
         except LossNotFinite as error:
             examples = ", ".join(map(str, trainer.examples_of_the_step))
-            good = self._checkpoints.latest() if self._checkpoints else None
+            good = self._checkpoints.latest()
             raise SppError(
                 f"{error} Its examples, counted from 0: {examples}. "
                 + (f"The last good checkpoint is {good}" if good else "There is no checkpoint before it")

@@ -1,0 +1,57 @@
+"""What can be known at the start of a run: every stage's refusals, before the first one works for hours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from spp.data.records import stream_records
+from spp.errors import Problems, UsageError
+from spp.models.loading import context_window, load_tokenizer, skeleton
+from spp.pipeline.options import RunOptions
+from spp.pruning.criteria.table import method_of
+from spp.pruning.engine import matrices_to_prune
+from spp.runtime.devices import compute_dtype, pick_device
+from spp.training.checks import check_settings
+from spp.training.new_adapter import target_layers
+from spp.training.options import TrainOptions
+from spp.training.teacher import check_teacher
+
+
+def check_run(options: RunOptions, folder: Path, training: TrainOptions) -> None:
+    """Refuse a run of which a stage would fail for what is known now; nothing is written.
+
+    Args:
+        options: of the run.
+        folder: of the dense model.
+        training: options of the run's fine-tuning.
+
+    Raises:
+        UsageError: lists every problem.
+        SppError: the model is damaged.
+    """
+    problems = Problems()
+    device = problems.of(pick_device, options.device)
+    problems.of(method_of, options)
+    problems.of(check_settings, training)
+    for source in dict.fromkeys(filter(None, (options.train, options.eval, options.calibration))):
+        problems.of(_check_data, source)
+    problems.of(load_tokenizer, folder, options)
+    model = device and problems.of(skeleton, folder, options, compute_dtype(options.dtype, device))
+    if model is not None:
+        _check_fit(options, training, model, problems)
+    problems.raise_any()
+
+
+def _check_fit(options: RunOptions, training: TrainOptions, model: PreTrainedModel, problems: Problems) -> None:
+    """What the options and the model have to agree on."""
+    problems.of(context_window, model.config, options.window)
+    problems.of(matrices_to_prune, model, options)
+    problems.of(target_layers, model, options.target_modules)
+    problems.of(check_teacher, training, model.config.get_text_config().vocab_size)
+
+
+def _check_data(source: str) -> None:
+    if next(stream_records(source), None) is None:
+        raise UsageError(f"data {source!r} is empty: there is no text in it")

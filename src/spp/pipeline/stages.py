@@ -1,0 +1,108 @@
+"""The stages of a run, in order, and what each is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from spp.adapters.merge import merge
+from spp.adapters.options import MergeOptions
+from spp.checkpoints.checkpoint import MANIFEST
+from spp.checkpoints.json_files import read_object
+from spp.checkpoints.options import VerifyOptions
+from spp.checkpoints.verify import verify
+from spp.evaluation.evaluate import evaluate
+from spp.evaluation.options import EvalOptions
+from spp.options import Options
+from spp.pipeline.options import RunOptions
+from spp.pruning.options import PruneOptions
+from spp.pruning.prune import prune
+from spp.training.options import TrainOptions
+from spp.training.train import train
+
+PRUNED, ADAPTER, MERGED = "pruned", "adapter", "merged"
+
+StageOptions = TypeVar("StageOptions", bound=Options)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: of its record.
+        work: does it, and returns its report, a dataclass.
+        out: the folder that it writes, if it writes one.
+    """
+
+    name: str
+    work: Callable[[], Any]
+    out: Path | None = None
+
+
+class Stages:
+    """The stages of a run.
+
+    Args:
+        options: of the run.
+        model: the dense model.
+        out: folder of the run.
+
+    Attributes:
+        pruned, adapter, merged: folders that stages write.
+    """
+
+    def __init__(self, options: RunOptions, model: str, out: Path) -> None:
+        self._options, self._model = options, model
+        self.pruned, self.adapter, self.merged = out / PRUNED, out / ADAPTER, out / MERGED
+
+    @cached_property
+    def training(self) -> TrainOptions:
+        """Options of the fine-tuning."""
+        return self._of(
+            TrainOptions, model=str(self.pruned), out=self.adapter, data=self._options.train, overwrite=True
+        )
+
+    def in_order(self) -> Iterator[Stage]:
+        """Each stage, made when the ones before are done."""
+        yield Stage("evaluate_dense", lambda: self._evaluate(self._model))
+        yield Stage("prune", self._prune, self.pruned)
+        yield Stage("evaluate_pruned", lambda: self._evaluate(str(self.pruned)))
+        yield Stage("train", lambda: train(self.training), self.adapter)
+        yield Stage("merge", self._merge, self.merged)
+        yield Stage("verify", self._verify)
+        yield Stage("evaluate_spp", lambda: self._evaluate(str(self.merged)))
+
+    def _of(self, kind: type[StageOptions], **values: Any) -> StageOptions:
+        """A stage's options: those of the run that it has, too, and its own."""
+        shared = {name: value for name, value in self._options if name in kind.model_fields}
+        return kind.build({**shared, **values})
+
+    # The folder of a stage without a record can only be what a killed run left behind, so a stage may replace it.
+
+    def _prune(self) -> Any:
+        calibration = self._options.calibration or self._options.train
+        return prune(
+            self._of(PruneOptions, model=self._model, out=self.pruned, calibration=calibration, overwrite=True)
+        )
+
+    def _merge(self) -> Any:
+        # A run's dtype is what it computes in; what it writes keeps the model's own.
+        values = {"model": str(self.pruned), "adapter": self.adapter, "out": self.merged}
+        return merge(self._of(MergeOptions, **values, dtype="auto", overwrite=True))
+
+    def _verify(self) -> Any:
+        values = {"base": str(self.pruned), "other": str(self.merged), "pattern": self._pattern_of_every_matrix()}
+        return verify(VerifyOptions.build(values))
+
+    def _evaluate(self, model: str) -> Any:
+        return evaluate(self._of(EvalOptions, model=model, text=self._options.eval))
+
+    def _pattern_of_every_matrix(self) -> str | None:
+        """What can be asked of each matrix: no ratio that is a mean over matrices, as OWL's and adopted ones are."""
+        pattern = read_object(self.pruned / MANIFEST)["pattern"]
+        is_mean = ":" not in pattern and (self._options.keep_zeros or self._options.allocation == "owl")
+        return None if is_mean else pattern

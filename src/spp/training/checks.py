@@ -1,0 +1,24 @@
+"""What can be refused before a model is loaded: settings that do not go together, and libraries that are not there."""
+
+from __future__ import annotations
+
+from spp.errors import Problems
+from spp.models.quantized import require_bitsandbytes
+from spp.training.options import TrainingSettings
+from spp.training.sharding import require_sharding
+from spp.training.trainer_arguments import batching, reports
+
+
+def check_settings(settings: TrainingSettings) -> None:
+    """Refuse what these processes with these libraries cannot do.
+
+    Raises:
+        UsageError: a batch that does not divide, or a library that is not installed; lists every problem.
+    """
+    problems = Problems()
+    problems.of(batching, settings)
+    problems.of(require_sharding, settings)
+    if settings.quantize != "none":
+        problems.of(require_bitsandbytes)
+    problems.of(reports, settings)
+    problems.raise_any()
