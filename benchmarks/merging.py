@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import add_run_arguments, append_rows, machine_columns, print_table
-from spp.adapters.merge import RECORD
+from spp.adapters.merge_record import FILE
 from spp.checkpoints.atomic_folder import work_folder
 from spp.checkpoints.checkpoint import VERIFICATION, Checkpoint
 from spp.checkpoints.json_files import read_json, sync
@@ -172,7 +172,7 @@ def _start(command: list[str], threads: int | None) -> subprocess.Popen[bytes]:
 
 def _kill_half_way(args: argparse.Namespace, out: Path, tensors: int) -> int:
     """Kill a merge when its record has half of the tensors or more; how many there were."""
-    process, record = _start(_command(args, out), args.threads), work_folder(out) / RECORD
+    process, record = _start(_command(args, out), args.threads), work_folder(out) / FILE
     while process.poll() is None:
         if record.is_file() and (done := len(read_json(record))) >= tensors / 2:
             process.send_signal(signal.SIGKILL)

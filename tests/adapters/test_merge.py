@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from spp.adapters import merge as merge_stage
 from spp.adapters.merge import merge
 from spp.adapters.options import MergeOptions
 from spp.adapters.spp_format import read_adapter
+from spp.checkpoints.atomic_folder import partial_folder
 from spp.checkpoints.checkpoint import MANIFEST, VERIFICATION, Checkpoint
 from spp.checkpoints.fingerprint import base_fingerprint
 from spp.checkpoints.json_files import read_json, write_json
@@ -358,8 +360,49 @@ def test_other_weights_than_the_adapter_was_trained_on_are_a_warning(tmp_path, t
     merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
     assert "other weights" not in caplog.text
     tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
-    merge(MergeOptions(model=str(tmp_path / "dense"), adapter=adapter, out=tmp_path / "wrong"))
+    dense = {"model": str(tmp_path / "dense"), "adapter": adapter, "out": tmp_path / "wrong"}
+    with pytest.raises(SppError, match=r"is dense: it has no zero.*--allow-dense"):
+        merge(MergeOptions.build(dense))
+    assert not (tmp_path / "wrong").exists() and not partial_folder(tmp_path / "wrong").exists()
+    assert merge(MergeOptions.build({**dense, "allow_dense": True})).zeros == 0
     assert "was trained on other weights (the pruned one) than" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool])
+def test_a_matrix_of_another_kind_of_number_is_not_merged(tmp_path, base, dtype):
+    name = "model.layers.0.mlp.up_proj.weight"
+    adapter = adapter_for(tmp_path / "adapter", base, [name.removesuffix(".weight")])
+    tensors = load_file(base / "model.safetensors")
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SppError, match=rf"its {name} is \w+, and only BF16, F16, F32, F64 can be merged into"):
+        merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
+    assert not list(tmp_path.glob("*merged*")) and not list(tmp_path.glob(".*merged*"))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_is_not_finite_is_not_merged_unless_asked(tmp_path, base, adapter, name, value):
+    tensors = load_file(base / "model.safetensors")
+    tensors[name].view(-1)[1] = value
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    options = {"model": str(base), "adapter": adapter, "out": tmp_path / "merged"}
+    with pytest.raises(SppError, match=rf"{name}: 1 entries of the model are NaN or infinite; pass --allow-nonfinite"):
+        merge(MergeOptions.build(options))
+    assert not list(tmp_path.glob("*merged*")) and not list(tmp_path.glob(".*merged*"))
+    assert merge(MergeOptions.build({**options, "allow_nonfinite": True})).verified
+
+
+def test_a_record_names_every_tensor_that_it_was_made_of(tmp_path, base, adapter):
+    out = merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged", dtype="float32")).out
+    record = read_json(out / VERIFICATION)
+    for side, folder in (("base", base), ("model", out)):
+        tensors = load_file(folder / "model.safetensors")
+        digests = {
+            name: hashlib.sha256(one.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+            for name, one in tensors.items()
+        }
+        assert record["sha256"][side] == digests
 
 
 def test_factors_for_one_weight_under_two_names_are_refused(tmp_path, base):

@@ -49,7 +49,7 @@ def test_the_help_shows_defaults_of_zero(capsys):
     with pytest.raises(SystemExit):
         cli.main(["generate", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "draw at this temperature (default: 0.0)" in text and "rounding (default: 0)" in text
+    assert "always takes the likeliest token (default: 0.0)" in text and "rounding (default: 0)" in text
     assert "(default: False)" not in text and "(default: None)" not in text
 
 
@@ -127,11 +127,16 @@ def test_verify_names_the_tensor_and_exits_1(tmp_path, tiny_checkpoint, capsys):
 
 
 def test_wrong_words_are_argparse_errors(capsys):
-    for words in (["fly"], ["prune"], ["verify", "a"], ["run", "--colour", "red"]):
+    for words in (["fly"], ["prune"], ["run", "--colour", "red"]):
         with pytest.raises(SystemExit) as stop:
             run(*words)
         assert stop.value.code == 2
     assert "usage: spp" in capsys.readouterr().err
+
+
+def test_one_model_is_verified_with_a_record_only(capsys):
+    assert run("verify", "a") == 2
+    assert "give two models, or one model and --record" in capsys.readouterr().err
 
 
 def test_several_wrong_values_are_reported_together(tmp_path, capsys):

@@ -1,1 +1,1 @@
-"""SPP as a PEFT method, adapter files of every format, merging and converting them."""
+"""SPP as a PEFT method; reading, merging and converting adapter files."""

@@ -1,4 +1,4 @@
-"""Convert an adapter: ours to stock PEFT's HiRA, which loads without spp, and HiRA or the published code's to ours.
+"""Convert adapters: SPP to stock PEFT's HiRA, which loads without spp; HiRA or the published code's format to SPP.
 
 The result merges to the same weights, bit for bit (see `spp.adapters.hira_format`).
 """
@@ -39,7 +39,7 @@ _LAYOUTS: dict[str, Layout] = {"SPP": "SPP", "HIRA": "HiRA", "LORA": "published"
 _TARGETS: dict[str, Layout] = {"spp": "SPP", "hira": "HiRA"}
 _SHARED = ("task_type", "base_model_name_or_path", "revision")
 _ORIGINAL = "spp_settings"
-"""Where the manifest of a HiRA adapter keeps the settings of the SPP adapter that it was."""
+"""Key in the manifest of a HiRA adapter for the settings of the SPP adapter that it was converted from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,9 @@ class ConvertReport:
     """The result of `convert`.
 
     Attributes:
-        source, target: SPP, HiRA, or published (only a source).
-        modules: how many modules it adapts.
-        rank: most rows of A that a module has.
+        source, target: the layouts: SPP, HiRA or published (never a target).
+        modules: number of adapted modules.
+        rank: the most rows that any module's A has.
     """
 
     out: Path
@@ -61,11 +61,11 @@ class ConvertReport:
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """An adapter that was read.
+    """An adapter as read from disk.
 
     Attributes:
-        manifest: our side file, empty where there is none.
-        original: the settings that it has, or had before it became HiRA; None for one that never was ours.
+        manifest: the content of spp.json; empty if there is none.
+        original: the settings of the SPP adapter, also of one that was converted to HiRA; None for all others.
     """
 
     layout: Layout
@@ -76,11 +76,11 @@ class _Source:
 
 
 def convert(options: ConvertOptions) -> ConvertReport:
-    """Write `options.out`: the adapter in another layout.
+    """Write the adapter in another layout to `options.out`.
 
     Raises:
-        UsageError: no adapter is there, it has the wanted layout already, or none of the wanted layout says the same.
-        SppError: a file is damaged or hostile, or the adapter does not fit `options.base`.
+        UsageError: there is no adapter, it is in the target layout already, or that layout cannot express it.
+        SppError: a file is damaged or asks for code to be run, or the adapter does not fit `options.base`.
     """
     check_output(options.out, options.overwrite, inputs=(options.adapter,))
     settings = read_settings(options.adapter)
@@ -121,7 +121,7 @@ def _layout(settings: Mapping[str, Any], folder: Path) -> Layout:
 
 def _target(layout: Layout, settings: Mapping[str, Any], options: ConvertOptions) -> Layout:
     target = _TARGETS[options.to] if options.to else ("HiRA" if layout == "SPP" else "SPP")
-    # Without the setting it is from before there were several directions, and loads no more until it says so.
+    # Adapters from before there were several directions lack the setting; PEFT loads them once it is added.
     if layout == target and not (layout == "SPP" and "directions" not in settings):
         raise UsageError(f"adapter {options.adapter} is in the {target} layout already; there is nothing to convert")
     return target
@@ -163,7 +163,7 @@ def _spp_settings(settings: Mapping[str, Any], path: Path) -> SppConfig:
 
 
 def _shape(config: SppConfig, module: str, A: Tensor, B: Tensor) -> tuple[int, int]:
-    """R and K that the tuner gives a module with factors of so many columns (A) and rows (B)."""
+    """R and K that the tuner gives a module of the size that these factors have."""
     return fitting_groups(len(B), rank_of(config, module, len(B), A.shape[1]), config.directions)
 
 
@@ -173,7 +173,7 @@ def _made_by(config: SppConfig, module: str, factors: Factors) -> bool:
 
 
 def _fitting_base(source: _Source, options: ConvertOptions) -> Checkpoint | None:
-    """The base, if it was named and the adapter fits it."""
+    """The base model's checkpoint, which the adapter must fit; None if no base is named."""
     if options.base is None:
         return None
     base = Checkpoint.open(resolve_model(options.base))
@@ -186,7 +186,7 @@ def _hira_config(source: _Source, base: Checkpoint | None) -> HiraConfig:
     config = HiraConfig(
         r=hira_rank(source.factors),
         hira_dropout=_dropout(source),
-        # PEFT corrects it for each layer, but warns.
+        # PEFT would correct a wrong value for each layer, but with a warning.
         fan_in_fan_out=base is not None and any(base.transposed(module) for module in source.factors),
         inference_mode=True,
         **_shared(source),
@@ -196,7 +196,7 @@ def _hira_config(source: _Source, base: Checkpoint | None) -> HiraConfig:
 
 
 def _spp_config(source: _Source) -> SppConfig:
-    """The settings that the adapter had when it was one of ours, where they still fit; else such that fit."""
+    """The settings of the original SPP adapter if they fit the factors; else settings made from the factors."""
     if source.original and all(_made_by(source.original, module, one) for module, one in source.factors.items()):
         return source.original
     groups = Counter(one.groups for one in source.factors.values())

@@ -1,4 +1,4 @@
-"""What every adapter on disk is read with: its settings, its tensors, and the factors that they stand for.
+"""Read adapters of any format from disk: their settings, their tensors, and the factors A and B.
 
 Shapes: O output features, I input features, R row groups, K directions.
 """
@@ -25,7 +25,7 @@ from spp.ops.zeros import is_float
 
 SETTINGS, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
-"""What PEFT puts before the name that a module has in the model."""
+"""The prefix that PEFT puts before the name of a module in the model."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Factors:
         return self.A.shape[0] // self.directions
 
     def stored_shape(self, transposed: bool) -> tuple[int, int]:
-        """The shape of the weight that they fit, (O, I), or (I, O) where it is stored transposed."""
+        """Shape of the weight that the factors fit: (O, I), or (I, O) if it is stored transposed."""
         out_features, in_features = self.B.shape[0], self.A.shape[1]
         return (in_features, out_features) if transposed else (out_features, in_features)
 
@@ -57,17 +57,17 @@ class Factors:
 
 
 def check_factors(factors: Mapping[str, Factors], folder: Path) -> dict[str, Factors]:
-    """The same factors, if the shapes of each pair make sense.
+    """Return `factors` if the shapes and dtypes of all of them are valid.
 
     Raises:
-        SppError: names the modules whose shapes do not.
+        SppError: names every module whose factors are not.
     """
     problems = []
     for module, one in factors.items():
         A, B = tuple(one.A.shape), tuple(one.B.shape)
         whole = len(A) == len(B) == 2 and 0 < B[1] <= MOST_DIRECTIONS and 0 < A[0] <= B[0] and A[0] % B[1] == 0
         if not whole:
-            problems.append(f"{module}: A is {A} and B is {B}, where (R K, I) and (O, K) with R K <= O are wanted")
+            problems.append(f"{module}: A is {A} and B is {B}, where (R K, I) and (O, K) with R K <= O are expected")
         elif not (is_float(one.A) and is_float(one.B)):
             problems.append(f"{module}: A is {one.A.dtype} and B is {one.B.dtype}, and only floats are factors")
     raise_problems([f"adapter {folder}: {problem}" for problem in problems], SppError)
@@ -79,7 +79,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: there is no such folder or file.
-        SppError: it is no JSON object.
+        SppError: it is not a JSON object.
     """
     if not folder.is_dir():
         raise UsageError(f"adapter {folder}: no such folder")
@@ -103,7 +103,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin file, which is a pickle: nothing in it is run (`weights_only`).
+    """The tensors of a .bin file, which is a pickle; no code in it is run (`weights_only`).
 
     Raises:
         SppError: it is truncated or damaged, it asks for code to be run, or it holds more than tensors.
@@ -119,7 +119,7 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
     except OSError:
         raise
-    except Exception as error:  # a broken pickle runs into whatever its bytes say: struct.error, KeyError, ...
+    except Exception as error:  # a damaged pickle raises anything: struct.error, KeyError, ...
         raise _damaged(path) from error
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
         raise SppError(f"{path} holds more than named tensors; only a state dict is read")
@@ -133,15 +133,17 @@ def _damaged(path: Path) -> SppError:
 def parts_by_module(
     tensors: Mapping[str, Tensor], suffixes: Iterable[str], folder: Path, what: str
 ) -> dict[str, dict[str, Tensor]]:
-    """Module name -> suffix -> tensor, where every module has one tensor for each suffix, and there is nothing else.
+    """Group tensors by module: module name -> suffix -> tensor.
+
+    Every module must have one tensor for each suffix, and there must be no other tensors.
 
     Args:
-        tensors: those of the file.
-        suffixes: how their names end.
-        folder, what: of which adapter, for the error.
+        tensors: the tensors of the file.
+        suffixes: the endings that their names have.
+        folder, what: the adapter's folder and what it should hold, for the error.
 
     Raises:
-        SppError: names the tensors that are missing, and those that are too many.
+        SppError: tensors are missing, or are no factors; it names one.
     """
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     odd = []

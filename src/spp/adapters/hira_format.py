@@ -1,9 +1,9 @@
-"""SPP's factors as those of HiRA (W' = W + W * (B_h A_h)), which stock PEFT loads without spp, and back.
+"""Convert SPP factors to those of HiRA (W' = W + W * (B_h A_h)), which stock PEFT loads without spp, and back.
 
     B_h[i, K g(i) + k] = s * B[i, k], zero elsewhere        A_h = A        rank R K
 
-Both ways are exact: a scale that is a power of two changes exponents only, and for any other one s * B is rounded as
-merging rounds it, so that the merged weights have the same bits.
+Both conversions are exact. A scale that is a power of two changes exponents only; for any other scale, s * B is rounded
+as merging rounds it, so that the merged weights have the same bits.
 
 Shapes: O output features, I input features, R row groups, K directions, N rank. A_h (N, I), B_h (O, N).
 """
@@ -26,12 +26,12 @@ _A, _B = "hira_A", "hira_B"
 
 
 def hira_rank(factors: Mapping[str, Factors]) -> int:
-    """The rank that all modules fit into; PEFT gives every module the same (0.21.2 ignores rank_pattern)."""
+    """The rank that every module's factors fit into: PEFT gives all modules one rank (0.21.2 ignores rank_pattern)."""
     return max(len(one.A) for one in factors.values())
 
 
 def hira_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """The tensors of a HiRA adapter's file, all of `hira_rank`; what a module needs less is zero."""
+    """The tensors of a HiRA adapter's file, all of rank `hira_rank`; factors of lower rank are padded with zeros."""
     rank = hira_rank(factors)
     tensors = {}
     for module, one in factors.items():
@@ -43,7 +43,7 @@ def hira_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
 
 
 def _scaled(B: Tensor, scale: float) -> Tensor:
-    """s * B, in B's dtype where that holds it exactly, else in fp32 (fp64)."""
+    """s * B, in B's dtype if that represents it exactly, else in fp32 (fp64 if B is)."""
     wide = scale * B.to(wide_dtype(B))
     narrow = wide.to(B.dtype)
     return narrow if narrow.to(wide.dtype).equal(wide) else wide
@@ -55,7 +55,7 @@ def _spread(B: Tensor, groups: int, rank: int) -> Tensor:
 
 
 def _columns(out_features: int, groups: int, directions: int) -> Tensor:
-    """K g(i) + k, (O, K): where the values of row i belong."""
+    """K g(i) + k, (O, K): the columns in which row i has its values."""
     return directions * row_groups(out_features, groups)[:, None] + torch.arange(directions)
 
 
@@ -63,7 +63,7 @@ def read_hira(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Read a saved HiRA adapter: module name -> A_h, B_h.
 
     Raises:
-        UsageError: its weights are not there.
+        UsageError: the file with its weights is missing.
         SppError: the file is damaged, or holds more than factors of linear layers.
     """
     what = "pairs of HiRA factors of linear layers (embeddings and modules_to_save have no place in an SPP adapter)"
@@ -73,7 +73,7 @@ def read_hira(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         if not (A.ndim == B.ndim == 2 and len(A) == B.shape[1] > 0 and is_float(A) and is_float(B)):
             raise SppError(
                 f"adapter {folder}: {module} has A {tuple(A.shape)} of {A.dtype} and B {tuple(B.shape)} of {B.dtype}, "
-                "where floats of (N, I) and (O, N) are wanted"
+                "where floats of (N, I) and (O, N) are expected"
             )
     return pairs
 
@@ -84,15 +84,15 @@ def factors_of_hira(
     shapes: Mapping[str, tuple[int, int]] | None = None,
     scale: float = 1.0,
 ) -> dict[str, Factors]:
-    """SPP's factors that say the same as HiRA's.
+    """The SPP factors that are equivalent to HiRA's.
 
-    There are some where the non-zeros of each row of B_h lie in the columns of the row's group. That always holds for
-    one group, so HiRA of rank 16 and below is SPP with R = 1.
+    They exist if the non-zeros of each row of B_h lie in the columns of the row's group. With a single group they
+    always do, so HiRA of rank 16 or less is SPP with R = 1.
 
     Args:
         pairs: module -> A_h, B_h.
-        shapes: module -> R, K to try first; else as few directions as possible.
-        scale: s to divide B_h by where nothing is lost by it; else s = 1.
+        shapes: module -> (R, K) to try first; by default, and where they do not fit, the fewest directions that do.
+        scale: s, by which B_h is divided if that is exact; else s = 1.
 
     Raises:
         UsageError: names a module that no SPP factors express.
@@ -106,7 +106,7 @@ def factors_of_hira(
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where a module's B_h has non-zeros: first and last column of each row, (O,), of N columns."""
+    """Where B_h of a module has non-zeros: first and last column of each row, (O,) each, and its N columns."""
 
     first: Tensor
     last: Tensor
@@ -126,7 +126,7 @@ class _Layout:
         return bool(((self.first >= start) & (self.last < start + directions) | (self.last < 0)).all())
 
     def shape(self, directions: int) -> tuple[int, int] | None:
-        """R and K of this module in an adapter of so many directions: as many groups as possible, None if none fits."""
+        """R, the largest that fits, and K of this module with at most `directions` directions; None if none fit."""
         for asked in range(min(self.rank, len(self.first)), 0, -1):
             groups, own = fitting_groups(len(self.first), asked, directions)
             if self.fits(groups, own):
@@ -135,7 +135,7 @@ class _Layout:
 
 
 def _common_shapes(layouts: Mapping[str, _Layout]) -> dict[str, tuple[int, int]]:
-    """R and K of every module, for the fewest directions that all of them can have."""
+    """(R, K) of every module, with the fewest directions that fit all modules."""
     possible: dict[str, set[int]] = {module: set() for module in layouts}
     for directions in range(1, MOST_DIRECTIONS + 1):
         shapes = {module: layout.shape(directions) for module, layout in layouts.items()}
@@ -147,7 +147,7 @@ def _common_shapes(layouts: Mapping[str, _Layout]) -> dict[str, tuple[int, int]]
     if stuck := [module for module, counts in possible.items() if not counts]:
         raise UsageError(
             f"{stuck[0]}: a row of HiRA's B has non-zeros outside of one group's columns, and its rank "
-            f"{layouts[stuck[0]].rank} is above {MOST_DIRECTIONS}, so that no SPP factors say the same ({len(stuck)} "
+            f"{layouts[stuck[0]].rank} is above {MOST_DIRECTIONS}, so that no SPP factors are equivalent ({len(stuck)} "
             f"of {len(layouts)} modules); keep it as it is, or train with SPP"
         )
     needs = {min(counts): module for module, counts in possible.items()}

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Container, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,29 +22,39 @@ from torch import Tensor
 
 from spp._version import __version__
 from spp.adapters.factors import WEIGHTS, Factors
+from spp.adapters.merge_record import MergeRecord, finished
 from spp.adapters.options import MergeOptions
 from spp.adapters.spp_format import read_adapter
 from spp.adapters.stochastic_rounding import round_stochastically
 from spp.checkpoints.atomic_folder import check_output, resumable_folder
 from spp.checkpoints.checkpoint import MANIFEST, VERIFICATION, Checkpoint
-from spp.checkpoints.fingerprint import WEIGHTS_OF_MODEL, file_digest, model_digests, warn_of_other_base
+from spp.checkpoints.fingerprint import (
+    WEIGHTS_OF_MODEL,
+    file_digest,
+    fingerprint,
+    model_digests,
+    tensor_digests,
+    warn_of_other_base,
+)
 from spp.checkpoints.hub import resolve_model
-from spp.checkpoints.json_files import read_json, read_object, write_json
+from spp.checkpoints.json_files import read_object, write_json
 from spp.checkpoints.model_card import read_licence, write_model_card
 from spp.checkpoints.prefetch import read_ahead
 from spp.checkpoints.request import Request
 from spp.checkpoints.rewrite import Rewriting, tensor_name
+from spp.checkpoints.verification_record import digests_of
 from spp.checkpoints.verify import failures
 from spp.errors import SppError, raise_problems
+from spp.ops.dtypes import FLOATS
 from spp.ops.reference import wide_dtype
 from spp.ops.zero_proof import TensorProof, compare
-from spp.ops.zeros import canonical_zeros
+from spp.ops.zeros import canonical_zeros, count_non_finite
 from spp.runtime.progress import track_bytes
 
 logger = logging.getLogger("spp")
 
 _UNCHANGED_WORTH_A_WARNING = 0.5
-RECORD = "merged.json"
+_MERGED_DTYPES = [one.safetensors for one in FLOATS.values()]
 _AT_ONCE = 2**28  # bytes written before they are flushed to disk, which happens while the next ones are written
 
 
@@ -83,24 +93,47 @@ def merge(options: MergeOptions) -> MergeReport:
     check_output(options.out, options.overwrite, inputs=(base.folder, options.adapter))
     base.require_unquantized("merge into the sparse model before quantization")
     factors = match_adapter(base, read_adapter(options.adapter), options.adapter)
-    request = _request(base, factors, options)
+    digests = tensor_digests(base)
+    request = _request(base, digests, factors, options)
     warn_of_other_base(options.adapter, options.model, lambda: str(request.inputs[WEIGHTS_OF_MODEL]))
     with resumable_folder(options.out, request, overwrite=options.overwrite) as (folder, work):
-        proofs = _write(base, factors, options, folder, work)
-        problems = [problem for name, proof in proofs.items() for problem in failures(name, proof)]
-        raise_problems([f"{problem}; nothing was written" for problem in problems], SppError)
-        report = _report(options.out, proofs, factors, time.perf_counter() - start)
-        write_json(folder / VERIFICATION, _verification(base, options, report))
+        record = _write(base, factors, options, folder, work)
+        raise_problems([f"{problem}; nothing was written" for problem in _problems(record, options)], SppError)
+        report = _report(options.out, record.proofs, factors, time.perf_counter() - start)
+        write_json(
+            folder / VERIFICATION, _verification(base, options, report) | digests_of(digests, record.digests(digests))
+        )
         write_json(folder / MANIFEST, _manifest(base, options, report))
         write_model_card(folder)
     _warn(report)
     return report
 
 
-def _request(base: Checkpoint, factors: Mapping[str, Factors], options: MergeOptions) -> Request:
+def _problems(record: MergeRecord, options: MergeOptions) -> list[str]:
+    """What keeps a merge from being proved, in words."""
+    proofs = record.proofs
+    problems = [problem for name, proof in proofs.items() for problem in failures(name, proof)]
+    if not options.allow_nonfinite:
+        problems += [
+            f"{name}: {one['non_finite']} entries of the model are NaN or infinite; pass --allow-nonfinite if that is "
+            "meant to be"
+            for name, one in record.done.items()
+            if one["non_finite"]
+        ]
+    if not options.allow_dense and not any(proof.zeros for proof in proofs.values()):
+        problems.append(
+            f"{options.model} is dense: it has no zero that could be kept, so that there is nothing to prove; give the "
+            "pruned model, or pass --allow-dense"
+        )
+    return problems
+
+
+def _request(
+    base: Checkpoint, digests: dict[str, str], factors: Mapping[str, Factors], options: MergeOptions
+) -> Request:
     """All that the bits of the result depend on."""
     adapter = {"adapter": file_digest(options.adapter / WEIGHTS), "scales of the adapter": _digest_of_scales(factors)}
-    inputs = {**model_digests(base.folder), **adapter}
+    inputs = {**model_digests(base.folder, fingerprint(base, digests)), **adapter}
     return Request(options.of_the_result(), inputs, {"spp": __version__})
 
 
@@ -110,34 +143,34 @@ def _digest_of_scales(factors: Mapping[str, Factors]) -> str:
 
 def _write(
     base: Checkpoint, factors: Mapping[str, Factors], options: MergeOptions, folder: Path, work: Path
-) -> dict[str, TensorProof]:
-    """Write every tensor that no earlier run has written; return the proofs of those that are not copied.
+) -> MergeRecord:
+    """Write every tensor that no earlier run has written; return the record of all.
 
     While one tensor is merged, the next one is read, the previous one is written, and earlier ones are flushed to disk.
     """
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     files = Rewriting(base, folder, dtype)
-    record = _Record(work / RECORD, files)
-    rewritten = {name for name in base.names if name in factors or files.layouts[name] != base.layouts[name]}
+    record = MergeRecord(work, files)
+    copied = {name for name in base.names if name not in factors and files.layouts[name] == base.layouts[name]}
     sizes = {name: layout.nbytes for name, layout in base.layouts.items()}
-    left = [name for name in base.names if name not in record.proofs]
+    left = [name for name in base.names if name not in record.done]
     total, unsaved = sum(sizes.values()), 0
     with (
         ThreadPoolExecutor(1) as writer,
         record,
         track_bytes("merging", total, done=total - sum(sizes[name] for name in left)) as advance,
     ):
-        writing = _done()
-        for name, before in read_ahead(lambda name: base.read(name) if name in rewritten else None, left):
+        writing = finished()
+        for name, before in read_ahead(base.read, left):
             writing.result()
-            if before is None:
-                record.proofs[name] = None
-                writing = writer.submit(files.copy, name)
+            non_finite = count_non_finite(before)
+            if name in copied:
+                writing = writer.submit(record.copy, name, non_finite)
             else:
                 after = _new(name, before, factors.get(name), base.transposed(name), dtype or before.dtype, options)
-                record.proofs[name] = asdict(compare(before, after))
-                writing = writer.submit(files.write, name, after)
-                del before, after  # or they would be in memory beside the next ones
+                writing = writer.submit(record.write, name, after, compare(before, after), non_finite)
+                del after  # or it would be in memory beside the next ones
+            del before
             advance(sizes[name])
             unsaved += sizes[name]
             if unsaved >= _AT_ONCE or name == left[-1]:
@@ -145,50 +178,7 @@ def _write(
                 record.save()
                 unsaved = 0
     files.finish()
-    return {name: TensorProof(**proof) for name in base.names if (proof := record.proofs[name]) is not None}
-
-
-class _Record:
-    """A record, on disk, of the tensors that are written; from it, a merge that was killed resumes.
-
-    A context manager: on exit it waits until the last save is on disk.
-
-    Args:
-        path: the record's file; if there is one, it is resumed from.
-        files: the files that the tensors are written to.
-
-    Attributes:
-        proofs: name of each tensor that is written -> its proof as JSON values, or None for one that is copied.
-    """
-
-    def __init__(self, path: Path, files: Rewriting) -> None:
-        self._path, self._files = path, files
-        self._saver, self._saving = ThreadPoolExecutor(1), _done()
-        self.proofs: dict[str, Any] = read_json(path) if path.is_file() else {}
-
-    def save(self) -> None:
-        """In the background, flush the written tensors to disk, then save the record as it is now."""
-        self._saving.result()
-        self._saving = self._saver.submit(self._save, dict(self.proofs))
-
-    def _save(self, proofs: dict[str, Any]) -> None:
-        self._files.sync()
-        write_json(self._path, proofs)
-
-    def __enter__(self) -> None:
-        """No set-up."""
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._saver.shutdown()
-        if kind is None:
-            self._saving.result()
-
-
-def _done() -> Future[None]:
-    """A future that is done."""
-    future: Future[None] = Future()
-    future.set_result(None)
-    return future
+    return record
 
 
 def _new(
@@ -226,6 +216,10 @@ def match_adapter(base: Checkpoint, adapter: dict[str, Factors], folder: Path) -
         name = tensor_name(base, module)
         if name is None:
             problems.append(f"it has no weight for {module}")
+        elif base.layouts[name].dtype not in _MERGED_DTYPES:
+            problems.append(
+                f"its {name} is {base.layouts[name].dtype}, and only {', '.join(_MERGED_DTYPES)} can be merged into"
+            )
         elif base.shape(name) != (wanted := factors.stored_shape(base.transposed(name))):
             problems.append(f"its {name} is {base.shape(name)}, the adapter's {wanted}")
         elif name in matched:

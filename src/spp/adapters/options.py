@@ -69,6 +69,8 @@ class MergeOptions(MergingSettings, SeedSettings, OutputOptions):
         description="folder for the merged model", json_schema_extra={"metavar": "DIR"} | NOT_OF_THE_RESULT
     )
     dtype: DtypeName = Field("auto", description="dtype of the result; auto keeps each tensor's own")
+    allow_nonfinite: bool = Field(False, description="accept NaN and infinity in MODEL")
+    allow_dense: bool = Field(False, description="accept a MODEL without zeros, where there is nothing to prove")
 
 
 class ConvertOptions(OutputOptions):

@@ -3,7 +3,7 @@
     W' = W + s * repeat_interleave(A, O / R) * B * W        s = lora_alpha / r
 
 `MODULE.lora_A.weight` is A, (R, I) with R = 16 whatever the settings' r says; `MODULE.lora_A.weight_col` is B, (O, 1)
-in the first of the code's two variants and (1, O) in the second. An adapter of ours with one direction says the same.
+in the first of the code's two variants and (1, O) in the second. An SPP adapter with one direction is equivalent.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ def read_published(folder: Path, settings: Mapping[str, Any]) -> dict[str, Facto
     """Read an adapter of the published code: module name -> factors, with one direction.
 
     Args:
-        folder: of the adapter.
+        folder: the adapter's folder.
         settings: its adapter_config.json.
 
     Raises:
-        UsageError: it is a LoRA adapter indeed, or there are no weights.
+        UsageError: it is a real LoRA adapter, or there are no weights.
         SppError: the file asks for code to be run, is damaged, lacks tensors, or has too many.
     """
     tensors = _tensors(folder)
     if any(name.endswith(_LORA_B) for name in tensors) and not any(name.endswith(_B) for name in tensors):
         raise UsageError(
-            f"adapter {folder} is a LoRA adapter: what it adds is no product with W, so that neither SPP nor HiRA can "
-            "say the same; merge it with PEFT, and prune afterwards"
+            f"adapter {folder} is a LoRA adapter: its update is not a product with W, so neither SPP nor HiRA can "
+            "express it; merge it with PEFT, and prune afterwards"
         )
     scale = _scale(settings, folder)
     parts = parts_by_module(tensors, (_A, _B), folder, "pairs of published SPP factors")
@@ -75,5 +75,5 @@ def _scale(settings: Mapping[str, Any], folder: Path) -> float:
 def _column(B: Tensor, module: str, folder: Path) -> Tensor:
     """B as (O, 1), from either layout."""
     if B.ndim != 2 or 1 not in B.shape:
-        raise SppError(f"adapter {folder}: {module}.{_B} is {tuple(B.shape)}, and (O, 1) or (1, O) is wanted")
+        raise SppError(f"adapter {folder}: {module}.{_B} is {tuple(B.shape)}, and (O, 1) or (1, O) is expected")
     return B.reshape(-1, 1)

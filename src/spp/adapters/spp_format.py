@@ -18,20 +18,20 @@ def read_adapter(folder: Path) -> dict[str, Factors]:
     """Read a saved SPP adapter: module name -> factors.
 
     Raises:
-        UsageError: no adapter is there, or it is of another method.
+        UsageError: there is no adapter, or it is of another method.
         SppError: the file is damaged or holds more than SPP factors.
     """
     settings = read_settings(folder)
     if settings.get("peft_type") != "SPP":
         raise UsageError(
-            f"adapter {folder} is of type {settings.get('peft_type')!r}, and only SPP adapters are taken here; "
+            f"adapter {folder} is of type {settings.get('peft_type')!r}, but only SPP adapters can be used here; "
             "spp convert makes one from a HiRA adapter, or from one of the published code"
         )
     what = "pairs of SPP factors (if it trained other modules as well, merge it with PeftModel.merge_and_unload)"
     parts = parts_by_module(read_tensors(folder), (_A, _B), folder, what)
     scale = _scale(settings, folder)
     factors = {module: Factors(A=part[_A], B=part[_B], scale=scale) for module, part in parts.items()}
-    directions = settings.get("directions", 1)  # adapters from before there were several have no such setting
+    directions = settings.get("directions", 1)  # old adapters, from before there were several, lack the setting
     for module, one in check_factors(factors, folder).items():
         if not (isinstance(directions, int) and one.directions <= directions):
             raise SppError(
@@ -53,5 +53,5 @@ def tensors_of(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
 def _scale(settings: Mapping[str, Any], folder: Path) -> float:
     scale = settings.get("scale")
     if not isinstance(scale, int | float) or not scale > 0:
-        raise SppError(f"adapter {folder}: adapter_config.json has the scale {scale!r}, and a number above 0 is wanted")
+        raise SppError(f"adapter {folder}: adapter_config.json has the scale {scale!r}, but it must be above 0")
     return float(scale)

@@ -5,6 +5,7 @@ A packed archive (see `spp.checkpoints.packed_archive`) reads as the dense model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,9 @@ MANIFEST = "spp.json"
 
 VERIFICATION = "verification.json"
 """Side file of a merged model: the proof of every merged tensor."""
+
+# Tensors that files of older versions of transformers hold, and that a model computes itself.
+_BUFFERS = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|position_ids)$")
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -182,6 +186,11 @@ class Checkpoint:
             return file.get_tensor(name)
         entry = self.packed[name]
         return packed_archive.dense(packed_archive.read_weight(file.get_tensor, name, entry), entry)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor's name is that of a buffer that models compute themselves, whatever a file says."""
+    return _BUFFERS.search(name) is not None
 
 
 def _require_agreement(folder: Path, index: dict[str, str], headers: dict[Path, Header]) -> None:

@@ -74,14 +74,18 @@ def tensor_digest(tensor: Tensor) -> str:
 WEIGHTS_OF_MODEL = "weights of the model"
 
 
-def model_digests(folder: Path) -> dict[str, str]:
+def model_digests(folder: Path, weights: str | None = None) -> dict[str, str]:
     """What a request says of a model that it reads: the digests of its weights and of its other files.
+
+    Args:
+        folder: of the model.
+        weights: its fingerprint, where that is known.
 
     Raises:
         UsageError, SppError: see `base_fingerprint`.
     """
     return {
-        WEIGHTS_OF_MODEL: base_fingerprint(folder),
+        WEIGHTS_OF_MODEL: weights or base_fingerprint(folder),
         "configuration or tokenizer of the model": companions_digest(folder),
     }
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from spp.options import Options, OutputOptions, PatternOption
 
@@ -12,13 +13,40 @@ from spp.options import Options, OutputOptions, PatternOption
 class VerifyOptions(Options):
     """`spp verify BASE OTHER`: prove that every zero of BASE is an exact +0.0 in OTHER."""
 
-    base: str = Field(description="the model whose zeros count: a folder or a hub id")
-    other: str = Field(description="the model to check: a folder or a hub id")
+    base: str = Field(description="the pruned model: a folder or a hub id; with --record, the merged model")
+    other: str | None = Field(None, description="the model to check: a folder or a hub id")
     pattern: PatternOption | None = Field(
         None,
-        description="also check that the sparse weights of OTHER obey this pattern",
+        description="also check that the pruned matrices of OTHER obey this pattern, each expert by itself",
         json_schema_extra={"metavar": "PATTERN"},
     )
+    targets: str | None = Field(
+        None,
+        description="with --pattern: the tensors that have to obey it, as names or last parts of names separated by "
+        "commas (default: those that the manifest lists, else all with 1 % zeros or more)",
+        json_schema_extra={"metavar": "NAMES"},
+    )
+    record: Path | None = Field(
+        None,
+        description="check the one model given against the record that spp merge wrote (verification.json), without "
+        "the pruned model",
+        json_schema_extra={"metavar": "FILE"},
+    )
+    allow_nonfinite: bool = Field(False, description="accept NaN and infinity in BASE")
+    allow_dense: bool = Field(False, description="accept a BASE without a single zero")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        problems = []
+        if (self.other is None) == (self.record is None):
+            problems.append("give two models, or one model and --record")
+        elif self.record is not None and (self.pattern or self.targets or self.allow_nonfinite or self.allow_dense):
+            problems.append("record compares with what was proved; leave out the other options")
+        if self.targets is not None and self.pattern is None:
+            problems.append("targets says what has to obey a pattern; pass --pattern")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class PackOptions(OutputOptions):

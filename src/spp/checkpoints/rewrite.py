@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spp.checkpoints.checkpoint import INDEX, MANIFEST, SINGLE, VERIFICATION, Checkpoint
+from spp.checkpoints.fingerprint import tensor_digest
 from spp.checkpoints.json_files import sync, write_json
 from spp.checkpoints.packed_archive import dense_name
 from spp.checkpoints.safetensors_file import TensorFile, in_dtype
@@ -65,10 +66,12 @@ class Rewriting:
         except OSError as error:
             raise SppError(f"{folder.parent}: no room for {self._size / 1e9:.3g} GB of weights ({error})") from error
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor of the shape and dtype that `layouts` says, with every zero as +0.0."""
+    def write(self, name: str, tensor: Tensor) -> str:
+        """Write a tensor of the shape and dtype that `layouts` says, with every zero as +0.0; its SHA-256."""
         signed = is_float(tensor) and may_hold_negative_zeros(tensor)
-        self._files[name].write(name, canonical_zeros(tensor) if signed else tensor)
+        written = canonical_zeros(tensor) if signed else tensor
+        self._files[name].write(name, written)
+        return tensor_digest(written)
 
     def copy(self, name: str) -> None:
         """Write a tensor with the bytes that it had; one that was packed is expanded."""

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from spp.checkpoints.checkpoint import Checkpoint
+from spp.checkpoints.checkpoint import Checkpoint, is_buffer
+from spp.checkpoints.fingerprint import fingerprint, tensor_digest
 from spp.checkpoints.hub import resolve_model
+from spp.checkpoints.obeying import Obedience
 from spp.checkpoints.options import VerifyOptions
 from spp.checkpoints.prefetch import read_ahead
+from spp.checkpoints.verification_record import check_record
 from spp.errors import UsageError
 from spp.ops.dtypes import dtype_name
-from spp.ops.zero_proof import TensorProof, compare
-from spp.ops.zeros import is_float
-from spp.patterns import Pattern
+from spp.ops.zero_proof import TensorProof, compare, exactly_wider
+from spp.ops.zeros import count_non_finite, is_float
 from spp.runtime.progress import track_bytes
 
 
@@ -25,68 +26,147 @@ class VerifyReport:
     """The result of `verify`.
 
     Attributes:
-        verified: every zero of BASE is +0.0 in OTHER, or the whole tensor is the same to the bit; nothing turned NaN or
-            infinite, the pattern (if one was asked for) is obeyed, and no tensor with zeros is missing.
-        zeros: zeros of BASE, over all tensors.
+        verified: every zero of BASE is +0.0 in OTHER, or the whole tensor is the same to the bit; BASE has zeros, and
+            neither has NaN or infinity; the pattern, if one was asked for, is obeyed; no tensor with zeros is missing.
+        other: None where BASE was checked against the record of its own merge.
+        record: file of that record; None where two models were compared.
+        zeros: zeros of BASE, over all tensors; with a record, those that it counts.
         tensors: proof of each tensor that has zeros or differs.
         problems: what is wrong, one sentence a tensor; empty where verified.
+        compared: tensors that were looked into.
+        matrices_checked: matrices that were checked against the pattern, each expert by itself.
+        matrices_dense: names of tensors with matrices that need not obey it.
+        matrices_because: how it was known which have to obey.
+        base_sha256, other_sha256: fingerprints of all tensors of either side (see `base_fingerprint`).
     """
 
     verified: bool
     base: str
-    other: str
+    other: str | None
+    record: str | None = None
     pattern: str | None
     zeros: int
     tensors: dict[str, TensorProof]
     problems: list[str]
+    compared: int
+    matrices_checked: int = 0
+    matrices_dense: list[str] = field(default_factory=list)
+    matrices_because: str | None = None
+    base_sha256: str
+    other_sha256: str | None
 
 
 def verify(options: VerifyOptions) -> VerifyReport:
-    """Compare two checkpoints tensor by tensor, however large they are.
+    """Compare two checkpoints tensor by tensor, however large they are; or one with the record of its own proof.
 
     Raises:
-        UsageError: a model is missing, or the two have no tensor in common.
-        SppError: a checkpoint is damaged.
+        UsageError: a model or a record is missing, a target is no tensor, or the models have no tensor in common.
+        SppError: a checkpoint or a record is damaged.
     """
-    base, other = (Checkpoint.open(resolve_model(model)) for model in (options.base, options.other))
+    base = Checkpoint.open(resolve_model(options.base))
+    if options.other is None:
+        return _by_record(options, base)
+    other = Checkpoint.open(resolve_model(options.other))
     if not set(base.files) & set(other.files):
         raise UsageError(f"{options.base} and {options.other} have no tensor name in common; are they the same model?")
-    pattern = options.pattern
-
-    tensors: dict[str, TensorProof] = {}
-    problems: list[str] = []
-    pruned = 0
+    comparison = _Comparison(options, base, other)
     for name, (before, after) in _pairs(base, other):
-        if not is_float(before):
-            continue
-        if after is None:
-            if zeros := int((before == 0).count_nonzero()):
-                problems.append(f"{name}: missing, and BASE has {zeros} zeros in it")
-            continue
-        if after.shape != before.shape or not is_float(after):
-            problems.append(f"{name}: BASE has {_kind(before)}, OTHER has {_kind(after)}")
-            continue
-        proof = compare(before, after)
-        if not proof.holds and not _same_bytes(before, after):  # a copied -0.0 is as it was
-            problems += failures(name, proof)
-        if proof.zeros or proof.unchanged != proof.survivors:
-            tensors[name] = proof
-        if pattern and before.ndim == 2 and proof.zeros >= pattern.sparsity / 2 * before.numel():
-            pruned += 1
-            matrix = after.T if base.transposed(name) else after
-            if violations := pattern.violations(matrix):
-                problems.append(f"{name}: {violations} {_unit(pattern)} break the pattern {pattern}")
-    if pattern and not pruned:
-        problems.append(f"no weight of BASE is sparse enough for the pattern {pattern}: is BASE the pruned model?")
+        comparison.add(name, before, after)
+    return comparison.report()
+
+
+def _by_record(options: VerifyOptions, base: Checkpoint) -> VerifyReport:
+    assert options.record is not None
+    found = check_record(base, options.record)
     return VerifyReport(
-        verified=not problems,
+        verified=not found.problems,
         base=options.base,
-        other=options.other,
-        pattern=str(pattern) if pattern else None,
-        zeros=sum(proof.zeros for proof in tensors.values()),
-        tensors=tensors,
-        problems=problems,
+        other=None,
+        record=str(options.record),
+        pattern=None,
+        zeros=found.zeros,
+        tensors={},
+        problems=found.problems,
+        compared=found.compared,
+        base_sha256=found.sha256,
+        other_sha256=None,
     )
+
+
+class _Comparison:
+    """Two checkpoints, of which one pair of tensors is seen after the other."""
+
+    def __init__(self, options: VerifyOptions, base: Checkpoint, other: Checkpoint) -> None:
+        self._options, self._base, self._other = options, base, other
+        self._obedience = options.pattern and Obedience.asked(options.pattern, options.targets, base, other)
+        self._problems: list[str] = []
+        self._proofs: dict[str, TensorProof] = {}
+        self._digests: tuple[dict[str, str], dict[str, str]] = ({}, {})
+        self._zeros = self._compared = 0
+
+    def add(self, name: str, before: Tensor, after: Tensor | None) -> None:
+        """Look into one pair."""
+        self._digests[0][name] = tensor_digest(before)
+        if after is None:
+            self._problems += _missing(name, before)
+            return
+        self._digests[1][name] = tensor_digest(after)
+        same = self._digests[0][name] == self._digests[1][name] and before.dtype == after.dtype
+        if after.shape != before.shape or not (same or _compares(before, after)):
+            self._problems.append(f"{name}: BASE has {_kind(before)}, OTHER has {_kind(after)}")
+            return
+        self._compared += 1
+        wide_before, wide_after = exactly_wider(before), exactly_wider(after)
+        if wide_before is None or wide_after is None:
+            if not same:
+                self._problems.append(f"{name}: {dtype_name(before.dtype)} cannot be looked into, and the two differ")
+            return
+        self._compare(name, wide_before, wide_after, same=same)
+
+    def _compare(self, name: str, before: Tensor, after: Tensor, *, same: bool) -> None:
+        proof = compare(before, after)
+        if not proof.holds and not same:  # a copied -0.0 is as it was
+            self._problems += failures(name, proof)
+        if not self._options.allow_nonfinite and (count := count_non_finite(before)):
+            self._problems.append(
+                f"{name}: {count} entries of BASE are NaN or infinite; pass --allow-nonfinite if that is meant to be"
+            )
+        if proof.zeros or proof.unchanged != proof.survivors:
+            self._proofs[name] = proof
+        self._zeros += proof.zeros
+        if self._obedience and (
+            problem := self._obedience.check(name, before, after, transposed=self._base.transposed(name))
+        ):
+            self._problems.append(problem)
+
+    def report(self) -> VerifyReport:
+        """What was found."""
+        if self._obedience:
+            self._problems += self._obedience.missing()
+        if not self._zeros and not self._options.allow_dense:
+            self._problems.append(
+                f"{self._options.base} is dense: it has no zero that could be kept, so that there is nothing to prove; "
+                "give the pruned model as BASE, or pass --allow-dense"
+            )
+        extra = {
+            name: tensor_digest(self._other.read(name)) for name in self._other.names if name not in self._digests[1]
+        }
+        checked = self._obedience
+        return VerifyReport(
+            verified=not self._problems,
+            base=self._options.base,
+            other=self._options.other,
+            pattern=str(checked.pattern) if checked else None,
+            zeros=self._zeros,
+            tensors=self._proofs,
+            problems=self._problems,
+            compared=self._compared,
+            matrices_checked=checked.matrices if checked else 0,
+            matrices_dense=checked.dense if checked else [],
+            matrices_because=checked.because if checked else None,
+            base_sha256=fingerprint(self._base, self._digests[0]),
+            other_sha256=fingerprint(self._other, self._digests[1] | extra),
+        )
 
 
 def _pairs(base: Checkpoint, other: Checkpoint) -> Iterator[tuple[str, tuple[Tensor, Tensor | None]]]:
@@ -113,16 +193,21 @@ def failures(name: str, proof: TensorProof) -> list[str]:
     return problems
 
 
-def _same_bytes(before: Tensor, after: Tensor) -> bool:
-    if before.dtype != after.dtype:
-        return False
-    # Flat, because a tensor without dimensions has no bytes to be viewed as.
-    return before.reshape(-1).view(torch.uint8).equal(after.reshape(-1).view(torch.uint8))
+def _missing(name: str, before: Tensor) -> list[str]:
+    """What is wrong with a tensor of BASE that OTHER lacks: nothing, where no zero is lost with it."""
+    if is_buffer(name):
+        return []
+    if (wide := exactly_wider(before)) is None:
+        return [f"{name}: missing, and {dtype_name(before.dtype)} cannot be looked into"]
+    zeros = int((wide == 0).count_nonzero())
+    return [f"{name}: missing, and BASE has {zeros} zeros in it"] if zeros else []
+
+
+def _compares(before: Tensor, after: Tensor) -> bool:
+    """Whether two tensors are numbers of the same kind: both floats of whatever width, or of the same dtype."""
+    floats = [is_float(one) or (one.dtype.is_floating_point and one.dtype.itemsize == 1) for one in (before, after)]
+    return all(floats) or before.dtype == after.dtype
 
 
 def _kind(tensor: Tensor) -> str:
     return f"{dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}"
-
-
-def _unit(pattern: Pattern) -> str:
-    return "groups" if ":" in str(pattern) else "rows"

@@ -95,6 +95,8 @@ def _add_option(group: Any, name: str, field: FieldInfo, *, positional: bool) ->
     if typing.get_origin(kinds[0]) is tuple:
         several["nargs"] = "*" if positional and field.default == () else "+"
     if positional:
+        if not several and not field.is_required():
+            several["nargs"] = "?"
         metavar = name.upper().removesuffix("S") if several else name.upper()
         group.add_argument(name, metavar=metavar, help=help_text, **several)
         return

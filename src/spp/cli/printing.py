@@ -121,12 +121,22 @@ def _convert(report: ConvertReport) -> Iterable[RenderableType]:
 
 
 def _verify(report: VerifyReport) -> Iterable[RenderableType]:
-    if report.verified:
-        pattern = f", and the pattern {report.pattern} holds" if report.pattern else ""
-        yield f"verified: all {report.zeros:,} zeros of {report.base} are +0.0 in {report.other}{pattern}"
-    else:
+    if not report.verified:
         yield f"NOT verified: {len(report.problems)} problems"
         yield from report.problems
+    elif report.record is not None:
+        yield (
+            f"verified: all {report.compared:,} tensors of {report.base} are those that {report.record} was made of, "
+            f"which proves that {report.zeros:,} zeros were kept"
+        )
+    else:
+        yield f"verified: all {report.zeros:,} zeros of {report.base} are +0.0 in {report.other}"
+    if report.pattern is not None:
+        yield (
+            f"pattern {report.pattern}: {report.matrices_checked:,} matrices checked ({report.matrices_because}); "
+            f"{len(report.matrices_dense):,} tensors need not obey it"
+            + (f", e.g. {report.matrices_dense[0]}" if report.matrices_dense else "")
+        )
     if underflowed := sum(proof.underflowed for proof in report.tensors.values()):
         yield f"note: {underflowed:,} non-zeros of BASE are zero in OTHER"
 

@@ -1,4 +1,4 @@
-"""Count how a fine-tuned weight differs from its pruned base, zeros first: pure functions on pairs of tensors."""
+"""Compare a fine-tuned weight with its pruned base and count the differences, zeros first; pure functions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 from spp.ops import native
+from spp.ops.dtypes import FLOATS
+
+# Every number of these is one in fp32, and of those one in fp64.
+_BYTES = {torch.bool, torch.int8, torch.uint8, torch.int16, torch.uint16} | {
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu
+}  # fmt: skip
+_INTEGERS = {torch.int32, torch.uint32, torch.int64, torch.uint64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +23,8 @@ class TensorProof:
 
     Attributes:
         zeros: zeros of the base (of either sign).
-        offenders: zeros of the base that are anything but an exact +0.0 now; the zeros are kept where this is 0.
-        negative_zeros: those of the offenders that are -0.0.
+        offenders: zeros of the base that are no longer an exact +0.0; all zeros were kept if this is 0.
+        negative_zeros: offenders that are -0.0.
         survivors: non-zeros of the base.
         underflowed: survivors that became zero (rounding); the base's zeros are kept all the same.
         unchanged: survivors with the same value as before, for instance because rounding swallowed their change.
@@ -38,39 +45,63 @@ class TensorProof:
 
     @property
     def holds(self) -> bool:
-        """Zeros kept, and no NaN or infinity came in."""
+        """Whether all zeros were kept, and no NaN or infinity is new."""
         return self.offenders == 0 and self.non_finite == 0
 
 
 def lost_zeros(base: Tensor, other: Tensor) -> int:
-    """How many zeros of `base` (of either sign) are anything but an exact +0.0 in `other`."""
+    """How many zeros of `base` (of either sign) are not an exact +0.0 in `other`."""
     return int(((base == 0) & ((other != 0) | torch.signbit(other))).count_nonzero())
 
 
-def compare(base: Tensor, other: Tensor) -> TensorProof:
-    """Count what became of a base tensor's zeros and survivors in `other` (same shape, any float dtypes).
+def exactly_wider(tensor: Tensor) -> Tensor | None:
+    """The same numbers in a dtype that `compare` computes with; None for complex numbers and codes of several values.
 
-    By the native kernels in one pass, where they take both tensors; else as `compare_in_torch`.
+    fp8 and integers become floats that hold them, their zeros and the zeros' signs exactly (of integers of more than
+    24 bits, all but the last digits).
     """
-    base, other = base.contiguous().reshape(-1), other.contiguous().reshape(-1)
+    if tensor.dtype in FLOATS:
+        return tensor
+    if tensor.dtype in _BYTES:
+        return tensor.float()
+    return tensor.double() if tensor.dtype in _INTEGERS else None
+
+
+def compare(base: Tensor, other: Tensor) -> TensorProof:
+    """Compare a tensor with its base: what became of the zeros and of the survivors.
+
+    In one pass by the native kernels where they take both dtypes; otherwise by `compare_in_torch`.
+
+    Args:
+        base: the pruned tensor, of any dtype that `exactly_wider` takes.
+        other: of the same shape, likewise.
+    """
+    base, other = (_wide(one).contiguous().reshape(-1) for one in (base, other))
     if native.why_not(base, other):
         return compare_in_torch(base, other)
     return TensorProof(**native.compare(base, other))  # pyright: ignore[reportArgumentType]
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    wide = exactly_wider(tensor)
+    if wide is None:
+        raise ValueError(f"a tensor of {tensor.dtype} has no zeros that can be compared")
+    return wide
+
+
 def may_hold_negative_zeros(tensor: Tensor) -> bool:
-    """False where our kernels counted no -0.0 in a float tensor; without them, counting costs more than rewriting."""
+    """False if our kernels counted no -0.0 in a float tensor; True without them: counting is slower than rewriting."""
     flat = tensor.contiguous().reshape(-1)
     return bool(native.why_not(flat)) or compare(flat, flat).negative_zeros > 0
 
 
 def compare_in_torch(base: Tensor, other: Tensor) -> TensorProof:
-    """`compare`, to be read: needs several times the memory of the tensors."""
+    """The readable form of `compare`; it needs several times the memory of the tensors."""
     zero = base == 0
     negative_zero = zero & (other == 0) & torch.signbit(other)
     finite = torch.isfinite(base)
     survivor = ~zero & finite & torch.isfinite(other)
-    # fp32 holds fp16 and bf16 exactly; fp64 stays as it is.
+    # fp32 represents fp16 and bf16 exactly; fp64 stays as it is.
     wide = torch.promote_types(torch.promote_types(base.dtype, other.dtype), torch.float32)
     before, after = base.to(wide), other.to(wide)
     change = torch.where(survivor, (after - before).abs() / before.abs(), torch.zeros((), dtype=wide))

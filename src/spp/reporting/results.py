@@ -1,7 +1,7 @@
-"""What `spp run` finds out, as its results.json holds it: the pipeline writes these models, and the report reads them.
+"""The content of results.json: models that `spp run` writes and the report reads.
 
-A file of an older version, or one that was cut down by hand, may lack nearly everything. What it lacks, or has a null
-for, is None, and empty where it is a list, a mapping or a part. What a newer version added is kept.
+A file of an older version, or one that was shortened by hand, may lack nearly every field. A field that is missing or
+null is None; a list, a mapping or a part is empty instead. Fields that a newer version added are kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _as_written(value: Any, check: Callable[[Any], float]) -> Any:
 
 
 Number = Annotated[float, WrapValidator(_as_written)]
-"""A number that stays what it is: 150 does not become 150.0, which would be written and shown in another way."""
+"""A number that keeps its type: 150 does not become 150.0, which would be written and shown differently."""
 
 Point = Annotated[list[Number], Field(min_length=2, max_length=2)]
 """Optimizer step, and loss in nats per token."""
@@ -37,7 +37,7 @@ class _Part(BaseModel):
         return field.get_default(call_default_factory=True) if value is None and not field.is_required() else value
 
     def plain(self) -> dict[str, Any]:
-        """What is known, as values that JSON has; a field that was not given is left out."""
+        """The fields as JSON values; a field that was not given is left out."""
         return self.model_dump(exclude_unset=True)
 
 
@@ -45,15 +45,15 @@ class Protocol(_Part):
     """How the run was done.
 
     Attributes:
-        model: what was pruned: a folder or a hub id, or "bundled".
-        pattern: what the zeros obey; where zeros were only adopted, what was found.
-        criterion: name of what decided which weights go; None where zeros were only adopted.
+        model: the dense model: a folder or a hub id, or "bundled".
+        pattern: the pattern of the zeros; if existing zeros were kept (keep_zeros), the pattern that was detected.
+        criterion: name of the pruning criterion; None if existing zeros were kept.
         criterion_title: the criterion as papers write it.
-        calibration: what its statistics were taken from; None for a criterion that needs none.
+        calibration: the calibration text; None for a criterion that needs none.
         train: the training data.
-        evaluation: how perplexity was measured: text, window, stride, dtype, tokens and so on, and the dense model's
-            seconds.
-        seed: of sampling, initialization, order and rounding.
+        evaluation: how perplexity was measured: text, window, stride, dtype, tokens and so on, and the time that the
+            dense model took.
+        seed: seed of sampling, initialization, order and rounding.
     """
 
     model: str | None = None
@@ -78,16 +78,16 @@ class Training(_Part):
         window: most tokens in a sequence.
         join_documents: whether a sequence may hold several documents.
         seconds: time in training, without loading.
-        tokens_per_second: `tokens` by `seconds`.
-        trainable_parameters: entries of the factors.
+        tokens_per_second: `tokens` / `seconds`.
+        trainable_parameters: number of entries in A and B.
         sparsity: share of zeros in the adapted weights.
-        packed: how many of the adapted weights were packed.
-        learning_rate: its peak.
-        batch_size: sequences of an optimizer step.
-        peak_memory_bytes: on the device where it is CUDA, else of the process.
+        packed: number of adapted weights that were packed.
+        learning_rate: the peak learning rate.
+        batch_size: sequences per optimizer step.
+        peak_memory_bytes: peak on a CUDA device; elsewhere the peak of the process.
         losses: the mean loss of every optimizer step's batch.
         validation: the mean loss on the examples that were held out, for every evaluation.
-        best_step: after which the adapter was as it was written; None where nothing was held out.
+        best_step: step whose adapter was written; None if no examples were held out.
     """
 
     out: str | None = None
@@ -111,7 +111,7 @@ class Training(_Part):
 
 
 class PrunedTensor(_Part):
-    """A tensor as pruning left it.
+    """A pruned tensor.
 
     Attributes:
         sparsity: share of zeros.
@@ -123,7 +123,7 @@ class PrunedTensor(_Part):
 
 
 class Sparsity(_Part):
-    """What pruning did.
+    """The sparsity after pruning.
 
     Attributes:
         overall: share of zeros over all pruned tensors.
@@ -141,8 +141,8 @@ class ComparedTensor(_Part):
 
     Attributes:
         zeros: zeros of the pruned one, of either sign.
-        offenders: those of them that are anything but an exact +0.0 in the merged one.
-        negative_zeros: those of the offenders that are -0.0.
+        offenders: zeros of the pruned one that are not an exact +0.0 in the merged one.
+        negative_zeros: offenders that are -0.0.
         survivors: non-zeros of the pruned one.
         underflowed: survivors that became zero.
         unchanged: survivors with the same value as before.
@@ -163,7 +163,7 @@ class ComparedTensor(_Part):
 
     @property
     def failed(self) -> bool:
-        """Whether it breaks the promise: a zero that is none any more, or a new NaN or infinity."""
+        """Whether a zero was lost, or there is a new NaN or infinity."""
         return bool(self.offenders or self.non_finite)
 
 
@@ -171,40 +171,53 @@ class Verification(_Part):
     """The proof that the zeros were kept: the report of `spp verify`.
 
     Attributes:
-        verified: whether they were, and whatever else was asked for holds.
+        verified: whether all zeros were kept, and every further check that was requested passed.
         base: the pruned model.
         other: the merged model.
-        pattern: what the matrices were checked against; None where nothing was asked for.
+        record: file of the record that the model was checked against, where it was not compared with another one.
+        pattern: pattern that the matrices were checked against; None if none was requested.
         zeros: zeros of the pruned model, over all tensors.
         tensors: each tensor that has zeros or differs, by its name in the file.
-        problems: what is wrong, one sentence each; empty where verified.
+        problems: one sentence for each problem; empty if verified.
+        compared: tensors that were looked into.
+        matrices_checked: matrices that were checked against the pattern, each expert by itself.
+        matrices_dense: tensors with matrices that need not obey it.
+        matrices_because: how it was known which have to obey.
+        base_sha256, other_sha256: fingerprints of the tensors of either side.
     """
 
     verified: bool | None = None
     base: str | None = None
     other: str | None = None
+    record: str | None = None
     pattern: str | None = None
     zeros: int | None = None
     tensors: dict[str, ComparedTensor] = {}
     problems: list[str] = []
+    compared: int | None = None
+    matrices_checked: int | None = None
+    matrices_dense: list[str] = []
+    matrices_because: str | None = None
+    base_sha256: str | None = None
+    other_sha256: str | None = None
 
 
 class RunResults(_Part):
-    """What results.json holds.
+    """The content of results.json.
 
     Attributes:
-        perplexity: that of the `dense`, the `pruned` and the fine-tuned model, `spp`, per token; it may be infinite.
-        gap_closed: `gap_closed` of the three.
-        verified: whether the zeros were proved kept.
-        seconds: time of each stage, in the order that they ran in.
+        perplexity: per token, of the `dense`, the `pruned` and the fine-tuned model (`spp`); it may be infinite.
+        gap_closed: `gap_closed` of the three perplexities.
+        verified: whether it was proved that all zeros were kept.
+        seconds: time of each stage, in the order in which they ran.
         peak_rss_bytes: largest resident memory of the process, over all stages.
         protocol: how the run was done.
-        versions: of spp, Python and packages; None where one is missing.
+        versions: versions of spp, Python and packages; None for a missing package.
         environment: the hardware.
         options: every option of the run.
         command: a command line that repeats the run.
         training: how the adapter was trained.
-        sparsity: what pruning did.
+        sparsity: the sparsity after pruning.
         verification: the proof that the zeros were kept.
     """
 
@@ -224,10 +237,10 @@ class RunResults(_Part):
 
 
 def gap_closed(dense: float, pruned: float, spp: float) -> float | None:
-    """Share of the loss that pruning cost and fine-tuning won back, from three perplexities.
+    """The share of the loss due to pruning that fine-tuning won back, from three perplexities.
 
     (log ppl_pruned - log ppl_spp) / (log ppl_pruned - log ppl_dense): 0 is the pruned model, 1 the dense one. It
-    is above 1 where fine-tuning also taught something new. None where pruning did not cost anything.
+    is above 1 if the fine-tuned model is better than the dense one. None if pruning did not raise the perplexity.
     """
     cost = math.log(pruned) - math.log(dense)
     return (math.log(pruned) - math.log(spp)) / cost if cost > 0 else None

@@ -1,9 +1,9 @@
-"""Where the weight W of an adapted layer is, and how to get at it; the adapter itself knows nothing of that.
+"""Access to the weight W of an adapted layer, however the base layer stores it.
 
 A base layer is an `nn.Linear`, a `Conv1D`, which stores W as (I, O), a `PackedLinear`, which stores the values that are
-not zero, or a layer that bitsandbytes quantized. Over each of them, accelerate may keep W on the CPU or on disk, and
-FSDP or ZeRO-3 may shard it. What shards is never cast or copied before the operator has it: autograd would keep that
-copy for backward, and with it the gathered weight.
+not zero, or a layer that bitsandbytes quantized. In addition, accelerate may offload W to the CPU or to disk, and FSDP
+or ZeRO-3 may shard it. W goes to the operator without a cast or a copy, which autograd would save for backward: a
+sharded W would then stay gathered.
 
 Shapes: O output features, I input features.
 """
@@ -26,11 +26,11 @@ from spp.ops.packed import PackedWeight, Weight
 
 @contextmanager
 def weight_to_compute_with(layer: nn.Module, dtype: torch.dtype) -> Iterator[Weight]:
-    """A context manager for W (O, I): the parameter itself, a view of it, or the packed weight.
+    """A context manager that yields W (O, I): the parameter, a view of it, the packed weight, or a dequantized copy.
 
     Args:
         layer: the base layer.
-        dtype: that a quantized weight comes in, the input's; autograd does not keep such a weight for backward.
+        dtype: of a dequantized copy, the input's; autograd does not save that copy, but makes it again in backward.
     """
     with _onloaded(layer):
         if not is_quantized(layer):
@@ -42,16 +42,16 @@ def weight_to_compute_with(layer: nn.Module, dtype: torch.dtype) -> Iterator[Wei
 
 
 def stored(layer: nn.Module) -> Tensor:
-    """What the layer keeps: its weight (a parameter, or in FSDP's forward a tensor), or the packed values."""
+    """The tensor that the layer stores: its weight (a parameter; in FSDP's forward a tensor), or the packed values."""
     return layer.values if isinstance(layer, PackedLinear) else cast(Tensor, layer.weight)
 
 
 def dense(layer: nn.Module, kept: Tensor | None = None) -> Tensor:
-    """W in the layer's own layout, dense; one that is quantized in fp32.
+    """W as a dense tensor in the layer's own layout; a quantized W is dequantized to fp32.
 
     Args:
         layer: the base layer.
-        kept: an earlier `stored(layer)` to take W from, on any device; None takes what the layer keeps now.
+        kept: an earlier `stored(layer)`, on any device, to take W from; None takes the present one.
     """
     if is_quantized(layer):
         return dequantized(layer, torch.float32)
@@ -63,10 +63,10 @@ def dense(layer: nn.Module, kept: Tensor | None = None) -> Tensor:
 
 
 def set_dense(layer: nn.Module, weight: Tensor) -> None:
-    """Make `weight`, dense and in the layer's own layout, its W; not for a quantized layer.
+    """Set W to `weight`, a dense tensor in the layer's own layout; not for a quantized layer.
 
     Raises:
-        SppError: the layer is packed, and `weight` is not zero where it is; nothing is changed.
+        SppError: the layer is packed, and `weight` is not zero everywhere that W is; nothing is changed.
     """
     if isinstance(layer, PackedLinear):
         layer.set_weight(weight)
@@ -81,7 +81,7 @@ def oriented(layer: nn.Module, weight: Tensor) -> Tensor:
 
 @contextmanager
 def _onloaded(layer: nn.Module) -> Iterator[None]:
-    """A context manager that brings in a weight which accelerate keeps elsewhere, as calling the layer would."""
+    """A context manager in which a weight that accelerate offloads is loaded, as when the layer is called."""
     hook = getattr(layer, "_hf_hook", None)
     if hook is None or not getattr(hook, "offload", False):
         yield

@@ -15,22 +15,22 @@ from spp.ops.reference import MOST_DIRECTIONS
 
 
 def _option(name: str, more: str = "") -> Any:
-    """A field with the default and the description of an option of `spp train`, and what `more` there is to say."""
+    """A field with the default and the description of an option of `spp train`, to which `more` is added."""
     option = AdapterSettings.model_fields[name]
     return field(default=option.default, metadata={"help": f"{option.description}{more}"})
 
 
 @dataclass
 class SppConfig(PeftConfig):
-    """W' = W + scale * W * (A[g] B): zeros of W stay zeros, in training and in merging (SPP, ICML 2024).
+    """Settings of an SPP adapter, W' = W + scale * W * (A[g] B) (eq. 5 of the paper, where directions is 1).
 
-    With the defaults it is the adapter that `spp train` puts on a model. Where `r` is None, putting the adapter on a
-    model sets it, and `rank_pattern`, to the ranks that its layers got, so that they are saved.
+    Zeros of W stay zeros, in training and in merging. The defaults are those of `spp train`. If `r` is None, adding the
+    adapter to a model sets `r` and `rank_pattern` to the row groups that its layers got, so that they are saved.
 
     `task_type`, `base_model_name_or_path`, `inference_mode` and `revision` are PEFT's own.
 
     Raises:
-        ValueError: a field holds what it cannot; all such fields are named at once.
+        ValueError: a field has an invalid value; one error names all such fields.
     """
 
     r: int | None = _option("r")
@@ -38,15 +38,15 @@ class SppConfig(PeftConfig):
     directions: int = _option("directions")
     scale: float = _option("scale")
     init_weights: bool | Literal["ones", "published"] = _option(
-        "init_weights", more="; True means ones, False draws both, so that W' != W (for tests)"
+        "init_weights", more="; True means ones, False draws A and B at random, so that W' != W (for tests)"
     )
     mode: Literal["fused", "split"] = _option("mode")
     dropout: float = _option("dropout")
     target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "names, a regular expression, or all-linear, which is what None means"}
+        default=None, metadata={"help": "names, a regular expression, or all-linear (also if None)"}
     )
     exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "names or a regular expression of modules to leave alone"}
+        default=None, metadata={"help": "modules not to adapt: names or a regular expression"}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "indices of the layers to adapt; not with target_modules as a str"}
@@ -55,13 +55,13 @@ class SppConfig(PeftConfig):
         default=None, metadata={"help": "name of the list of layers, where layers_to_transform does not find it"}
     )
     rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "name or regular expression of a module -> its r, instead of r"}
+        default_factory=dict, metadata={"help": "name or regular expression of a module -> its own r"}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "modules to train whole and to save with the adapter, such as a new head"}
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "rows of the embedding to train as well, for tokens that were added"}
+        default=None, metadata={"help": "rows of the embedding to train as well, for newly added tokens"}
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A linear layer with SPP adapters on it.
+"""A linear layer with SPP adapters.
 
 Shapes: T tokens, O output features, I input features, R row groups, K directions.
 """
@@ -26,7 +26,7 @@ from spp.ops.zeros import all_finite
 
 
 class Factor(nn.Module):
-    """A trained factor. A module, and called as one, so that offloading and sharding hooks see the access."""
+    """A trained factor, A or B. It is a module, and is called to be read, so that offloading and sharding hooks run."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -38,13 +38,13 @@ class Factor(nn.Module):
 
 
 class SppLayer(BaseTunerLayer):
-    """What PEFT needs to know of a layer with SPP adapters: where the factors are, and what belongs to them."""
+    """What PEFT reads of a layer with SPP adapters: the names of its factors and of their settings."""
 
     adapter_layer_names = ("spp_A", "spp_B")
     other_param_names = ("r", "scale", "mode", "spp_dropout")
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
-        """Where and in which dtype PEFT puts the factors; a packed layer's `weight` would be expanded to find out."""
+        """The device and dtype that PEFT gives the factors; for these it would expand a packed layer's `weight`."""
         if isinstance(base_layer, PackedLinear):
             return base_layer.values.device, base_layer.values.dtype
         return super()._get_base_layer_device_and_dtype(base_layer)
@@ -53,12 +53,13 @@ class SppLayer(BaseTunerLayer):
 class SppLinear(nn.Module, SppLayer):
     """An `nn.Linear`, `Conv1D` or `PackedLinear` with W' = W + s * W * (A[g] B) in place of W.
 
-    One active adapter costs three GEMMs, in split mode four; several, or dropout, one more for each of them.
+    A training step takes three GEMMs with one active adapter, four in split mode. With dropout, or n > 1 active
+    adapters, it takes 2 + 3 n: the base layer's two, and three for each adapter.
 
     Args:
         base_layer: the layer to adapt.
-        adapter_name: of the first adapter.
-        r: its row groups.
+        adapter_name: name of the first adapter.
+        r: row groups of that adapter.
         config: its settings.
     """
 
@@ -94,10 +95,10 @@ class SppLinear(nn.Module, SppLayer):
     def reset_spp_parameters(self, adapter_name: str, *, init_weights: bool | str) -> None:
         """Start at W' = W, unless `init_weights` is False.
 
-        ones: A = 0 and one 1 in each row of B, so that A, which is nearly all of the adapter, has its whole gradient at
-        once, and a learning rate changes weights by the same share whatever their number of columns. The rows of a
-        group are divided into K equal parts, and those of part k have their 1 in column k: the adapter starts as one
-        with K times as many groups of one direction each.
+        ones: A = 0, and each row of B has a single 1. So A, which is nearly all of the adapter, has its full gradient
+        from the first step, and a learning rate changes weights by the same share whatever their number of columns. The
+        rows of a group are divided into K equal parts, and those of part k have their 1 in column k: the adapter starts
+        as one with K times as many groups of one direction each.
         published: A from U(-1/sqrt(I), 1/sqrt(I)), which is kaiming_uniform(a = sqrt(5)), and B = 0.
         """
         A, B, _ = self._factors(adapter_name)
@@ -114,7 +115,7 @@ class SppLinear(nn.Module, SppLayer):
             nn.init.normal_(B)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output for x (..., I), with the active adapters unless they are disabled or merged."""
+        """The layer's output (..., O) for x (..., I), with the active adapters unless they are disabled or merged."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [name for name in self.active_adapters if name in self.spp_A]
@@ -142,7 +143,7 @@ class SppLinear(nn.Module, SppLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' Delta to W, rounded once; the zeros of W are proved to be +0.0 afterwards.
 
-        A copy of W is kept on the CPU until `unmerge`: Delta depends on W, so that no subtraction would restore it.
+        A copy of W is kept on the CPU until `unmerge`: Delta depends on W, so subtracting it would not restore W.
 
         Args:
             safe_merge: raise, and change nothing, where the result has NaN or infinity.
@@ -174,7 +175,7 @@ class SppLinear(nn.Module, SppLayer):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put back the bits of W from before the first merge."""
+        """Restore W, bit for bit, as it was before the first merge."""
         if self._weight_before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return

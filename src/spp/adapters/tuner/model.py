@@ -29,7 +29,7 @@ from spp.models.quantized import is_quantized
 from spp.ops.dtypes import dtype_name
 
 _HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
-# Parts that wrappers add to module names, but that the names in a state dict do not have.
+# Parts that wrappers insert into module names, but not into the keys of a state dict.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
@@ -38,8 +38,8 @@ class SppModel(BaseTuner):
 
     Args:
         model: the (pruned) model; it is changed in place.
-        config: `SppConfig`, or one per adapter name.
-        adapter_name: of the first adapter.
+        config: an `SppConfig`, or a dict with one for each adapter name.
+        adapter_name: name of the first adapter.
     """
 
     prefix: str = "spp_"
@@ -47,7 +47,7 @@ class SppModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put the adapter on the layers that its config names, and have the config say which rank each of them got."""
+        """Put the adapter on the layers that its config selects, and record their row groups in the config."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         assert isinstance(config, SppConfig)
@@ -67,12 +67,12 @@ class SppModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        """Let all-linear mean packed layers, too; PEFT knows dense ones only."""
+        """Include packed layers in all-linear; PEFT itself only finds dense ones."""
         assert isinstance(peft_config, SppConfig)
         packed = {
             name
             for name, module in model.named_modules()
-            if isinstance(module, PackedLinear) and not name.endswith(".base_layer")  # one that has an adapter already
+            if isinstance(module, PackedLinear) and not name.endswith(".base_layer")  # it has an adapter already
         }
         if packed and peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             _maybe_include_all_linear_layers(peft_config, model)
@@ -80,16 +80,16 @@ class SppModel(BaseTuner):
             peft_config.target_modules |= packed
 
     def _exclude_heads(self, config: SppConfig) -> None:
-        """Keep a classification head, which is new and dense, out of all-linear; PEFT does so for some tasks only."""
+        """Exclude a classification head, which is new and dense, from all-linear; PEFT does so for some tasks only."""
         heads = {name for name in _HEADS if isinstance(getattr(self.model, name, None), nn.Linear)}
         if heads and config.exclude_modules is None:
             config.exclude_modules = heads
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
-        """Whether to adapt the module `key`; as PEFT's, but layers_to_transform also holds for all-linear.
+        """Whether to adapt the module `key`: PEFT's rule, but layers_to_transform also applies to all-linear.
 
-        PEFT turns all-linear into full module names, and takes those whatever their layer is.
+        PEFT replaces all-linear by full module names, and adapts those whatever layer they are in.
         """
         assert isinstance(peft_config, SppConfig)
         found = check_target_module_exists(peft_config, key)
@@ -122,8 +122,8 @@ class SppModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put `new_module` in the place of `child`.
 
-        PEFT also hands it the weight of `child`, which it has already, and which is no parameter for an embedding
-        whose rows are trained (trainable_token_indices).
+        PEFT's method would also assign the weight of `child`. `new_module` has that already, and for an embedding with
+        trained rows (trainable_token_indices) it is not a parameter.
         """
         setattr(parent, child_name, new_module)
 
@@ -135,8 +135,8 @@ class SppModel(BaseTuner):
             )
         yield
 
-    # The two overrides match keys by name: the default asks the modules, and finds nothing, silently, where a
-    # wrapper (FSDP, activation checkpointing) has put a part into their names that the state dict's keys lack.
+    # The two overrides match keys by name. PEFT's own look the modules up, and silently find none where a wrapper
+    # (FSDP, activation checkpointing) has inserted a part into their names that the state dict's keys lack.
 
     @classmethod
     def _get_adapter_state_dict(
@@ -181,7 +181,7 @@ def _factor_keys(model: nn.Module, adapter_name: str) -> set[str]:
 
 
 def _require_adaptable(target: nn.Module, name: str) -> None:
-    """Raise a ValueError for a module that SPP would not, or would wrongly, work on."""
+    """Raise a ValueError for a module on which SPP would have no effect, or a wrong one."""
     if isinstance(target, BaseTunerLayer):
         raise ValueError(
             f"{name}: has an adapter of another method ({type(target).__name__}); SPP does not stack on it"

@@ -1,4 +1,4 @@
-"""How many row groups R an adapter has on each layer, and how a config says so.
+"""The number of row groups R of each layer, and its place in the config.
 
 Shapes: O output features, I input features, R row groups, K directions.
 """
@@ -13,7 +13,7 @@ from spp.adapters.tuner.config import SppConfig
 
 
 def rank_of(config: SppConfig, module: str, out_features: int, in_features: int) -> int:
-    """R of a layer, which may have fewer rows than that: by `rank_pattern`, else `r`, else what `lora_rank` allows."""
+    """R of a layer: from `rank_pattern`, else `r`, else what `lora_rank` allows; it may be above the layer's rows."""
     rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r)
     return like_lora(out_features, in_features, config.directions, config.lora_rank) if rank is None else rank
 
@@ -25,13 +25,13 @@ def like_lora(out_features: int, in_features: int, directions: int, lora_rank: i
 
 
 def set_ranks(config: SppConfig, ranks: Mapping[str, int]) -> None:
-    """Have `r` and `rank_pattern` say these ranks, by module name: so they are saved, and read by others than spp."""
+    """Write `ranks` (module name -> R) into `r` and `rank_pattern`, so that they are saved with the config."""
     config.r = max(ranks.values())
     config.rank_pattern = {name: rank for name, rank in _shortened(ranks).items() if rank != config.r}
 
 
 def _shortened(ranks: Mapping[str, int]) -> dict[str, int]:
-    """By the last part of the names (`down_proj`), if no two layers that share it differ; else by whole names."""
+    """`ranks` by the last part of the names (`down_proj`) if all layers with the same one agree; else by full names."""
     by_last_part: dict[str, set[int]] = {}
     for name, rank in ranks.items():
         by_last_part.setdefault(name.rpartition(".")[2], set()).add(rank)

@@ -1,7 +1,7 @@
 """Make PEFT know the adapter type SPP.
 
-PEFT's own function for this accepts only names that its enum `PeftType` has, and an enum cannot be extended by the
-rules. So a member is put into it in place, checked, and taken out again if anything about it is not as it should be.
+PEFT's own function for this accepts only members of its enum `PeftType`, and Python does not let an enum be extended.
+So a member is inserted into the enum in place, checked, and removed again if a check fails.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ NAME = "SPP"
 
 
 def register() -> None:
-    """Add SPP to PEFT's types, configurations and tuners; nothing where that is done already.
+    """Add SPP to PEFT's types, configurations and tuners, unless it is there already.
 
     Raises:
-        ImportError: this version of Python or PEFT does not take it.
+        ImportError: this version of Python or PEFT does not allow it.
     """
     if NAME in PeftType.__members__:
         return
@@ -33,7 +33,7 @@ def _add_member(enum: type[PeftType], name: str) -> None:
     member = str.__new__(enum, name)
     member._name_, member._value_, member._sort_order_ = name, name, len(enum)  # pyright: ignore[reportAttributeAccessIssue]
     member.__objclass__ = enum  # pyright: ignore[reportAttributeAccessIssue]
-    type.__setattr__(enum, name, member)  # before the map, which makes the enum refuse it
+    type.__setattr__(enum, name, member)  # before the member map, with which the enum would refuse it
     enum._member_map_[name] = enum._value2member_map_[name] = member  # pyright: ignore[reportArgumentType]
     enum._member_names_.append(name)
     if not _is_member(enum, name):
