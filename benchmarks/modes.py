@@ -45,7 +45,14 @@ def _rows(folder: Path, steps: int, rates: list[float]) -> Iterator[dict[str, An
         for dtype, mode in _RUNS:
             name = f"{rate}-{dtype}-{mode}"
             values = {"model": pruned, "out": folder / f"{name}-adapter", "learning_rate": rate, "max_steps": steps}
-            shape = {"window": WINDOW, "batch_size": BATCH, "join_documents": True, "dtype": dtype, "mode": mode}
+            shape = {
+                "window": WINDOW,
+                "batch_size": BATCH,
+                "join_documents": True,
+                "dtype": dtype,
+                "mode": mode,
+                "warmup_ratio": 0.03,
+            }
             report = spp.train(spp.TrainOptions.build({**values, **shape}))
             merged = folder / f"{name}-merged"
             proof = spp.merge(spp.MergeOptions(model=pruned, adapter=report.out, out=merged))

@@ -1,7 +1,7 @@
 """Fine-tune pruned LLMs without losing their sparsity: W' = W + s * W * A[group] * B keeps every zero of W a zero.
 
 Importing the package makes PEFT know the adapter type SPP (as soon as PEFT itself is imported); everything else,
-torch included, is loaded when it is first asked for.
+torch included, is imported when it is first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m spp` is `spp`."""
+"""`python -m spp`: the same as the command `spp`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Which k of n scores are kept: exact counts, ties by position, without sorting.
+"""Boolean masks of the k highest of n scores: exact counts, ties by position, without sorting.
 
 Shapes: O output features, I input features, M members of a group, K groups.
 """
@@ -13,26 +13,33 @@ if TYPE_CHECKING:
 
 # Groups up to this size are ranked by M (M - 1) / 2 comparisons, longer ones are searched for a threshold.
 _SMALL_GROUP = 16
-# Rows longer than this are searched by themselves, from a sample of them.
+# Rows longer than this are searched one at a time, starting from a sample of their values.
 _LONG_ROW = 2**17
 _SAMPLE = 2**13
-# Scores looked at together: on a CPU they stay in the cache, elsewhere a few launches do for a matrix.
+# Scores processed at once: on a CPU they fit its cache, on a GPU a matrix takes few kernel launches.
 _PART, _GPU_PART = 2**19, 2**26
 
 
 def keep_all_but_lowest(scores: Tensor, count: int) -> Tensor:
-    """True everywhere but at the `count` lowest scores of the last dimension, as `_reference`, without sorting.
+    """A mask that is False at the `count` lowest scores along the last dimension; equal to `_reference`.
 
-    Beside the result, the scratch is a few times `_PART` entries (long rows: and a tenth of a row).
+    Scratch memory besides the result: a few times `_PART` entries, and for long rows a tenth of a row.
+
+    Args:
+        scores: (..., I), any float dtype; a NaN counts as the highest score.
+        count: scores of each row that are not kept.
+
+    Returns:
+        (..., I) bool; of equal scores, the first ones are not kept.
     """
-    keep = scores.isnan().contiguous()  # of transposed scores it is not
+    keep = scores.isnan().contiguous()  # the mask of transposed scores is not
     has_nan, size = bool(keep.any()), scores.shape[-1]
     if count in (0, size):
         return keep.fill_(count == 0)
     rows, kept = scores.reshape(-1, size), keep.view(-1, size)
     at_once = 1 if size > _LONG_ROW else rows_at_once(scores)
     for part, out in zip(rows.split(at_once), kept.split(at_once), strict=True):
-        if has_nan:  # comparisons do not order it
+        if has_nan:  # comparisons do not order NaN
             out.copy_(_reference(part, count))
         elif size <= _SMALL_GROUP:
             out.copy_(keep_in_groups(part.T.contiguous(), count).T)
@@ -44,19 +51,19 @@ def keep_all_but_lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def rows_at_once(matrix: Tensor) -> int:
-    """How many rows of a matrix (..., I) are worked on together."""
+    """How many rows of a matrix (..., I) to process at once."""
     return max((_GPU_PART if matrix.is_cuda else _PART) // max(matrix.shape[-1], 1), 1)
 
 
 def keep_in_groups(groups: Tensor, removed: int) -> Tensor:
-    """True for all but the `removed` lowest of every group, where groups lie along the first dimension.
+    """A mask that is False at the `removed` lowest scores of each group; groups run along the first dimension.
 
-    Small groups are ranked by counting who beats whom: member j has the rank
-    #{k < j: s_k <= s_j} + #{k > j: s_k < s_j}, as in a stable sort. Each comparison is one of long contiguous rows.
+    Small groups are ranked by comparing their members in pairs: member j has the rank
+    #{k < j: s_k <= s_j} + #{k > j: s_k < s_j}, as in a stable sort. Each comparison takes two contiguous rows (K,).
 
     Args:
         groups: (M, K), any float dtype, without NaN.
-        removed: how many of each group go.
+        removed: how many scores of each group are not kept.
 
     Returns:
         (M, K) bool.
@@ -73,7 +80,7 @@ def keep_in_groups(groups: Tensor, removed: int) -> Tensor:
 
 
 def _keep_in_rows(rows: Tensor, count: int) -> Tensor:
-    """The mask of some rows (O, I): a threshold for each, and of the scores equal to it the first ones go."""
+    """The mask of rows (O, I): each row has a threshold, and of the scores equal to it the first ones are not kept."""
     limit = rows.kthvalue(count, dim=-1, keepdim=True).values
     keep = rows > limit
     missing = rows.shape[-1] - count - keep.sum(dim=-1, keepdim=True)
@@ -98,10 +105,10 @@ def _keep_in_long_row(row: Tensor, count: int, out: Tensor) -> None:
 def _kth_lowest(values: Tensor, count: int) -> Tensor:
     """The `count`-th lowest of values (K,), a scalar.
 
-    A sample says between which two values it must be, but for bad luck; only those in between are searched.
+    A sorted sample gives two values that almost always enclose it; then only the values between them are searched.
     """
     sample = values[:: max(len(values) // _SAMPLE, 1)].sort().values
-    # Four standard deviations of the number of sampled values below the one that is looked for.
+    # Four standard deviations, at most, of the number of sampled values below the `count`-th lowest.
     place, slack = count * len(sample) // len(values), 2 * int(len(sample) ** 0.5)
     low, high = sample[max(place - slack, 0)], sample[min(place + slack, len(sample) - 1)]
     parts = values.split(_GPU_PART if values.is_cuda else _PART)
@@ -117,7 +124,7 @@ def _kth_lowest(values: Tensor, count: int) -> Tensor:
 
 
 def _reference(scores: Tensor, count: int) -> Tensor:
-    """What `keep_all_but_lowest` means: False at the first `count` places of a stable sort, NaN last."""
+    """The definition of `keep_all_but_lowest`: False at the first `count` places of a stable sort, NaN last."""
     order = scores.argsort(dim=-1, stable=True)
     everything = order >= 0
     return everything.scatter(-1, order[..., :count], False)

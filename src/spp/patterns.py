@@ -43,8 +43,8 @@ class Unstructured:
         return True
 
     def removed_of(self, count: int) -> int:
-        """How many of `count` compared weights go: int(count * sparsity), the published exact count."""
-        # The small factor undoes binary rounding: 0.29 * 100 is 28.999..., and 29 is meant.
+        """How many of `count` competing weights are removed: int(count * sparsity), as in the published code."""
+        # The small factor undoes binary rounding: 0.29 * 100 is 28.999..., and must count as 29.
         return int(count * self.sparsity * (1 + 1e-12))
 
     def keep_mask(self, scores: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Unstructured:
         return keep_all_but_lowest(scores, self.removed_of(scores.shape[-1]))
 
     def violations(self, weight: Tensor) -> int:
-        """How many zeros a (O, I) weight lacks of O * int(I * sparsity), the least that any criterion makes."""
+        """How many zeros a weight (O, I) is short of O * int(I * sparsity), the fewest that any criterion makes."""
         demanded = weight.shape[:-1].numel() * self.removed_of(weight.shape[-1])
         return max(demanded - int((weight == 0).count_nonzero()), 0)
 
@@ -113,7 +113,7 @@ class NM:
         return keep_all_but_lowest(groups, self.m - self.n).flatten(-2)
 
     def violations(self, weight: Tensor) -> int:
-        """Groups of a (O, I) weight that keep more than `n` weights; all of them where m does not divide I."""
+        """How many groups of a weight (O, I) keep more than `n` weights; all of them where m does not divide I."""
         if not self.fits(weight.shape[-1]):
             return weight.numel() // self.m or 1
         kept = (weight.unflatten(-1, (-1, self.m)) != 0).sum(dim=-1)
@@ -122,7 +122,7 @@ class NM:
 
 Pattern = Unstructured | NM
 
-# What a matrix is checked against when its pattern is not known: the stricter of equal sparsity first.
+# Patterns to look for in a matrix; of two with the same sparsity, the stricter one comes first.
 KNOWN_NM = (NM(1, 4), NM(2, 8), NM(2, 4), NM(4, 8))
 
 
@@ -149,9 +149,9 @@ def parse_pattern(text: str) -> Pattern:
 
 
 def detect_pattern(weight: Tensor) -> Pattern | None:
-    """The pattern a (O, I) weight has: a known N:M that it obeys, else its unstructured ratio, else None if dense.
+    """The pattern of a weight (O, I): the first of `KNOWN_NM` that it obeys, else its unstructured sparsity.
 
-    A matrix of which under 1 % is zero counts as dense. The N:M answer is the strictest known one.
+    None if it is dense: less than 1 % of it is zero.
     """
     sparsity = float((weight == 0).count_nonzero()) / max(weight.numel(), 1)
     if sparsity < 0.01:

@@ -206,7 +206,7 @@ def test_published_adapters_become_hira_at_once(tmp_path, base):
     torch.testing.assert_close(logits(base, tmp_path / "hira"), logits(base, tmp_path / "spp"), rtol=1e-4, atol=1e-4)
 
 
-def test_an_adapter_from_before_there_were_directions(tmp_path, base):
+def test_an_old_adapter_without_directions_is_converted(tmp_path, base):
     adapter = adapter_on(base, tmp_path / "adapter", r=4, directions=1)
     old = read_json(adapter / "adapter_config.json")
     del old["directions"]
@@ -271,7 +271,7 @@ def test_a_base_of_other_shapes_is_refused(tmp_path, base, tiny_model, to):
 
 
 @pytest.mark.parametrize(("to", "start"), [("spp", "adapter"), ("hira", "hira")])
-def test_nothing_to_convert(tmp_path, base, to, start):
+def test_an_adapter_in_the_target_layout_is_refused(tmp_path, base, to, start):
     adapter = adapter_on(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
     converted(adapter, tmp_path / "hira")
     with pytest.raises(UsageError, match="layout already"):
@@ -288,7 +288,7 @@ def test_outputs_are_not_overwritten(tmp_path, base):
     converted(adapter, tmp_path / "hira", overwrite=True)
 
 
-def test_the_command(tmp_path, base, capsys):
+def test_the_command_converts_both_ways_and_names_problems(tmp_path, base, capsys):
     adapter = adapter_on(base, tmp_path / "adapter", r=4, directions=2, target_modules=["q_proj"])
     assert main(["convert", str(adapter), str(tmp_path / "hira"), "--to", "hira", "--base", str(base)]) == 0
     printed = capsys.readouterr().out

@@ -33,7 +33,7 @@ def assert_same(found: dict[str, Factors], wanted: dict[str, Factors]) -> None:
         assert found[module].A.equal(one.A) and found[module].B.equal(one.B), module
 
 
-def test_by_hand_with_groups_of_different_sizes():
+def test_factors_go_to_the_columns_of_their_groups_whatever_the_sizes():
     """Five rows in two groups: floor(i * 2 / 5) is 0, 0, 0, 1, 1."""
     A = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
     B = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0], [9.0, 10.0]])
@@ -128,7 +128,7 @@ def test_modules_that_need_different_directions_are_refused_by_name():
     ],
     ids=["missing", "extra", "shapes", "convolution"],
 )
-def test_files_that_are_no_linear_hira(tmp_path, tensors, message):
+def test_files_with_other_tensors_than_linear_hira_are_refused(tmp_path, tensors, message):
     save_file({name: torch.ones(shape) for name, shape in tensors.items()}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(SppError, match=message):
         read_hira(tmp_path)

@@ -32,7 +32,7 @@ def saved(folder: Path, content: object, **options) -> Path:
 
 @pytest.mark.parametrize("row", [False, True], ids=["(O, 1)", "(1, O)"])
 @pytest.mark.parametrize("zipped", [False, True], ids=["old", "zip"])
-def test_both_layouts(tmp_path, row, zipped):
+def test_both_layouts_of_b_are_read(tmp_path, row, zipped):
     found = read_published(saved(tmp_path, state(row=row), _use_new_zipfile_serialization=zipped), SETTINGS)
     ((module, factors),) = found.items()
     assert module == "model.layers.0.self_attn.q_proj"
@@ -65,7 +65,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, how):
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["old", "zip"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_truncated_file(tmp_path, zipped, share):
+def test_a_truncated_file_is_refused(tmp_path, zipped, share):
     path = saved(tmp_path, state(), _use_new_zipfile_serialization=zipped) / "adapter_model.bin"
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
@@ -86,7 +86,7 @@ def test_a_truncated_file(tmp_path, zipped, share):
     ],
     ids=["no B", "no A", "extra", "no tensor", "B", "more groups than rows", "integers"],
 )
-def test_what_is_no_pair_of_factors(tmp_path, change, message):
+def test_tensors_that_are_no_pairs_of_factors_are_refused(tmp_path, change, message):
     content = {name: value for name, value in (state() | change).items() if value is not None}
     with pytest.raises(SppError, match=message):
         read_published(saved(tmp_path, content), SETTINGS)
@@ -99,7 +99,7 @@ def test_several_problems_are_reported_together(tmp_path):
         read_published(saved(tmp_path, content), SETTINGS)
 
 
-def test_a_list_of_tensors_and_no_tensors(tmp_path):
+def test_a_list_of_tensors_or_an_empty_file_is_refused(tmp_path):
     with pytest.raises(SppError, match="more than named tensors"):
         read_published(saved(tmp_path, [torch.ones(1)]), SETTINGS)
     with pytest.raises(SppError, match="no factors at all"):
@@ -108,16 +108,16 @@ def test_a_list_of_tensors_and_no_tensors(tmp_path):
 
 def test_real_lora_is_refused(tmp_path):
     content = {f"{Q}.lora_A.weight": torch.ones(8, 8), f"{Q}.lora_B.weight": torch.ones(32, 8)}
-    with pytest.raises(UsageError, match="is a LoRA adapter: .* no product with W"):
+    with pytest.raises(UsageError, match="is a LoRA adapter: .* not a product with W"):
         read_published(saved(tmp_path, content), SETTINGS)
 
 
 @pytest.mark.parametrize("settings", [{"r": 8}, {"r": 0, "lora_alpha": 16}, {"r": 8, "lora_alpha": "16"}])
-def test_settings_without_a_scale(tmp_path, settings):
+def test_settings_without_a_scale_are_refused(tmp_path, settings):
     with pytest.raises(SppError, match="scale is their quotient"):
         read_published(saved(tmp_path, state()), settings)
 
 
-def test_no_weights(tmp_path):
+def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"neither adapter_model\.safetensors nor adapter_model\.bin"):
         read_published(tmp_path, SETTINGS)

@@ -104,7 +104,7 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(sparse_model, in
     assert not B.any()
 
 
-def test_saved_and_loaded(sparse_model, tmp_path):
+def test_a_saved_adapter_loads_with_the_same_logits(sparse_model, tmp_path):
     model = sparse_model()
     model.save_pretrained(tmp_path / "base")
     model.name_or_path = str(tmp_path / "base")
@@ -133,7 +133,7 @@ def test_saved_and_loaded(sparse_model, tmp_path):
     assert torch.equal(logits(native), expected)
 
 
-def test_several_adapters(sparse_model, tmp_path):
+def test_adapters_are_switched_combined_saved_and_deleted_by_name(sparse_model, tmp_path):
     model = sparse_model()
     plain = logits(model)
     adapted = with_adapter(model)
@@ -254,7 +254,7 @@ def test_dropout_acts_on_the_branch_alone_and_only_in_training(sparse_model):
     torch.testing.assert_close(noisy, dropped @ layer.get_delta_weight("default").T)
 
 
-def test_bf16_base_with_fp32_factors(sparse_model):
+def test_a_bf16_base_has_fp32_factors_with_fp32_gradients(sparse_model):
     adapted = get_peft_model(sparse_model(dtype=torch.bfloat16), SppConfig(r=4, task_type="CAUSAL_LM"))
     dtypes = {parameter.dtype for parameter in adapted.parameters() if parameter.requires_grad}
     assert dtypes == {torch.float32}
@@ -279,7 +279,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(sparse_model, reentrant
         assert torch.equal(ours, theirs)
 
 
-def test_generate(sparse_model):
+def test_generation_is_the_same_before_and_after_merging(sparse_model):
     adapted = with_adapter(sparse_model())
     prompt = IDS[:1, :4]
     words = adapted.generate(
@@ -335,7 +335,7 @@ def test_checkpoint_wrappers_do_not_lose_the_adapter(sparse_model):
     assert all(torch.equal(wrapped[key], expected[key]) for key in expected)
 
 
-def test_offloaded_weights(sparse_model, tmp_path):
+def test_offloaded_weights_give_the_same_logits(sparse_model, tmp_path):
     """accelerate keeps the weights on the CPU (here also the execution device) and shows them to hooks only."""
     from accelerate import cpu_offload
 
@@ -346,14 +346,14 @@ def test_offloaded_weights(sparse_model, tmp_path):
     assert torch.equal(logits(adapted), expected)
 
 
-def test_ranks_above_the_rows_and_rank_patterns(sparse_model):
+def test_ranks_are_capped_at_the_rows_and_overridden_by_rank_patterns(sparse_model):
     adapted = get_peft_model(sparse_model(), SppConfig(r=40, rank_pattern={"up_proj": 5}, task_type="CAUSAL_LM"))
     ranks = {layer.r["default"] for layer in layers(adapted)}
     assert ranks == {16, 32, 40, 5}  # k/v projections have 16 rows, q/o/down 32, gate 48
     logits(adapted)
 
 
-def test_chosen_layers_of_all_linear(sparse_model):
+def test_layers_to_transform_limits_all_linear(sparse_model):
     adapted = get_peft_model(sparse_model(), SppConfig(r=2, layers_to_transform=[1], task_type="CAUSAL_LM"))
     names = [name for name, module in adapted.named_modules() if isinstance(module, SppLinear)]
     assert len(names) == 7 and all(".layers.1." in name for name in names)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from spp.checkpoints.checkpoint import MANIFEST, VERIFICATION, Checkpoint
 from spp.checkpoints.json_files import read_json, write_json
-from spp.checkpoints.rewrite import Rewriting, tensor_name
+from spp.checkpoints.rewrite import Rewriting
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -170,13 +170,3 @@ def test_an_announced_sparse_format_is_dropped(tiny_checkpoint, written, announc
     config = read_json(tiny_checkpoint / "config.json")
     write_json(tiny_checkpoint / "config.json", {**config, announcement: {"format": "sparse-24-bitmask"}})
     assert read_json(written(tiny_checkpoint) / "config.json") == config
-
-
-def test_tensor_names_of_modules(odd):
-    whole = Checkpoint(odd, {"model.layers.0.fc.weight": odd, "lm_head.weight": odd, "fc.weight": odd})
-    assert tensor_name(whole, "model.layers.0.fc") == "model.layers.0.fc.weight"
-    assert tensor_name(whole, "lm_head") == "lm_head.weight"
-    bare = Checkpoint(odd, {"h.0.attn.c_attn.weight": odd, "h.0.attn.c_attn.bias": odd})
-    assert tensor_name(bare, "transformer.h.0.attn.c_attn") == "h.0.attn.c_attn.weight"
-    assert tensor_name(bare, "transformer.h.1.attn.c_attn") is None
-    assert tensor_name(bare, "h.0.attn") is None

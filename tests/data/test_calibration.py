@@ -143,7 +143,7 @@ def test_one_long_text_is_cut_into_windows(tiny_tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("samples", [8, 20, 28])  # long documents, short ones as well, all of them packed
-def test_the_seed_decides(tiny_tokenizer, mixed, samples, cache):
+def test_the_seed_determines_the_windows(tiny_tokenizer, mixed, samples, cache):
     def draw(seed):
         shutil.rmtree(cache, ignore_errors=True)
         return calibration_windows(tiny_tokenizer, mixed, samples=samples, window=12, seed=seed)

@@ -154,7 +154,7 @@ def conversation(*contents: str) -> dict:
     return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
 
 
-def test_the_loss_on_what_the_assistant_says(chat_tokenizer):
+def test_the_loss_is_on_the_assistants_messages_alone(chat_tokenizer):
     records = [conversation("Hi", "Yo", "Go", "No"), conversation("Hi")]
     learning, nothing = whole_examples(records, chat_tokenizer, completion_only=True)
     y, o, n = characters(chat_tokenizer, "YoN")
@@ -165,14 +165,14 @@ def test_the_loss_on_what_the_assistant_says(chat_tokenizer):
     assert whole_examples(records, chat_tokenizer, completion_only=False)[0].labels == learning.input_ids
 
 
-def test_an_assistant_that_begins(chat_tokenizer):
+def test_a_conversation_may_begin_with_the_assistant(chat_tokenizer):
     messages = [{"role": "assistant", "content": "Yo"}, {"role": "user", "content": "Hi"}]
     [example] = whole_examples([{"messages": messages}], chat_tokenizer, completion_only=True)
     learned = [label for label in example.labels if label != IGNORED]
     assert "".join(chat_tokenizer.convert_ids_to_tokens(learned)) == "<a>Yo<eos>"
 
 
-def test_a_template_that_rewrites_earlier_messages(chat_tokenizer):
+def test_a_template_that_rewrites_earlier_messages_is_refused(chat_tokenizer):
     chat_tokenizer.chat_template = "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}"
     with pytest.raises(UsageError, match="writes message 2 in another way when more messages follow"):
         whole_examples([conversation("Hi", "Yo", "Go", "No")], chat_tokenizer, completion_only=True)

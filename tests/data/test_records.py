@@ -67,13 +67,13 @@ def test_a_text_file_is_one_record(write):
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "c4-train.00000-of-01024.json.gz", "A.JSON.GZ"])
 @pytest.mark.parametrize("array", [False, True])
-def test_compressed_json(write, name, array):
+def test_compressed_json_is_read(write, name, array):
     items = [{"text": "one", "url": "x"}, {"text": "two", "url": "y"}]
     content = json.dumps(items) if array else "\n".join(map(json.dumps, items))
     assert load_records(write(name, gzip.compress(content.encode()))) == [{"text": "one"}, {"text": "two"}]
 
 
-def test_compressed_text(write):
+def test_compressed_text_is_one_record(write):
     content = gzip.compress(b"\xef\xbb\xbf One.\r\n") + gzip.compress(b"Two.\n")  # members make one file together
     assert load_records(write("a.txt.gz", content)) == [{"text": " One.\nTwo.\n"}]
 
@@ -115,7 +115,7 @@ def test_the_standard_library_comes_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
-def test_windows_line_ends_and_a_byte_order_mark(write, name):
+def test_windows_line_ends_and_a_byte_order_mark_are_no_part_of_the_text(write, name):
     content = "one\r\ntwo\r\n" if name == "a.txt" else '{"text": "one"}\r\n\r\n{"text": "two"}\r\n'
     records = load_records(write(name, b"\xef\xbb\xbf" + content.encode()))
     assert "".join(record["text"] for record in records) == ("one\ntwo\n" if name == "a.txt" else "onetwo")
@@ -359,7 +359,7 @@ def test_problems_of_a_dataset_are_named_by_row(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "count", "fields"), [("corpora/alpaca_small.json", 2000, {"prompt", "completion"})])
-def test_real_alpaca(shared_data: Path, name, count, fields):
+def test_real_alpaca_files_have_all_their_records(shared_data: Path, name, count, fields):
     records = load_records(str(shared_data / name))
     assert len(records) == count
     assert all(record.keys() == fields for record in records)

@@ -33,7 +33,7 @@ def fails(capsys, *words: object) -> str:
     return captured.err
 
 
-def test_perplexities_side_by_side(models, stories, tmp_path, monkeypatch, capsys):
+def test_perplexities_are_shown_side_by_side(models, stories, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["eval", *models, "--text", str(stories), "--limit", "3"]
     assert main([*words, "--json"]) == 0
@@ -59,9 +59,9 @@ def test_perplexities_of_other_windows_are_called_out(models, stories, capsys):
     config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 32}))
     words = ["eval", *models[:2], "--text", str(stories), "--limit", "3", "--no-per-document"]
     assert main(words) == 0
-    assert "these perplexities do not compare" in capsys.readouterr().err
+    assert "these perplexities cannot be compared" in capsys.readouterr().err
     assert main([*words, "--window", "32"]) == 0
-    assert "do not compare" not in capsys.readouterr().err
+    assert "cannot be compared" not in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten_unless_asked(models, stories, tmp_path, capsys):
@@ -74,7 +74,7 @@ def test_nothing_is_overwritten_unless_asked(models, stories, tmp_path, capsys):
     assert "perplexity" in plot.read_text()
 
 
-def test_requests_that_cannot_be_met(models, stories, tmp_path, capsys):
+def test_requests_that_cannot_be_met_are_refused(models, stories, tmp_path, capsys):
     first, second, adapter = models
     words = ["--text", stories, "--compare"]
     assert "compare and plot need two models or more" in fails(capsys, first, *words)
@@ -91,7 +91,7 @@ def test_requests_that_cannot_be_met(models, stories, tmp_path, capsys):
     assert "2 problems" in message and "no such folder" in message
 
 
-def test_an_adapter_whose_model_is_elsewhere(models, stories, tmp_path, capsys):
+def test_an_adapter_whose_model_is_missing_is_refused_with_the_remedy(models, stories, tmp_path, capsys):
     shutil.rmtree(models[0])
     message = fails(capsys, models[2], "--text", stories)
     assert f"is for the model '{models[0]}'" in message and "pass the model itself, and --adapter" in message
@@ -102,7 +102,7 @@ def test_an_adapter_whose_model_is_elsewhere(models, stories, tmp_path, capsys):
     assert "does not say which model it is for" in fails(capsys, models[2], "--text", stories)
 
 
-def test_settings_that_are_none(models, stories, tmp_path, capsys):
+def test_files_that_are_no_settings_are_an_error(models, stories, tmp_path, capsys):
     (tmp_path / "adapter" / "spp.json").write_text("[]")
     words = ["eval", "--text", str(stories)]
     assert main([*words, models[2]]) == 1

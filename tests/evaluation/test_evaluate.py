@@ -68,7 +68,7 @@ def pieces(ids, window) -> list[list[int]]:
     return [ids[start : start + window] for start in range(0, len(ids), window)]
 
 
-def test_windows_over_the_joined_text(tiny_checkpoint, tiny_tokenizer, texts):
+def test_joined_text_is_scored_in_full_windows(tiny_checkpoint, tiny_tokenizer, texts):
     report = measure(tiny_checkpoint, texts["txt"])
     ids = tiny_tokenizer("\n\n".join(DOCUMENTS)).input_ids
     assert len(ids) % WINDOW > 1  # so that a tail that counts would show
@@ -81,7 +81,7 @@ def test_windows_over_the_joined_text(tiny_checkpoint, tiny_tokenizer, texts):
     assert (report.per_document, report.documents, report.unit) == (False, 1, "token")
 
 
-def test_every_document_by_itself(tiny_checkpoint, tiny_tokenizer, texts):
+def test_documents_are_scored_by_themselves_with_their_tails(tiny_checkpoint, tiny_tokenizer, texts):
     report = measure(tiny_checkpoint, texts["jsonl"])
     windows = [piece for text in DOCUMENTS for piece in pieces(tiny_tokenizer(text).input_ids, WINDOW)]
     total, count = naive_nll(AutoModelForCausalLM.from_pretrained(tiny_checkpoint), windows)
@@ -183,7 +183,7 @@ def test_a_model_without_finite_output_is_an_error(tiny_checkpoint, texts, bad):
         measure(tiny_checkpoint, texts["txt"])
 
 
-def test_requests_that_cannot_be_met(tiny_checkpoint, texts, tmp_path):
+def test_requests_that_cannot_be_met_are_refused(tiny_checkpoint, texts, tmp_path):
     with pytest.raises(UsageError, match="window 65 is longer than the model's context of 64"):
         measure(tiny_checkpoint, texts["txt"], window=65)
     (tmp_path / "short.txt").write_text("too short")

@@ -45,7 +45,7 @@ def test_the_text_is_that_of_plain_transformers_packed_or_not(pruned, tmp_path, 
     assert reports[0].tokens_per_second > 0 and reports[0].prompt_seconds > 0
 
 
-def test_its_own_dtype_by_default_and_an_adapter_on_top(pruned, stories, tmp_path):
+def test_the_checkpoints_dtype_is_the_default_and_an_adapter_changes_the_text(pruned, stories, tmp_path):
     values = {"model": str(pruned), "out": tmp_path / "adapter", "data": str(stories), "window": 48}
     train(TrainOptions.build({**values, "learning_rate": 0.3, "max_steps": 12, "r": 4}))
     bare, tuned = generated(pruned), generated(pruned, adapter=tmp_path / "adapter")
@@ -53,12 +53,12 @@ def test_its_own_dtype_by_default_and_an_adapter_on_top(pruned, stories, tmp_pat
     assert generated(pruned, adapter=tmp_path / "adapter", pack=False).text == tuned.text
 
 
-def test_drawing_depends_on_the_seed_alone(pruned):
+def test_sampling_depends_on_the_seed_alone(pruned):
     one, same, other = (generated(pruned, temperature=2.0, seed=seed).text for seed in (1, 1, 2))
     assert one == same != other
 
 
-def test_misuse(pruned, tmp_path, tiny_checkpoint):
+def test_requests_that_cannot_be_met_are_refused(pruned, tmp_path, tiny_checkpoint):
     with pytest.raises(UsageError, match=r"9 tokens and --max-new-tokens 60 are more than the model's context of 64"):
         generated(pruned, max_new_tokens=60)
     with pytest.raises(UsageError, match=r"no adapter_config\.json"):

@@ -197,7 +197,7 @@ def test_both_forms_of_a_file_ask_what_lm_eval_asks(tmp_path, name):
     assert requests[0].count(1.0) == 1
 
 
-def test_the_papers_seven_from_a_folder(tmp_path, tiny_checkpoint, capsys):
+def test_tasks_of_the_paper_without_a_file_are_left_out_and_named(tmp_path, tiny_checkpoint, capsys):
     for name in ("boolq", "rte", "winogrande"):
         row = TWINS[name][0]
         write(tmp_path / "files" / f"{name}.jsonl", [row, {**row, "label": 1 - row["label"]}, row])
@@ -216,7 +216,7 @@ def test_the_papers_seven_from_a_folder(tmp_path, tiny_checkpoint, capsys):
     assert "this is not the mean of the paper's seven tasks" in capsys.readouterr().out
 
 
-def test_a_folder_and_files_as_tasks(tmp_path, quiz, tiny_checkpoint):
+def test_folders_and_files_are_tasks(tmp_path, quiz, tiny_checkpoint):
     write(tmp_path / "files" / "one.jsonl", QUESTIONS)
     write(tmp_path / "files" / "two.jsonl", QUESTIONS)
     report = score(tiny_checkpoint, f"{tmp_path / 'files'},{quiz}", limit=3)
@@ -231,7 +231,7 @@ def test_a_prompt_longer_than_the_context_is_counted(quiz, tiny_checkpoint, capl
     assert score(bundled_model(), quiz).shortened == 0
 
 
-def test_a_model_without_bos_and_eos(tmp_path, tiny_model, tiny_tokenizer, quiz):
+def test_a_model_without_bos_and_eos_is_scored(tmp_path, tiny_model, tiny_tokenizer, quiz):
     tiny_model("opt").save_pretrained(tmp_path / "opt")
     plain = AutoTokenizer.from_pretrained(_saved(tiny_tokenizer, tmp_path / "tokenizer"))
     plain.backend_tokenizer.post_processor = None
@@ -287,7 +287,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize(("text", "message"), MALFORMED)
-def test_malformed_files(tmp_path, text, message):
+def test_malformed_files_are_refused_with_the_reason(tmp_path, text, message):
     (tmp_path / "quiz.jsonl").write_text(text)
     with pytest.raises(UsageError, match=message) as caught:
         read_task_files({"quiz": tmp_path / "quiz.jsonl"})
@@ -315,7 +315,7 @@ def test_problems_of_several_files_come_together(tmp_path, tiny_checkpoint, caps
         ("rte", {"label": None}, "line 2: the right answer is None"),
     ],
 )
-def test_malformed_files_in_the_hubs_form(tmp_path, name, changes, message):
+def test_malformed_files_in_the_hubs_form_are_refused(tmp_path, name, changes, message):
     row = TWINS[name][1]
     with pytest.raises(UsageError, match=message):
         load(write(tmp_path / f"{name}.jsonl", [row, {**row, **changes}]))
@@ -346,7 +346,7 @@ def test_malformed_files_in_the_hubs_form(tmp_path, name, changes, message):
         (["--tasks", "FILES", "--window", "65"], "window 65 is longer than the model's context of 64"),
     ],
 )
-def test_requests_that_cannot_be_met(tmp_path, tiny_checkpoint, quiz, capsys, words, message):
+def test_requests_that_cannot_be_met_are_refused(tmp_path, tiny_checkpoint, quiz, capsys, words, message):
     write(tmp_path / "files" / "quiz.jsonl", QUESTIONS)
     for name in ("quiz", "rte"):
         write(tmp_path / "files" / "more" / f"{name}.jsonl", QUESTIONS)
@@ -360,13 +360,13 @@ def test_requests_that_cannot_be_met(tmp_path, tiny_checkpoint, quiz, capsys, wo
     assert re.search(message, captured.err), captured.err
 
 
-def test_without_lm_eval(tiny_checkpoint, quiz, monkeypatch, capsys):
+def test_without_lm_eval_the_error_names_the_extra(tiny_checkpoint, quiz, monkeypatch, capsys):
     monkeypatch.setattr(task_loading.importlib.util, "find_spec", lambda name: None)
     assert main(["eval", str(tiny_checkpoint), "--tasks", str(quiz)]) == 2
     assert capsys.readouterr().err == 'error: tasks need lm-eval: pip install "spp[eval]"\n'
 
 
-def test_without_a_hub(tiny_checkpoint, monkeypatch, capsys):
+def test_without_a_hub_the_error_names_ways_out(tiny_checkpoint, monkeypatch, capsys):
     def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach 'aps/super_glue' on the Hub")
 
@@ -389,7 +389,7 @@ def test_a_task_of_the_hub_is_scored_as_its_file_is(tmp_path, tiny_checkpoint, m
     assert (from_hub.source, from_hub.sha256) == ("nyu-mll/glue:rte", None)
 
 
-def test_weights_that_give_no_numbers(tiny_checkpoint, quiz):
+def test_log_likelihoods_that_are_nan_are_an_error(tiny_checkpoint, quiz):
     weights = load_file(tiny_checkpoint / "model.safetensors")
     weights["model.norm.weight"].fill_(math.nan)
     save_file(weights, tiny_checkpoint / "model.safetensors", metadata={"format": "pt"})
@@ -397,7 +397,7 @@ def test_weights_that_give_no_numbers(tiny_checkpoint, quiz):
         score(tiny_checkpoint, quiz)
 
 
-def test_an_answer_longer_than_the_context(tmp_path, tiny_checkpoint):
+def test_an_answer_longer_than_the_context_is_an_error(tmp_path, tiny_checkpoint):
     rows = [{"question": "a", "choices": ["b", "c" * 80], "label": 0}]
     with pytest.raises(SppError, match="an answer has 81 tokens, and the model's context has 64"):
         score(tiny_checkpoint, write(tmp_path / "long.jsonl", rows))

@@ -146,7 +146,7 @@ def test_the_matrices_of_experts_are_parts_of_their_stacks() -> None:
     assert len(matrices) == 2 * (4 + 4 * 3)
 
 
-def test_experts_without_gates() -> None:
+def test_experts_without_gates_have_two_matrices_each() -> None:
     matrices = matrices_of(tiny_model_of("nemotron_h"))
     of_experts = [name for name in matrices if ".experts." in name]
     assert sorted(of_experts) == sorted(
@@ -154,7 +154,7 @@ def test_experts_without_gates() -> None:
     )
 
 
-def test_matrices_without_memory() -> None:
+def test_matrices_are_found_on_the_meta_device() -> None:
     with torch.device("meta"):
         empty = matrices_of(AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **FAMILIES["mixtral"])))
     real = matrices_of(tiny_model_of("mixtral"))
@@ -170,7 +170,7 @@ def test_a_packed_layer_has_no_matrix(tiny_model: MakeModel) -> None:
         matrices_of(model)
 
 
-def test_stacks_that_adapters_and_those_that_pruning_does_not_reach() -> None:
+def test_no_stack_is_reached_by_adapters_and_some_not_by_pruning() -> None:
     """GPT-OSS multiplies with its stacks as (I, O), and mixes the rows of gates and ups."""
     mixtral, gpt_oss = tiny_model_of("mixtral"), tiny_model_of("gpt_oss")
     stacks = [f"model.layers.{index}.mlp.experts.{part}_proj" for index in range(2) for part in ("gate_up", "down")]
@@ -287,7 +287,7 @@ def test_refuses_a_model_without_a_language_model_head() -> None:
         decoder_blocks(AutoModelForSequenceClassification.from_config(config))
 
 
-def test_refuses_anything_else() -> None:
+def test_refuses_a_module_that_is_no_model() -> None:
     with pytest.raises(UsageError, match="Linear is not"):
         decoder_blocks(nn.Linear(2, 2))  # type: ignore[arg-type]
 

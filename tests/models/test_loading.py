@@ -70,7 +70,7 @@ def test_a_model_comes_in_eval_mode_on_its_device(tiny_checkpoint):
         ("auto", torch.float64, torch.float64),
     ],
 )
-def test_the_dtype_of_a_bf16_checkpoint_on_a_cpu(tiny_checkpoint, asked, given, dtype):
+def test_a_bf16_checkpoint_on_a_cpu_gets_the_dtype_that_is_asked_for(tiny_checkpoint, asked, given, dtype):
     model = load_model(tiny_checkpoint, LoadingOptions(device="cpu", dtype=asked), dtype=given)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
@@ -83,12 +83,12 @@ def test_auto_keeps_the_checkpoints_dtype_on_an_accelerator():
 
 
 @pytest.mark.parametrize("device", ["nonsense", "", "cuda:x", "gpu"])
-def test_an_unknown_device(device):
+def test_an_unknown_device_is_refused(device):
     assert "is unknown; use auto, cpu, cuda, cuda:1 or mps" in refusal(pick_device, device)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "xla"])
-def test_a_device_that_is_not_here(device, tiny_checkpoint):
+def test_a_device_that_is_not_here_is_refused(device, tiny_checkpoint):
     assert "is not on this machine" in refusal(pick_device, device)
     assert device in refusal(load_model, tiny_checkpoint, LoadingOptions(device=device))
 
@@ -113,13 +113,13 @@ def test_each_of_several_processes_gets_an_accelerator_of_its_own(monkeypatch):
     assert "2 accelerators are not enough for 3 processes" in refusal(pick_device, "auto")
 
 
-def test_no_such_model(tmp_path, monkeypatch):
+def test_a_missing_model_is_refused(tmp_path, monkeypatch):
     assert "no such folder" in refusal(resolve_model, str(tmp_path / "missing"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "the hub cannot be reached" in refusal(resolve_model, "nobody/nothing")
 
 
-def test_a_folder_without_weights(tiny_checkpoint):
+def test_a_folder_without_weights_is_refused(tiny_checkpoint):
     (tiny_checkpoint / "model.safetensors").unlink()
     assert "neither model.safetensors nor" in refusal(load_model, tiny_checkpoint, CPU)
 
@@ -178,14 +178,14 @@ def test_an_encoder_is_no_causal_lm(tmp_path):
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "pass --trust-remote-code if you trust it"),
     ],
 )
-def test_a_configuration_that_makes_no_sense(tiny_checkpoint, load, changes, reason):
+def test_an_invalid_configuration_is_refused_with_the_reason(tiny_checkpoint, load, changes, reason):
     message = refusal(load, edit_config(tiny_checkpoint, **changes), CPU)
     assert "no usable config.json" in message
     assert reason in message
 
 
 @pytest.mark.parametrize("load", [load_model, load_config])
-def test_no_configuration(tiny_checkpoint, load):
+def test_a_damaged_or_missing_configuration_is_refused(tiny_checkpoint, load):
     (tiny_checkpoint / "config.json").write_text("{")
     assert "not a valid JSON file" in refusal(load, tiny_checkpoint, CPU)
     (tiny_checkpoint / "config.json").unlink()
@@ -203,14 +203,14 @@ def test_the_tokenizer_is_loaded(tiny_checkpoint, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen2", "gemma", "gpt_neox"])
-def test_no_tokenizer(family, tiny_model, tmp_path):
+def test_a_missing_tokenizer_is_refused(family, tiny_model, tmp_path):
     """For most families transformers makes one up that turns every text into nothing."""
     tiny_model(family).save_pretrained(tmp_path)
     assert "has no usable tokenizer" in refusal(load_tokenizer, tmp_path, CPU)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"version": "1.0", "model": {"type": "Nonsense"}}', ""])
-def test_a_damaged_tokenizer(tiny_checkpoint, content):
+def test_a_damaged_tokenizer_is_refused(tiny_checkpoint, content):
     (tiny_checkpoint / "tokenizer.json").write_text(content)
     assert "has no usable tokenizer" in refusal(load_tokenizer, tiny_checkpoint, CPU)
 
@@ -235,7 +235,7 @@ def test_nothing_bounds_the_window_of_a_model_without_positions():
 
 
 @pytest.mark.parametrize("name", ["story", "stories260K", "shakespeare_opt"])
-def test_real_models(shared_data, name):
+def test_real_models_are_loaded(shared_data, name):
     folder = shared_data / "models" / name
     assert load_model(folder, CPU).num_parameters() > 200_000
     tokenizer = load_tokenizer(folder, CPU)

@@ -10,8 +10,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import spp
+from spp.checkpoints.json_files import read_json
 from spp.errors import SppError, UsageError
 from spp.models.architecture import prunable_linears, sparsity
 from spp.models.pack_model import pack_, packed_layer, unpack_
@@ -80,7 +82,7 @@ def test_a_layer_that_is_not_sparse_stays_and_a_dense_model_is_refused(tiny_mode
         pack_(tiny_model("llama"))
 
 
-def test_moving_and_casting(sparse):
+def test_a_packed_model_can_be_moved_and_cast(sparse):
     model = pack_(sparse(dtype=torch.float32))
     expected = logits(unpack_(copy.deepcopy(model)).bfloat16())
     model.to(torch.bfloat16)
@@ -90,7 +92,7 @@ def test_moving_and_casting(sparse):
     assert all(tensor.device.type == "meta" for tensor in copy.deepcopy(layer).to("meta").parameters())
 
 
-def test_state_dict_round_trip_between_other_patterns(sparse):
+def test_a_state_dict_loads_into_a_model_with_other_zeros(sparse):
     model, other = pack_(sparse()), sparse()
     for layer in prunable_linears(other).values():
         layer.weight.data[:, ::3] = 0
@@ -130,7 +132,7 @@ def test_no_gradient_for_what_is_packed_and_a_bias_may_train(sparse):
 @pytest.mark.parametrize("tokens", [0, 1, 3, 4, 5, 64, 65, 128, 129, 513])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_every_path_of_the_product(tokens, bias, dtype, tolerance):
+def test_every_path_of_the_product_gives_the_dense_result(tokens, bias, dtype, tolerance):
     """Few tokens, a few times as many, and one GEMM; a number of columns that fits no word."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -142,7 +144,7 @@ def test_every_path_of_the_product(tokens, bias, dtype, tolerance):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("mode", ["fused", "split"])
-def test_spp_trains_on_it_unchanged(sparse, family, mode, tmp_path):
+def test_spp_trains_on_packed_layers_to_the_same_bits(sparse, family, mode, tmp_path):
     """Adapters on packed layers: the same loss, gradients and logits to the bit; saved, loaded, merged and unmerged."""
     results = []
     for packed in (False, True):
@@ -193,3 +195,53 @@ def test_all_linear_and_second_adapters_find_packed_layers(sparse):
     adapted.add_adapter("other", spp.SppConfig(r=2, task_type="CAUSAL_LM"))
     wrapped = [m for m in adapted.modules() if type(m).__name__ == "SppLinear"]
     assert len(wrapped) == 14 and all(set(m.r) == {"default", "other"} for m in wrapped)
+
+
+def saved_like(model, folder):
+    """What stock transformers reads from what a model saves, and what it says of the read."""
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi"])
+def test_a_packed_model_saves_a_checkpoint_that_loads_everywhere(sparse, family, tmp_path):
+    model = sparse(family)
+    before = copy.deepcopy(model.state_dict())
+    loaded, info = saved_like(spp.pack_(model), tmp_path / "packed")
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert read_json(tmp_path / "packed" / "config.json")["architectures"] == [type(model).__name__]
+    assert all(loaded.state_dict()[name].equal(before[name]) for name in before)
+    assert isinstance(prunable_linears(model).popitem()[1], PackedLinear)  # saving changes nothing
+
+
+def test_a_state_dict_that_is_given_is_saved_dense_too(sparse, tmp_path):
+    model = spp.pack_(sparse())
+    model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "given", dtype=torch.bfloat16)
+    expected = spp.unpack_(model).state_dict()
+    assert all(loaded.state_dict()[name].equal(expected[name]) for name in expected)
+
+
+def test_a_model_whose_adapter_was_merged_while_it_was_packed_saves_dense(sparse, tmp_path):
+    model = spp.pack_(sparse())
+    adapted = get_peft_model(model, spp.SppConfig(r=4, target_modules="all-linear"))
+    for name, parameter in adapted.named_parameters():
+        if "spp_A" in name:
+            parameter.data.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(0))
+    merged = adapted.merge_and_unload()
+    loaded, info = saved_like(merged, tmp_path / "merged")
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    expected = spp.unpack_(merged).state_dict()
+    assert all(loaded.state_dict()[name].equal(expected[name]) for name in expected)
+
+
+def test_copies_and_unpacked_models_save_themselves(sparse, tmp_path):
+    model = spp.pack_(sparse())
+    kind = type(sparse())
+    assert isinstance(model, kind)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.zero_()
+    loaded, _ = saved_like(twin, tmp_path / "twin")
+    assert not loaded.lm_head.weight.any()
+    assert type(spp.unpack_(model)) is kind

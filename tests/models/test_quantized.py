@@ -56,7 +56,7 @@ def test_zeros_are_exact_and_the_rest_is_near(sparse, kind):
         assert layer.weight.nbytes == weight.numel() * (1 if kind == "int8" else 0.5)
 
 
-def test_what_has_no_zero_is_refused(sparse, monkeypatch):
+def test_a_quantization_that_loses_zeros_is_refused(sparse, monkeypatch):
     monkeypatch.setattr("spp.models.quantized.dequantized", lambda layer, dtype: torch.ones(layer.out_features, 64))
     first = dict(list(prunable_linears(sparse).items())[:1])
     with pytest.raises(SppError, match=r"q_proj: \d+ zeros would not be zeros after quantization with nf4"):
@@ -114,7 +114,7 @@ def test_no_dequantized_weight_waits_for_backward():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_train_merge_verify(tiny_checkpoint, stories, tmp_path, kind):
+def test_an_adapter_trained_on_a_quantized_base_merges_with_every_zero_kept(tiny_checkpoint, stories, tmp_path, kind):
     prune(PruneOptions.build({"model": str(tiny_checkpoint), "out": tmp_path / "pruned", "criterion": "magnitude"}))
     values = {"model": str(tmp_path / "pruned"), "out": tmp_path / "adapter", "data": str(stories), "window": 48}
     values |= {"learning_rate": 0.1, "max_steps": 12, "lora_rank": 4}
@@ -137,7 +137,7 @@ def test_a_quantized_layer_is_not_merged(sparse):
 
 
 @pytest.mark.parametrize("other", [{"pack": True}, {"sharding": "fsdp"}])
-def test_what_does_not_go_together(other):
+def test_options_that_exclude_quantize_are_refused(other):
     with pytest.raises(UsageError, match="quantize nf4 does not go with"):
         TrainOptions.build({"model": "m", "out": "o", "quantize": "nf4", **other})
 

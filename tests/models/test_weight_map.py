@@ -166,7 +166,7 @@ def test_every_matrix_is_multiplied_by_its_layer_or_by_linear(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "llava"])
-def test_shards(saved: Saved, family: str) -> None:
+def test_a_model_in_shards_is_read(saved: Saved, family: str) -> None:
     folder = saved(family, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     assert logits(filled(folder)[0]).equal(logits(_eager(folder)))
@@ -188,7 +188,7 @@ def test_a_packed_archive_reads_as_the_dense_model(saved: Saved, tmp_path: Path)
     assert model.get_parameter(UP).equal(tensors[UP])
 
 
-def test_the_files_of_a_bare_base_model(saved: Saved, tmp_path: Path) -> None:
+def test_the_files_of_a_bare_base_model_are_read(saved: Saved, tmp_path: Path) -> None:
     whole = load_model(saved("gpt2"), CPU)
     whole.base_model.save_pretrained(tmp_path)
     assert "h.0.attn.c_attn.weight" in Checkpoint.open(tmp_path).names
@@ -196,7 +196,7 @@ def test_the_files_of_a_bare_base_model(saved: Saved, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "mixtral", "qwen2_moe", "granitemoe", "phimoe"])
-def test_files_with_the_names_and_stacks_of_the_model(saved: Saved, family: str) -> None:
+def test_files_with_the_names_and_stacks_of_the_model_are_read(saved: Saved, family: str) -> None:
     """`save_pretrained` writes what earlier versions did; others write what is in the model."""
     folder = saved(family)
     loaded = _eager(folder)
@@ -261,7 +261,9 @@ def test_a_weight_of_another_shape_is_named(saved: Saved, name: str) -> None:
         lambda tensors: tensors.update({"model.layers.1.block_sparse_moe.experts.0.w3.weight": torch.ones(8, 32)}),
     ],
 )
-def test_experts_that_do_not_fill_their_stack(saved: Saved, change: Callable[[dict[str, Tensor]], object]) -> None:
+def test_experts_that_do_not_fill_their_stack_are_refused(
+    saved: Saved, change: Callable[[dict[str, Tensor]], object]
+) -> None:
     model, checkpoint = edited(saved("mixtral"), change)
     with pytest.raises(SppError, match=r"is no part of model\.layers\.1\.mlp\.experts\..* save_pretrained it"):
         weight_map(model, checkpoint)
@@ -288,7 +290,7 @@ def ruled(
     return edited(folder, change)
 
 
-def test_a_transposed_matrix(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transposed_matrix_is_a_view(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved("llama")
     before = load_file(folder / "model.safetensors")[UP]
 
@@ -304,7 +306,7 @@ def test_a_transposed_matrix(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> N
     assert part.view(before).data_ptr() == before.data_ptr()
 
 
-def test_a_stack_along_another_dimension_and_transposed(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transposed_stack_along_another_dimension_is_read(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tensors (32,) of the files as columns of (32, 2), and that transposed and laid beside others."""
     operations = [MergeModulelist(dim=1), Concatenate(dim=1), Transpose(0, 1)]
 
@@ -369,21 +371,21 @@ def test_what_is_no_view_is_left_out_elsewhere(saved: Saved, monkeypatch: pytest
         require_filled(parts, [name], checkpoint)
 
 
-def test_a_skeleton_in_the_dtype_of_its_files(saved: Saved) -> None:
+def test_a_skeleton_takes_the_dtype_of_its_files(saved: Saved) -> None:
     folder = saved("llama", torch.bfloat16)
     model = skeleton(folder, CPU, "auto")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.name_or_path == str(folder)
 
 
-def test_a_skeleton_of_what_is_no_causal_lm(tmp_path: Path) -> None:
+def test_a_skeleton_of_what_is_no_causal_lm_is_refused(tmp_path: Path) -> None:
     small = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
     T5ForConditionalGeneration(T5Config(**small)).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="of type 't5', which is no causal language model"):
         skeleton(tmp_path, CPU, torch.float32)
 
 
-def test_a_skeleton_of_a_damaged_configuration(saved: Saved) -> None:
+def test_a_skeleton_of_a_damaged_configuration_is_refused(saved: Saved) -> None:
     folder = saved("llama")
     config = read_json(folder / "config.json")
     write_json(folder / "config.json", {**config, "hidden_act": "nonsense"})

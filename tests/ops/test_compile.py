@@ -56,7 +56,7 @@ def test_a_full_graph_saves_nothing_of_the_weights_size(packed, mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_inductor(packed):
+def test_inductor_gives_the_same_gradients(packed):
     x, weight, A, B = example(packed)
 
     def layer(x, A, B):
@@ -70,7 +70,7 @@ def test_inductor(packed):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_activation_checkpointing(packed, reentrant):
+def test_activation_checkpointing_gives_the_same_gradients(packed, reentrant):
     x, weight, A, B = example(packed)
 
     def layer(x, A, B):

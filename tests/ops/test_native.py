@@ -77,9 +77,7 @@ def test_packing_and_expanding_are_exact(level, shape, density, dtype, seed, nas
 @every_level
 @settings(max_examples=60, deadline=None)
 @given(shapes, densities, st.sampled_from(DTYPES), st.sampled_from(DTYPES), seeds, st.booleans(), st.booleans())
-def test_the_effective_weight_has_the_bits_of_the_readable_one(
-    level, shape, density, dtype, out_dtype, seed, with_base, packed
-):
+def test_the_effective_weight_has_the_bits_of_torch(level, shape, density, dtype, out_dtype, seed, with_base, packed):
     weight = draw_weight(shape, density, dtype, seed)
     A, B = draw_factors(shape, seed)
     B *= 3
@@ -93,7 +91,7 @@ def test_the_effective_weight_has_the_bits_of_the_readable_one(
 @every_level
 @settings(max_examples=60, deadline=None)
 @given(shapes, st.sampled_from(DTYPES), st.sampled_from(DTYPES), seeds, st.booleans())
-def test_the_effective_weight_of_nasty_values(level, shape, dtype, out_dtype, seed, packed):
+def test_special_values_give_nan_and_infinity_where_torch_does(level, shape, dtype, out_dtype, seed, packed):
     """Zeros are +0.0 whatever the factors hold; NaN and infinity where the readable version has them."""
     weight = draw_weight(shape, 0.7, dtype, seed, nasty=True)
     generator = torch.Generator().manual_seed(seed)
@@ -111,7 +109,7 @@ def test_the_effective_weight_of_nasty_values(level, shape, dtype, out_dtype, se
 @every_level
 @settings(max_examples=60, deadline=None)
 @given(shapes, densities, st.sampled_from(DTYPES), st.sampled_from(DTYPES), seeds, st.booleans())
-def test_factor_gradients(level, shape, density, dtype, gradient_dtype, seed, packed):
+def test_factor_gradients_are_near_float64(level, shape, density, dtype, gradient_dtype, seed, packed):
     weight = draw_weight(shape, density, dtype, seed)
     first = seed % shape[0]
     G = draw((shape[0] - first, shape[1]), seed).to(gradient_dtype)
@@ -133,7 +131,7 @@ def test_factor_gradients(level, shape, density, dtype, gradient_dtype, seed, pa
 @pytest.mark.parametrize("packed", [True, False])
 @settings(max_examples=60, deadline=None)
 @given(shapes, densities, st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.floats(0, 1), seeds)
-def test_few_tokens(level, packed, shape, density, dtype, x_dtype, share, seed):
+def test_products_of_few_tokens_are_near_float64(level, packed, shape, density, dtype, x_dtype, share, seed):
     weight = draw_weight(shape, density, dtype, seed)
     held = native.pack(weight) if packed else weight
     tokens = 1 + round(share * (native.most_tokens(held, x_dtype, level=level) - 1))
@@ -149,7 +147,7 @@ def test_few_tokens(level, packed, shape, density, dtype, x_dtype, share, seed):
 @every_level
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.sampled_from(DTYPES), st.sampled_from([1, 2, 4]), seeds)
-def test_few_tokens_of_nasty_values(level, shape, dtype, tokens, seed):
+def test_products_of_special_values_are_not_finite_where_the_dense_ones_are_not(level, shape, dtype, tokens, seed):
     """No finite number where the dense product has NaN or infinity, and the other way round."""
     weight = draw_weight(shape, 0.7, dtype, seed, nasty=True)
     x = torch.tensor(NASTY)[

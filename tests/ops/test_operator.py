@@ -68,7 +68,7 @@ def gradients(function, x, weight, A, B, bias, scale=1.5):
     return [y, *torch.autograd.grad(y, (x, A, B, bias), cotangent)]
 
 
-def test_the_formula_by_hand():
+def test_the_formula_gives_values_computed_by_hand():
     weight = torch.tensor([[1.0, 0.0], [2.0, 3.0], [0.0, 4.0]])
     A = torch.tensor([[0.5, 1.0], [-1.0, 2.0]])
     B = torch.tensor([[1.0], [2.0], [0.25]])
@@ -87,7 +87,7 @@ def test_the_formula_by_hand():
             assert adapter_linear(x, w, A, B, 2.0, backend).equal(x @ delta.T)
 
 
-def test_the_formula_with_directions_by_hand():
+def test_the_formula_with_directions_gives_values_computed_by_hand():
     weight = torch.tensor([[1.0, 0.0], [2.0, 3.0], [0.0, 4.0], [5.0, 6.0]])
     A = torch.tensor([[0.5, 1.0], [-1.0, 2.0], [1.0, 0.0], [0.25, 3.0]])  # two groups of two rows, two directions each
     B = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, 1.0], [-1.0, 2.0]])
@@ -132,7 +132,7 @@ def test_groups_are_those_of_the_paper_where_r_divides_o_and_nearly_equal_elsewh
 
 @pytest.mark.parametrize("size", SIZES[:4] + MIXED[:3])
 @pytest.mark.parametrize("part", ["fused", "split", "adapter"])
-def test_gradcheck(size, part, held):
+def test_gradients_pass_gradcheck(size, part, held):
     """In fp64, which the native kernels do not have."""
     x, weight, A, B, bias = example(*size, dtype=torch.float64)
     weight = held(weight)
@@ -201,7 +201,7 @@ NASTY = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-40, 3e38, -3e38, 1
 @pytest.mark.parametrize("backend", FAST)
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans())
-def test_nasty_values(backend, seed, dtype, packed):
+def test_nan_and_infinity_appear_only_where_they_must(backend, seed, dtype, packed):
     """The fast paths give NaN and infinity where they must, and no other."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -272,7 +272,7 @@ def test_merging_into_another_dtype_has_the_bits_of_the_reference(weight_dtype, 
     assert bits(merged).equal(bits(reference.merged_weight(weight, A, B, 1.5, wide).to(dtype)))
 
 
-def test_merging_a_transposed_weight(held):
+def test_merging_a_transposed_weight_has_the_bits_of_the_reference(held):
     _, weight, A, B, _ = example(12, 8, 2, 2)
     assert bits(merged_weight(held(weight.T.contiguous().T), A, B, 2.0)).equal(
         bits(reference.merged_weight(weight, A, B, 2.0))
@@ -281,7 +281,7 @@ def test_merging_a_transposed_weight(held):
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize(("mode", "gemms"), [("fused", 3), ("split", 4)])
-def test_the_number_of_gemms(backend, mode, gemms, held):
+def test_a_step_takes_three_gemms_or_four_in_split_mode(backend, mode, gemms, held):
     tokens, out_features, in_features = 64, 48, 32
     x, weight, A, B, bias = example(out_features, in_features, 4, tokens=(tokens,))
     tensors = autograd.as_tensors(held(weight))
@@ -351,14 +351,14 @@ def test_without_gradients_none_are_computed(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_no_tokens(backend):
+def test_no_tokens_give_an_empty_output_and_zero_gradients(backend):
     x, weight, A, B, bias = example(6, 4, 2, tokens=(0,))
     y, dx, dA, dB, _ = gradients(lambda *a: spp_linear(*a, backend), x, weight, A, B, bias)
     assert y.shape == (0, 6) and dx.shape == (0, 4) and not dA.any() and not dB.any()
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
-def test_a_transposed_weight(backend):
+def test_a_transposed_weight_gives_the_same_results(backend):
     x, weight, A, B, bias = example(10, 6, 4)
     stored = weight.T.contiguous()  # as GPT-2's Conv1D has it
     ours = gradients(lambda *a: spp_linear(*a, backend), x, stored.T, A, B, bias)

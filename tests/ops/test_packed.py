@@ -11,7 +11,7 @@ from spp.errors import SppError
 from spp.ops.packed import pack, packed_bytes, problems, require_sound, unpack, unpack_rows
 
 
-def test_the_layout_by_hand():
+def test_the_layout_is_the_documented_one():
     weight = torch.zeros(2, 34)
     weight[0, 0], weight[0, 31], weight[0, 33], weight[1, 2] = 1.0, 2.0, 3.0, -4.0
     weight[1, 5] = -0.0
@@ -25,7 +25,7 @@ def test_the_layout_by_hand():
 
 
 @pytest.mark.parametrize(("sparsity", "most"), [(0.5, 0.57), (0.75, 0.32)])
-def test_the_size_against_dense_bf16(sparsity, most):
+def test_the_size_is_the_documented_share_of_dense_bf16(sparsity, most):
     weight = torch.ones(512, 4096, dtype=torch.bfloat16)
     weight[:, : int(4096 * sparsity)] = 0
     packed = pack(weight)

@@ -106,7 +106,7 @@ def damaged():
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="it starts the interpreter itself")
-def test_the_kernels_in_the_interpreter():
+def test_the_kernels_pass_in_the_interpreter():
     tests = f"{__file__}::TestKernels"
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", tests]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -119,14 +119,14 @@ def test_the_kernels_in_the_interpreter():
 class TestKernels:
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_effective_weight(self, size, dtype):
+    def test_the_effective_weight_has_the_bits_of_torch(self, size, dtype):
         weight, A, B = example(*size, dtype=dtype)
         for form in forms(weight):
             for out_dtype in {dtype, torch.float32}:
                 assert_effective(form, A, B, out_dtype)
 
     @pytest.mark.parametrize("density", [0.0, 1.0])
-    def test_nothing_and_everything_kept(self, density):
+    def test_all_zero_and_all_dense_weights_give_the_same(self, density):
         weight, A, B = example(6, 70, 4, density=density)
         for form in forms(weight):
             assert_effective(form, A, B, torch.float32)
@@ -135,7 +135,7 @@ class TestKernels:
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_values_that_break_careless_arithmetic(self, dtype):
+    def test_special_values_give_the_same(self, dtype):
         if INTERPRETED and dtype == torch.bfloat16:
             pytest.skip("the interpreter widens bf16 denormals wrongly and truncates to bf16")
         weight, A, B = example(9, 70, 3, dtype=dtype)
@@ -163,7 +163,7 @@ class TestKernels:
         assert out.view(INTEGERS[dtype]).equal(expected.view(INTEGERS[dtype]))
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_expand_converts(self, dtype):
+    def test_expand_rounds_to_another_dtype(self, dtype):
         packed = pack(example(7, 45, 1, dtype=dtype)[0])
         for out_dtype in DTYPES:
             out, expected = (torch.empty(7, 45, dtype=out_dtype, device=DEVICE) for _ in range(2))
@@ -173,7 +173,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_factor_gradients(self, size, dtype):
+    def test_factor_gradients_are_near_those_of_torch(self, size, dtype):
         weight, A, B = example(*size, dtype=dtype)
         G = example(*size, dtype=dtype, density=1.0, seed=1)[0]
         G[weight == 0] = torch.nan  # where W is zero, G does not matter
@@ -204,7 +204,7 @@ class TestKernels:
         dA, dB = reduced(ours, out, weight, A, B, 8)
         assert dA.isfinite().all() and dB.isfinite().all()
 
-    def test_what_it_refuses(self):
+    def test_tensors_that_do_not_fit_are_refused(self):
         weight, A, B = example(6, 40, 2)
         assert ours.why_not(weight, pack(weight)) is None
         assert "float64" in (ours.why_not(weight.double()) or "")
@@ -249,7 +249,7 @@ class TestKernels:
 class TestLarge:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("size", [(11008, 4096, 16), (4096, 14336, 16), (1003, 4099, 16), (11008, 4096, 14, 4)])
-    def test_layers_of_real_size(self, size, dtype):
+    def test_layers_of_real_size_are_near_float64(self, size, dtype):
         weight, A, B = example(*size, dtype=dtype)
         G = example(*size, dtype=dtype, density=1.0, seed=1)[0]
         exact = reduced(torch_kernels, G.double(), weight.double(), A.double(), B.double(), 1024)
@@ -258,7 +258,7 @@ class TestLarge:
             for found, expected in zip(reduced(ours, G, form, A, B, 1024), exact, strict=True):
                 assert (found - expected).norm() / expected.norm() < 1e-5
 
-    def test_more_values_than_int32_counts(self):
+    def test_more_values_than_int32_counts_are_addressed(self):
         weight, A, B = example(9, 70, 3, dtype=torch.float16)
         packed = pack(weight)
         skipped = 2**31 + 5
@@ -271,7 +271,7 @@ class TestLarge:
             torch_kernels.effective_weight(packed, A, B, expected, with_base=with_base)
             assert found.equal(expected)
 
-    def test_more_entries_than_int32_counts(self):
+    def test_more_entries_than_int32_counts_are_addressed(self):
         row, A, _ = example(1, 65536, 1, dtype=torch.float16)
         weight = row.expand(2**15 + 1, -1)
         B = torch.linspace(-1, 1, len(weight), device=DEVICE)[:, None]
@@ -288,7 +288,7 @@ class TestLarge:
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("directions", [1, 4])
 @pytest.mark.parametrize("ones", [False, True], ids=["usual", "ones"])
-def test_they_compile_without_a_gpu(tmp_path, monkeypatch, capability, packed, ones, directions):
+def test_the_kernels_compile_without_a_gpu(tmp_path, monkeypatch, capability, packed, ones, directions):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for kernel in (ours._form, ours._reduce):
         # Triton makes a constant of an argument that is 1.

@@ -16,7 +16,7 @@ LEVELS = [level for level in range(4) if native.instructions(level)]
 ADVERSARIAL = [0.0, -0.0, 1.0, -1.0, NAN, INF, -INF, 1e-45, -1e-45, 6e-8, 1e-40, 65504.0, 3e38, -3e38, 1.5, 2.0]
 
 
-def test_a_hand_counted_case():
+def test_counts_are_those_counted_by_hand():
     base = torch.tensor([[0.0, -0.0, 1.0, -2.0], [0.0, 0.0, 4.0, 8.0]])
     other = torch.tensor([[0.0, 0.0, 1.5, 2.0], [-0.0, 1e-8, 0.0, 8.0]])
     proof = compare(base, other)
@@ -84,7 +84,7 @@ def test_native_counts_are_those_of_torch(before, after, level):
 
 @pytest.mark.skipif(not LEVELS, reason="the native library was not built")
 @pytest.mark.parametrize("level", LEVELS)
-def test_native_counts_of_ordinary_weights(level):
+def test_native_counts_of_ordinary_weights_are_those_of_torch(level):
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(333, 517, generator=generator, dtype=torch.float32)
     base[torch.rand(base.shape, generator=generator) < 0.5] = 0

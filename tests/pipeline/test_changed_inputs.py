@@ -174,7 +174,7 @@ def test_a_run_does_not_go_on_with_other_data(begun, stories) -> None:
 def test_a_run_does_not_go_on_from_a_stage_that_was_edited(begun, folder, file) -> None:
     path = begun.out / folder / file
     path.write_text(path.read_text() + " ")
-    with pytest.raises(UsageError, match=rf"{folder} is not what this run wrote there.*--overwrite"):
+    with pytest.raises(UsageError, match=rf"{folder} was changed after this run had written it.*--overwrite"):
         run(begun)
 
 

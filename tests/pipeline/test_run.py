@@ -148,6 +148,7 @@ def test_real_models(shared_data, tmp_path, model, pattern, train, evaluation, m
             "eval": str(corpora / evaluation),
             "out": tmp_path / "run",
             "limit": 300,
+            "learning_rate": 0.02,  # these are small
             **more,
         }
     )

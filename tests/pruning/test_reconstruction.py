@@ -22,7 +22,7 @@ from spp.pruning.reconstruction import Fit, Reconstruction, reconstruct
 
 MakeModel = Callable[..., PreTrainedModel]
 WEIGHTS = Reconstruction(parameters="weights", epochs=5)
-SPP = Reconstruction(parameters="spp", epochs=5, rank=4)
+SPP = Reconstruction(parameters="spp", epochs=5, r=4)
 BOTH = [pytest.param(WEIGHTS, id="weights"), pytest.param(SPP, id="spp")]
 
 
@@ -205,7 +205,7 @@ def test_spp_gives_a_merged_weight() -> None:
     """Every row's change, over its weight, is B times the A of its group: of one group, rows are multiples."""
     case = linear_case()
     before = case.matrices[0].weight.clone()
-    case.reconstruct(replace(SPP, rank=1))
+    case.reconstruct(replace(SPP, r=1))
     ratio = torch.where(before == 0, torch.nan, case.matrices[0].weight / before - 1)
     for column in ratio.T:
         others = column[~column.isnan()]
@@ -213,6 +213,15 @@ def test_spp_gives_a_merged_weight() -> None:
     both = ~ratio[0].isnan() & ~ratio[1].isnan()
     quotient = ratio[0][both] / ratio[1][both]
     torch.testing.assert_close(quotient, quotient[:1].expand_as(quotient), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("change", [{"r": 2}, {"directions": 2}, {"scale": 1.0}, {"seed": 1}], ids=str)
+def test_every_setting_of_the_factors_counts(change: dict[str, Any]) -> None:
+    usual, other = linear_case(), linear_case()
+    settings = replace(SPP, r=1)
+    fits = [case.reconstruct(one)["block"] for case, one in ((usual, settings), (other, replace(settings, **change)))]
+    assert fits[0].before == fits[1].before  # the factors start at W' = W
+    assert not usual.matrices[0].weight.equal(other.matrices[0].weight)
 
 
 @pytest.mark.parametrize("settings", BOTH)

@@ -65,7 +65,7 @@ def test_a_heat_map_has_a_rectangle_and_a_tooltip_for_every_cell():
     assert titles == ["Heat", "layer 0, q: 0", "layer 3, q: 50", "layer 3, k: 100"]
 
 
-def test_shades():
+def test_shades_go_from_faint_to_full():
     assert shade(0, 2) == shade(-1, 2) == 0.06
     assert shade(2, 2) == shade(math.inf, 2) == shade(math.nan, 2) == 1
     assert shade(1, 2) == pytest.approx(0.53)

@@ -13,7 +13,7 @@ def elements(svg: str, kind: str) -> list[dict[str, str]]:
     return [element.attrib for element in ET.fromstring(svg).iter(kind)]
 
 
-def test_running_mean_by_hand():
+def test_the_running_mean_has_fewer_values_at_the_ends():
     assert running_mean([1, 2, 6, 4], 3) == pytest.approx([1.5, 3, 4, 5])
     assert running_mean([1, 2, 6, 4], 1) == [1, 2, 6, 4]
 

@@ -73,7 +73,7 @@ def test_the_page_says_what_was_found_and_how(page):
         assert part in words, part
 
 
-def test_structure_that_assistive_technology_needs(page):
+def test_the_structure_is_accessible(page):
     found = page(realistic())
     tags = [tag for tag, _ in found.tags]
     assert tags.count("h1") == 1 and tags.count("main") == 1
@@ -119,7 +119,7 @@ def test_long_lists_of_problems_are_cut_with_a_count(page):
     assert "tensor 19: broken" in words and "tensor 20: broken" not in words and "and 30 more" in words
 
 
-def test_verified_states():
+def test_the_verdict_follows_the_verification():
     def state(**parts) -> str:
         return verdict(RunResults.model_validate(_LEAST | parts))["state"]
 
@@ -148,7 +148,7 @@ def test_a_criterion_is_called_by_its_title_where_there_is_one(protocol, name):
         ({"dense": 10.0, "spp": 9.0}, None, "perplexities are missing"),
     ],
 )
-def test_a_gap_that_is_not_defined(page, perplexity, gap, words):
+def test_a_gap_that_is_not_defined_is_explained(page, perplexity, gap, words):
     results = realistic() | {"perplexity": perplexity, "gap_closed": gap}
     assert f"not defined {words}" in page(results).words
     assert f"not defined ({words})" in table_text(results)
@@ -184,7 +184,7 @@ def test_a_part_that_is_missing_is_left_out(page, part):
     assert "Reproduce" in page(realistic(1) | {part: None}).words
 
 
-def test_empty_results(page):
+def test_empty_results_make_a_page(page):
     words = page(_LEAST).words
     assert "Not verified" in words and "not defined" in words and "The command was not recorded." in words
 
@@ -248,7 +248,7 @@ def test_facts_read_any_nesting():
     ]
 
 
-def test_the_summary_for_the_terminal():
+def test_the_summary_for_the_terminal_has_the_main_figures():
     text = table_text(realistic())
     for part in ("dense perplexity", "16.42", "72.6%", "Proved: all 2,654,208 zeros", "50.0%", "5 min 21 s", "1.80"):
         assert part in text

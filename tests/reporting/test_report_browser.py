@@ -110,7 +110,7 @@ def test_everything_that_acts_is_reached_by_the_keyboard(page):
     assert len(reached) == acting
 
 
-def test_runs_are_sorted(page):
+def test_runs_are_sorted_by_a_click(page):
     page.click(button("3 runs", "Gap closed"))
     assert column(page, "3 runs", 8)[-1] == "not defined"
     page.click(button("3 runs", "Run"))
@@ -144,7 +144,7 @@ def test_nothing_is_wider_than_the_window(page):
         assert page.evaluate(labels), f"a label is cut off at {width} pixels"
 
 
-def test_dark_is_dark(page):
+def test_the_dark_theme_has_a_dark_background(page):
     luminance = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((a, b) => a + +b, 0)"
     assert page.evaluate(luminance) > 700
     page.look(width=1280, dark=True)
@@ -152,7 +152,7 @@ def test_dark_is_dark(page):
 
 
 @both
-def test_it_prints(page, tmp_path):
+def test_the_page_prints_whole_on_a4_in_light_colours(page, tmp_path):
     page.look(width=1280, dark=True)
     page.print(tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")

@@ -47,7 +47,7 @@ def test_runs_that_do_not_compare_are_named_on_the_terminal(runs, tmp_path, caps
     results["protocol"]["evaluation"]["window"] = 64
     (runs[1] / "results.json").write_text(json.dumps(results))
     assert report(*runs, "--out", tmp_path / "page.html") == 0
-    assert "perplexities do not compare: the runs differ in window" in capsys.readouterr().out
+    assert "perplexities cannot be compared: the runs differ in window" in capsys.readouterr().out
 
 
 def test_two_processes_never_write_the_same_page(runs, tmp_path, capsys):

@@ -36,25 +36,25 @@ def contrast(one: str, other: str) -> float:
     return (lighter + 0.05) / (darker + 0.05)
 
 
-def test_contrast_by_hand():
+def test_contrast_gives_known_values():
     assert contrast("#ffffff", "#000000") == pytest.approx(21)
     assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)  # the grey that just fails
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_text_can_be_read(theme):
+def test_text_has_enough_contrast(theme):
     colours = themes()[theme]
     weak = {pair: contrast(colours[pair[0]], colours[pair[1]]) for pair in _TEXT}
     assert {pair: round(ratio, 2) for pair, ratio in weak.items() if ratio < 4.5} == {}
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_marks_can_be_seen(theme):
+def test_marks_have_enough_contrast(theme):
     colours = themes()[theme]
     weak = {mark: contrast(colours[mark], colours["paper"]) for mark in _MARKS}
     assert {mark: round(ratio, 2) for mark, ratio in weak.items() if ratio < 3} == {}
 
 
-def test_what_moves_can_be_kept_still():
+def test_reduced_motion_is_respected():
     assert "scroll-behavior: smooth" in _CSS and "prefers-reduced-motion: reduce" in _CSS
     assert not re.search(r"\b(animation|transition)\b", _CSS)

@@ -41,7 +41,7 @@ def test_what_is_missing_or_null_is_none_or_empty():
     assert missing.plain() == least
 
 
-def test_results_do_not_change():
+def test_results_are_frozen():
     results = RunResults.model_validate(realistic(1))
     with pytest.raises(ValidationError, match="frozen"):
         results.verified = False  # type: ignore[misc]
@@ -60,7 +60,7 @@ def test_the_fields_are_those_of_the_report_that_is_written(model: type[BaseMode
     assert list(model.model_fields) == [field.name for field in fields(report)]
 
 
-def test_gap_closed_by_hand():
+def test_gap_closed_gives_values_computed_by_hand():
     assert gap_closed(dense=math.e, pruned=math.e**3, spp=math.e**2) == pytest.approx(0.5)
     assert gap_closed(dense=10.0, pruned=20.0, spp=20.0) == 0
     assert gap_closed(dense=10.0, pruned=20.0, spp=10.0) == pytest.approx(1)

@@ -35,5 +35,5 @@ from spp.reporting.units import duration, figure, share, size
         (duration(math.nan), "not a number"),
     ],
 )
-def test_quantities(written, expected):
+def test_quantities_are_written_for_people(written, expected):
     assert written == expected

@@ -296,6 +296,26 @@ def test_a_loss_that_is_not_finite_stops_training(options, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize(
+    ("losses", "warned"),
+    [
+        ([4.4, 4.3, 4.6, 4.5, 4.4, 4.3, 4.2, 4.1, 4.0, 3.9, 3.9, 3.8], False),
+        ([4.4, 4.3, 4.6, 4.5, 6.9, 4.4, 4.2, 4.1, 4.0, 3.9, 3.9, 3.8], False),  # one odd batch
+        ([4.4, 4.5, 5.6, 7.2, 7.1, 7.0, 6.9, 6.8, 6.7, 6.6, 6.5, 6.4], True),
+    ],
+)
+def test_a_loss_that_rises_out_of_its_first_range_is_warned_about_once(options, monkeypatch, caplog, losses, warned):
+    real = progress_callback.TrainingProgress.on_log
+
+    def logged(self, args, state, control, logs=None, **kwargs):
+        real(self, args, state, control, {**logs, "loss": losses[state.global_step - 1]} if logs else logs, **kwargs)
+
+    monkeypatch.setattr(progress_callback.TrainingProgress, "on_log", logged)
+    monkeypatch.setattr(logging.getLogger("spp"), "propagate", True)
+    train(options())
+    assert caplog.text.count("the learning rate 0.3 is probably too high for this model") == warned
+
+
 def test_what_is_known_of_a_step_that_went_wrong(options, monkeypatch, tmp_path):
     """The batch and the last good checkpoint are named."""
     real = progress_callback.TrainingProgress.on_log
@@ -356,7 +376,7 @@ def test_the_best_adapter_is_taken(options, monkeypatch, tmp_path):
 
 def test_a_validation_loss_that_never_is_finite(options, monkeypatch, tmp_path):
     monkeypatch.setattr(trainer.SppTrainer, "_validation_loss", lambda self: math.nan)
-    with pytest.raises(SppError, match="on held-out examples never was finite"):
+    with pytest.raises(SppError, match="on held-out examples was never finite"):
         train(options(validation=20, max_steps=2))
     assert not (tmp_path / "adapter").exists()
 

@@ -1,6 +1,6 @@
 """Merge an SPP adapter into its base, tensor by tensor, and prove in the same pass that the zeros stayed.
 
-The result has the files of the base, with new values in the merged tensors. No model is built. Memory is three times
+The result has the files of the base, with new values in the merged tensors. No model is loaded. Memory is three times
 the largest tensor: at any time one is read, one merged and one written. If the proof fails, nothing is left behind; a
 merge that was killed resumes where it stopped.
 """
@@ -41,12 +41,14 @@ from spp.checkpoints.json_files import read_object, write_json
 from spp.checkpoints.model_card import read_licence, write_model_card
 from spp.checkpoints.prefetch import read_ahead
 from spp.checkpoints.request import Request
-from spp.checkpoints.rewrite import Rewriting, tensor_name
+from spp.checkpoints.rewrite import Rewriting
 from spp.checkpoints.verification_record import digests_of
 from spp.checkpoints.verify import failures
 from spp.errors import SppError, raise_problems
+from spp.models.weight_map import Part
+from spp.models.weight_names import weights_in_files
 from spp.ops.dtypes import FLOATS
-from spp.ops.reference import wide_dtype
+from spp.ops.reference import row_groups, wide_dtype
 from spp.ops.zero_proof import TensorProof, compare
 from spp.ops.zeros import canonical_zeros, count_non_finite
 from spp.runtime.progress import track_bytes
@@ -212,26 +214,51 @@ def match_adapter(base: Checkpoint, adapter: dict[str, Factors], folder: Path) -
     """
     matched: dict[str, Factors] = {}
     problems = []
+    weights = weights_in_files(base)
     for module, factors in adapter.items():
-        name = tensor_name(base, module)
-        if name is None:
-            problems.append(f"it has no weight for {module}")
-        elif base.layouts[name].dtype not in _MERGED_DTYPES:
-            problems.append(
-                f"its {name} is {base.layouts[name].dtype}, and only {', '.join(_MERGED_DTYPES)} can be merged into"
-            )
-        elif base.shape(name) != (wanted := factors.stored_shape(base.transposed(name))):
-            problems.append(f"its {name} is {base.shape(name)}, the adapter's {wanted}")
-        elif name in matched:
-            problems.append(f"it has {name} for {module}, and for another module as well")
-        else:
-            matched[name] = factors
+        parts = weights.get(module, {})
+        problem = None if parts else f"it has no weight for {module}"
+        for name, part in parts.items():
+            found = _of_part(factors, part)
+            problem = problem or _misfit(base, name, found)
+            if found is not None and matched.setdefault(name, found) is not found:
+                problem = problem or f"it has {name} for {module}, and for another module as well"
+        problems += [problem] if problem else []
     if problems:
         raise SppError(
             f"adapter {folder} was trained for another model than {base.folder}: {len(problems)} of {len(adapter)} "
             f"weights do not fit; first of them: {problems[0]}"
         )
     return matched
+
+
+def _misfit(base: Checkpoint, name: str, factors: Factors | None) -> str | None:
+    """Why factors cannot be merged into a tensor, or None."""
+    if factors is None:
+        return f"its {name} is laid out in another way than the model's weight"
+    if base.layouts[name].dtype not in _MERGED_DTYPES:
+        return f"its {name} is {base.layouts[name].dtype}, and only {', '.join(_MERGED_DTYPES)} can be merged into"
+    if base.shape(name) != (wanted := factors.stored_shape(base.transposed(name))):
+        return f"its {name} is {base.shape(name)}, the adapter's {wanted}"
+    return None
+
+
+def _of_part(factors: Factors, part: Part) -> Factors | None:
+    """The factors of a tensor in the files: all if it is a whole weight, else those of its rows; None if it has none."""
+    if not part.steps:
+        return factors
+    shape = factors.stored_shape(transposed=False)
+    if (rows := part.rows(shape)) is None:
+        return None
+    groups = row_groups(shape[0], factors.groups)[rows]
+    # As few groups as are fine enough; one for each row always is.
+    for count in (min(factors.groups, len(rows)), len(rows)):
+        finer = row_groups(len(rows), count)
+        outer = torch.zeros(count, dtype=groups.dtype).scatter_(0, finer, groups)
+        if outer[finer].equal(groups):
+            A = factors.A.unflatten(0, (factors.groups, factors.directions))[outer].flatten(0, 1)
+            return Factors(A=A, B=factors.B[rows], scale=factors.scale)
+    raise AssertionError("a group for each row is not fine enough")
 
 
 def _report(out: Path, proofs: dict[str, TensorProof], factors: Container[str], seconds: float) -> MergeReport:

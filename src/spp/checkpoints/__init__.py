@@ -1,1 +1,1 @@
-"""Models on disk: read, rewritten, proved, packed, described and uploaded, without building them."""
+"""Models on disk: read, rewrite, verify, pack, inspect and upload them, without building the model."""

@@ -17,11 +17,11 @@ logger = logging.getLogger("spp")
 
 _REQUEST = "request.json"
 _FOLDER = "folder.json"
-"""The inode of the folder in the making, which it keeps when it is published."""
+"""File with the inode of the unfinished folder, which does not change when it is renamed into place."""
 
 
 def check_output(out: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuse, before any work, an output folder that would cost the user something.
+    """Refuse an output folder that must not be written to, before any work is done.
 
     Raises:
         UsageError: `out` is a file, holds something and `overwrite` is off, or is or holds one of `inputs`.
@@ -36,7 +36,7 @@ def check_output(out: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> Non
 
 
 def check_output_file(out: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuse, before any work, an output file that would cost the user something.
+    """Refuse an output file that must not be written to, before any work is done.
 
     Raises:
         UsageError: `out` is a folder, exists and `overwrite` is off, or is one of `inputs`.
@@ -51,7 +51,7 @@ def check_output_file(out: Path, overwrite: bool, inputs: Iterable[Path] = ()) -
 
 @contextmanager
 def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Make `out` whole or not at all: yields a hidden sibling that is synced and renamed when the block succeeds.
+    """Context manager that creates `out` whole or not at all: a hidden sibling folder, renamed on success.
 
     Raises:
         UsageError: see `check_output`; or another process is making `out` right now.
@@ -59,7 +59,7 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     check_output(out, overwrite)
     partial = partial_folder(out)
     with locked(out):
-        _make_empty(partial)  # what a killed run left behind is never a finished result
+        _make_empty(partial)  # a killed run left it; it is never a finished result
         try:
             yield partial
             _publish(partial, out)
@@ -73,17 +73,17 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
 def resumable_folder(
     out: Path, request: Request, *, overwrite: bool, keep_after_failure: bool = False
 ) -> Iterator[tuple[Path, Path]]:
-    """As `new_folder`, but unfinished work is kept, and gone on with by the next call with the same `request`.
+    """As `new_folder`, but unfinished work is kept, and the next call with the same `request` resumes it.
 
-    Yields the hidden sibling that becomes `out`, and another one (`work_folder`) for what the work needs to go on:
-    records as JSON files, and whatever they speak of. The second one is deleted once `out` is there.
+    Yields the hidden sibling folder that becomes `out`, and another one (`work_folder`) for the state that resuming
+    needs: records as JSON files, and the files that they refer to. The second one is deleted when `out` is complete.
 
     Args:
         out: the folder to make.
         request: everything that the result depends on.
         overwrite: whether `out`, and the unfinished work of another request, may be replaced.
-        keep_after_failure: whether work is kept after a SppError, too; by default it goes, as the error would come
-            again.
+        keep_after_failure: whether work is kept after an SppError, too; by default it is deleted, because the error
+            would occur again.
 
     Raises:
         UsageError: see `new_folder`; or the unfinished work is another request's, and `overwrite` is off.
@@ -113,10 +113,10 @@ def resumable_folder(
 
 
 def _can_go_on(work: Path, request: Request, out: Path, overwrite: bool) -> bool:
-    """Whether unfinished work is there, and of this request.
+    """Whether there is unfinished work of this request.
 
     Raises:
-        UsageError: it is of another one, has come somewhere, and the user has not said that it may go.
+        UsageError: there is unfinished work of another request, with a record of progress, and `overwrite` is off.
     """
     before = Request.read(work / _REQUEST)
     if before is None or not (partial_folder(out).is_dir() or _is_untidied(out)):
@@ -127,7 +127,7 @@ def _can_go_on(work: Path, request: Request, out: Path, overwrite: bool) -> bool
     if _begun(work) and not overwrite and not _is_untidied(out):
         raise UsageError(
             f"{work} holds the unfinished work of another run: {'; '.join(differences)}. Repeat that run as it was to "
-            "go on with it, name another output, or pass --overwrite to start over"
+            "resume it, name another output, or pass --overwrite to start over"
         )
     if _begun(work):
         logger.info("%s is of another run (%s); starting over", work, "; ".join(differences))
@@ -135,12 +135,12 @@ def _can_go_on(work: Path, request: Request, out: Path, overwrite: bool) -> bool
 
 
 def _begun(work: Path) -> bool:
-    """Whether there is a record of something done."""
+    """Whether there is a record of progress."""
     return any(path.name not in (_REQUEST, _FOLDER) for path in work.rglob("*.json"))
 
 
 def _is_untidied(out: Path) -> bool:
-    """Whether a run was killed after it had published its result, and before it deleted what it needed to make it."""
+    """Whether a run was killed after `out` was complete, but before its work folder was deleted."""
     try:
         made = read_json(work_folder(out) / _FOLDER)
     except SppError:  # there is nothing, or it was half deleted
@@ -149,7 +149,7 @@ def _is_untidied(out: Path) -> bool:
 
 
 def _tidy(work: Path) -> None:
-    """Delete what is not needed any more, and last what tells whose it was."""
+    """Delete the work folder; the file that says which result it belongs to comes last."""
     for path in sorted(work.iterdir(), key=lambda path: path.name in (_REQUEST, _FOLDER)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     work.rmdir()
@@ -161,7 +161,7 @@ def partial_folder(out: Path) -> Path:
 
 
 def work_folder(out: Path) -> Path:
-    """The hidden sibling that has what is needed to go on with `out` after a kill."""
+    """The hidden sibling folder with the state from which `out` is resumed after a kill."""
     return out.with_name(f".{out.name}.work")
 
 
@@ -172,7 +172,7 @@ def _make_empty(folder: Path) -> None:
 
 
 def _publish(partial: Path, out: Path) -> None:
-    """Rename a finished folder into place; what was there goes once the new one is."""
+    """Rename a finished folder into place; an old one is deleted afterwards."""
     sync_folder(partial)
     replaced = out.with_name(f".{out.name}.replaced")
     if out.exists():

@@ -22,7 +22,7 @@ from spp.checkpoints.safetensors_file import Header, Layout, read_floats, read_h
 from spp.errors import SppError, UsageError
 
 MANIFEST = "spp.json"
-"""Side file in every folder that we write: what made it and from what. Never part of `config.json`."""
+"""Side file in every folder that spp writes: how the folder was made, and from what. Separate from `config.json`."""
 
 VERIFICATION = "verification.json"
 """Side file of a merged model: the proof of every merged tensor."""
@@ -38,10 +38,10 @@ class Checkpoint:
     """The weights of one model folder, read lazily.
 
     Attributes:
-        folder: where it is.
+        folder: the model's folder.
         files: tensor name -> the file that holds it, in the order of the files.
-        headers: file -> what it says of itself.
-        packed: name -> entry of those that the file holds packed.
+        headers: file -> its header.
+        packed: name -> entry, of the packed weights.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class Checkpoint:
 
         Raises:
             UsageError: the folder holds no safetensors model.
-            SppError: a shard is missing, truncated, or not what the index says; or the index names files elsewhere.
+            SppError: a shard is missing or truncated, or contradicts the index; or the index names files elsewhere.
         """
         if (folder / SINGLE).is_file():  # first, as in transformers: where both are there, both read the same weights
             header = read_header(folder / SINGLE)
@@ -111,21 +111,21 @@ class Checkpoint:
 
         Raises:
             UsageError: there is none.
-            SppError: it is something else.
+            SppError: it is not a JSON object.
         """
         return read_object(self.folder / "config.json")
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """Our side file, or an empty dict where someone else made the model."""
+        """The content of spp.json; empty if spp did not write the model."""
         path = self.folder / MANIFEST
         return read_object(path) if path.is_file() else {}
 
     def require_unquantized(self, remedy: str) -> None:
-        """Raise for weights that are no floats any more.
+        """Check that the model is not quantized.
 
         Raises:
-            UsageError: the model is quantized; with the remedy.
+            UsageError: it is; the message ends with `remedy`.
         """
         if "quantization_config" in self.config:
             raise UsageError(f"{self.folder} is quantized; {remedy}")
@@ -144,7 +144,7 @@ class Checkpoint:
             return self._read(file, name)
 
     def read(self, name: str) -> Tensor:
-        """As `tensor`, but in memory when it is returned: floats that are not packed are no map of the file.
+        """As `tensor`, but read into memory before it returns: plain float tensors are not a memory map of the file.
 
         Raises:
             OSError: the file has become shorter.
@@ -166,7 +166,7 @@ class Checkpoint:
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        """Name -> where its bytes begin in its file, of the tensors that are not packed."""
+        """Name -> offset of its bytes in its file, of the tensors that are not packed."""
         return {name: self.headers[path].offsets[name] for name, path in self.files.items() if name not in self.packed}
 
     def _packed_layout(self, name: str, stored: dict[str, Layout]) -> Layout:
@@ -194,7 +194,7 @@ def is_buffer(name: str) -> bool:
 
 
 def _require_agreement(folder: Path, index: dict[str, str], headers: dict[Path, Header]) -> None:
-    """Refuse shards that the index does not fit, name by name."""
+    """Check that the shards hold exactly the tensors that the index names."""
     found = {(name, path.name) for path, header in headers.items() for name in header.layouts}
     misplaced = [
         f"{INDEX} says that {shard} holds {name}, and it does not" for name, shard in sorted(index.items() - found)

@@ -1,4 +1,4 @@
-"""What a model folder holds besides its weights: configuration, tokenizer, templates, code, licences."""
+"""The files of a model besides its weights: configuration, tokenizer, templates, code, licences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tell models and other inputs apart by what they hold: digests of weights, of companion files, of data."""
+"""Digests that identify models and other inputs by their content: weights, companion files, data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _THREADS = min(8, os.cpu_count() or 1)
 def base_fingerprint(folder: Path) -> str:
     """SHA-256 over a model's kind and every tensor's name, shape, dtype and bytes.
 
-    How a checkpoint is sharded or packed does not count, nor do its other files.
+    It does not depend on how the checkpoint is sharded or packed, nor on its other files.
 
     Raises:
         UsageError: the folder holds no safetensors model.
@@ -41,7 +41,7 @@ def base_fingerprint(folder: Path) -> str:
 
 
 def fingerprint(checkpoint: Checkpoint, digests: dict[str, str]) -> str:
-    """As `base_fingerprint`, where the digest of every tensor is known."""
+    """As `base_fingerprint`, given the digest of every tensor."""
     config = [checkpoint.config.get(name) for name in _CONFIG]
     tensors = [[name, *_facts(checkpoint, name), digests[name]] for name in sorted(checkpoint.names)]
     return hashlib.sha256(json.dumps([config, tensors]).encode()).hexdigest()
@@ -75,7 +75,7 @@ WEIGHTS_OF_MODEL = "weights of the model"
 
 
 def model_digests(folder: Path, weights: str | None = None) -> dict[str, str]:
-    """What a request says of a model that it reads: the digests of its weights and of its other files.
+    """The digests of a model's weights and of its other files, for a request.
 
     Args:
         folder: of the model.
@@ -91,7 +91,7 @@ def model_digests(folder: Path, weights: str | None = None) -> dict[str, str]:
 
 
 def companions_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a model's files besides its weights, and besides what spp says of it."""
+    """SHA-256 over the names and contents of a model's files, except its weights and the files that spp adds."""
     paths = [path for path in companions(folder) if path.name not in (MANIFEST, VERIFICATION)]
     return hashlib.sha256(json.dumps([[str(path), file_digest(folder / path)] for path in paths]).encode()).hexdigest()
 
@@ -103,7 +103,7 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of all files in a folder but hidden ones and the model card."""
+    """SHA-256 over the names and contents of all files in a folder, except hidden files and the model card."""
     left_out = (".", CARD)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(left_out))
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -113,12 +113,12 @@ def folder_digest(folder: Path) -> str:
 
 
 def warn_of_other_base(adapter: Path, model: str, fingerprint: Callable[[], str]) -> None:
-    """Warn where an adapter's side file says that it was trained on other weights than the model has.
+    """Warn if an adapter's spp.json says that it was trained on other weights than the model's.
 
     Args:
-        adapter: its folder; one without a side file, or converted without its base, says nothing.
-        model: what the user calls the model.
-        fingerprint: gives the model's (see `base_fingerprint`); called where the adapter names one.
+        adapter: the adapter's folder; without spp.json, or if it was converted without its base, there is no warning.
+        model: the model as the user named it.
+        fingerprint: returns the model's fingerprint (see `base_fingerprint`); called only if the adapter has one.
     """
     manifest = read_object(adapter / MANIFEST) if (adapter / MANIFEST).is_file() else {}
     base = manifest.get("base")

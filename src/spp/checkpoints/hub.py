@@ -16,7 +16,7 @@ def resolve_model(model: str, *, code: bool = False) -> Path:
 
     Args:
         model: the folder or id.
-        code: whether Python files come along from the hub (`--trust-remote-code`).
+        code: whether to download Python files as well (`--trust-remote-code`).
 
     Raises:
         UsageError: there is no such folder, and the hub does not have it or cannot be reached.

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: sparsity and pattern of every weight matrix, and zeros that engines would misread."""
+"""Sparsity and pattern of every weight matrix in a checkpoint, and values that engines would misread."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class MatrixFacts:
     Attributes:
         shape: (O, I) for a matrix, however the file holds it; the stored shape for a stack.
         transposed: whether the file holds it as (I, O).
-        dtype: of the file.
-        zeros: entries that are zero, of either sign.
+        dtype: dtype in the file.
+        zeros: zeros of either sign.
         sparsity: share of zeros.
         pattern: the pattern it obeys along its last dimension (`2:4`, `50%`); None for a dense one.
-        negative_zeros: zeros that are -0.0; engines that test a weight's bits take them for values.
+        negative_zeros: zeros that are -0.0; engines that test a weight's bits treat them as non-zeros.
         non_finite: NaN and infinite entries.
     """
 
@@ -45,15 +45,15 @@ class MatrixFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class OtherFacts:
-    """All float tensors that are no matrices (norms, biases), and tensors of other dtypes, together.
+    """All other tensors together: float tensors that are not matrices (norms, biases), and tensors of other dtypes.
 
     Attributes:
-        tensors: float tensors.
-        parameters: entries of them.
-        zeros: zero entries of them.
+        tensors: number of float tensors.
+        parameters: number of their entries.
+        zeros: zeros among these.
         negative_zeros: as for a matrix.
         non_finite: as for a matrix.
-        not_float: tensors of other dtypes (integers, fp8), which are not looked into.
+        not_float: number of tensors of other dtypes (integers, fp8), which are not examined.
     """
 
     tensors: int
@@ -69,14 +69,14 @@ class InspectReport:
     """The result of `inspect_model`.
 
     Attributes:
-        matrices: tensor name -> what it is like, in the order of the files.
+        matrices: tensor name -> its facts, in the order of the files.
         others: everything else.
         parameters: entries of all float tensors.
         non_zeros: those that are not zero.
         sparsity: share of zeros over all parameters.
         pruned: matrices that are not dense.
         pruned_sparsity: share of zeros over the pruned matrices; None where there is none.
-        warnings: what an engine would trip over, one sentence each.
+        warnings: one sentence for each thing that engines would misread.
     """
 
     model: str
@@ -191,7 +191,7 @@ def _warnings(total: _Count, not_float: int) -> list[str]:
 
 
 def inspection_table(report: InspectReport) -> Table:
-    """One row a matrix; -0.0 and NaN get columns only where there are any; totals and warnings below."""
+    """One row per matrix; columns for -0.0 and NaN only if there are any; totals and warnings below."""
     others = report.others
     odd = {
         "-0.0": [facts.negative_zeros for facts in report.matrices.values()] + [others.negative_zeros],

@@ -30,7 +30,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: there is no such file.
-        SppError: it is not JSON, or something else.
+        SppError: it is not JSON, or not an object.
     """
     value = read_json(path)
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""One process at a time: what two of them would write to, the second one is refused."""
+"""A lock on an output: a second process that would write to it is refused."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The card of a merged model, README.md: what made it, its figures, and the proof of its zeros.
+"""The model card of a merged model, README.md: how it was made, its figures, and the proof of its zeros.
 
-All that it says is in the folder's side files, `spp.json` and `verification.json`.
+Everything in it comes from the folder's side files, `spp.json` and `verification.json`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def write_model_card(folder: Path, figures: Mapping[str, Any] | None = None) -> 
 
     Args:
         folder: the model.
-        figures: what to add to `spp.json` first: `perplexity` by model, and `evaluation`, its protocol.
+        figures: added to `spp.json` first: `perplexity` by model, and `evaluation`, its protocol.
 
     Raises:
-        UsageError: it is no merged model.
+        UsageError: the folder does not hold a merged model.
     """
     if figures:
         write_json(folder / MANIFEST, read_object(folder / MANIFEST) | {"figures": figures})
@@ -40,10 +40,10 @@ def write_model_card(folder: Path, figures: Mapping[str, Any] | None = None) -> 
 
 
 def model_card(folder: Path, name: str | None = None) -> str:
-    """The card of a merged model, under the name that it has in `spp.json`, or another.
+    """The text of a merged model's card, under its name in `spp.json` or another `name`.
 
     Raises:
-        UsageError: it is no merged model.
+        UsageError: the folder does not hold a merged model.
         SppError: its side files are damaged.
     """
     if not (folder / VERIFICATION).is_file():
@@ -79,9 +79,9 @@ def _rendered(manifest: Mapping[str, Any], verification: Mapping[str, Any], name
 
 
 def read_licence(folder: Path) -> dict[str, Any]:
-    """What a model's card says of its licence and language, or its `spp.json` where it has no card, as a pruned one.
+    """Licence and language from a model's card, or from its `spp.json` if it has no card, as a pruned model.
 
-    Nothing where neither can be read.
+    Empty if neither can be read.
     """
     card, manifest = folder / CARD, folder / MANIFEST
     try:
@@ -92,12 +92,12 @@ def read_licence(folder: Path) -> dict[str, Any]:
 
 
 def as_code(value: Any) -> str:
-    """A value as Markdown's code, in which neither HTML nor Markdown nor a table's columns mean anything."""
+    """A value as Markdown code, with HTML, Markdown and table separators escaped."""
     return "`" + " ".join(str(value).replace("`", "'").replace("|", "\\|").split()) + "`"
 
 
 def _metadata(manifest: Mapping[str, Any]) -> ModelCardData:
-    """What the hub reads."""
+    """The metadata that the hub reads."""
     pattern = _pattern(manifest)
     tags = ["spp", "sparse", "pruned", *([pattern] if pattern else [])]
     return ModelCardData(
@@ -110,7 +110,7 @@ def _metadata(manifest: Mapping[str, Any]) -> ModelCardData:
 
 
 def _pattern(manifest: Mapping[str, Any]) -> str | None:
-    """The pattern, if it is one: the base's `spp.json` may be anybody's."""
+    """The pattern if it is valid: the `spp.json` of the base may come from anybody."""
     try:
         return str(parse_pattern(str(manifest.get("pattern"))))
     except UsageError:

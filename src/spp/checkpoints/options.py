@@ -70,7 +70,7 @@ class InspectOptions(Options):
 
 
 class PushOptions(Options):
-    """`spp push MODEL REPO`: upload a model to the hub, with a card that says what was proved."""
+    """`spp push MODEL REPO`: upload a model to the hub, with a model card that has the proof."""
 
     model: Path = Field(description="folder of a model that spp wrote: merged, pruned or packed")
     repo: str = Field(description="where to on the hub: USER/NAME; made if it is not there")

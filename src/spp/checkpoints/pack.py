@@ -30,9 +30,9 @@ class PackReport:
     """The result of `pack` and `unpack`.
 
     Attributes:
-        packed: weights that are packed in the archive.
-        tensors: all tensors of the model.
-        dense_bytes, archive_bytes: of the files, as plain safetensors and in the archive.
+        packed: number of packed weights in the archive.
+        tensors: number of all tensors of the model.
+        dense_bytes, archive_bytes: size of the files as plain safetensors, and as an archive.
     """
 
     out: Path
@@ -44,10 +44,10 @@ class PackReport:
 
 
 def pack(options: PackOptions) -> PackReport:
-    """Write `options.out`: an archive with every sparse matrix packed, and all else as it is (but -0.0, now +0.0).
+    """Write an archive to `options.out`, with every sparse matrix packed and all else unchanged (-0.0 becomes +0.0).
 
     Raises:
-        UsageError: no model is there, it is an archive already, or none of its matrices is sparse enough.
+        UsageError: there is no model, it is an archive already, or none of its matrices is sparse enough.
         SppError: a damaged model.
     """
     start = time.perf_counter()
@@ -82,7 +82,7 @@ def pack(options: PackOptions) -> PackReport:
 
 
 def _packed_shard(source: Checkpoint, names: list[str]) -> tuple[dict[str, Tensor], dict[str, PackedEntry]]:
-    """What a file of the archive holds, and which weights in it are packed."""
+    """The tensors of a file of the archive, and its packed weights."""
     held: dict[str, Tensor] = {}
     entries: dict[str, PackedEntry] = {}
     for name in names:
@@ -96,11 +96,11 @@ def _packed_shard(source: Checkpoint, names: list[str]) -> tuple[dict[str, Tenso
 
 
 def unpack(options: UnpackOptions) -> PackReport:
-    """Write `options.out`: the model of an archive as plain safetensors, which load anywhere.
+    """Write the model of an archive to `options.out`, as plain safetensors, which load anywhere.
 
     Raises:
-        UsageError: no archive is there.
-        SppError: it is damaged.
+        UsageError: there is no archive.
+        SppError: the archive is damaged.
     """
     start = time.perf_counter()
     source = Checkpoint.open(resolve_model(options.model))

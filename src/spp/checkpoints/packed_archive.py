@@ -1,7 +1,7 @@
-"""The packed archive: a model's safetensors with its sparse weights packed. This file is its schema.
+"""The packed archive: the safetensors files of a model with its sparse weights packed. This module defines the format.
 
 Files are called `packed.safetensors`, or `packed-00001-of-00003.safetensors` and so on: never `model*.safetensors`, so
-that nothing mistakes them for dense ones. Of a packed weight `NAME` a file holds the tensors `NAME.values`,
+that no program mistakes them for dense ones. For a packed weight `NAME`, a file holds the tensors `NAME.values`,
 `NAME.bitmask` and `NAME.row_offsets` (see `spp.ops.packed.PackedWeight`); all other tensors are as they were. The
 file's metadata says `format: spp-packed`, the version of this schema, and in `weights`, as JSON, the shape of every
 packed weight as it was stored, and whether that is (I, O) instead of (O, I).
@@ -34,7 +34,7 @@ class PackedEntry:
     """A packed weight in an archive.
 
     Attributes:
-        shape: as it was stored.
+        shape: the shape in which the dense weight was stored.
         transposed: whether that is (I, O).
     """
 
@@ -48,7 +48,7 @@ class PackedEntry:
 
 
 def archive_files(folder: Path) -> list[Path]:
-    """The files of an archive in order; none where the folder is no archive.
+    """The files of an archive, in order; empty if the folder is not an archive.
 
     Raises:
         SppError: parts are missing.
@@ -68,7 +68,7 @@ def part_name(index: int, count: int) -> str:
 
 
 def dense_name(name: str) -> str:
-    """What a file of an archive is called when it is unpacked; other names stay."""
+    """The name of an archive's file after unpacking; other names stay."""
     return f"model{name.removeprefix('packed')}" if name == _SINGLE or _PART_OF.fullmatch(name) else name
 
 
@@ -76,7 +76,7 @@ def entries(path: Path, names: list[str], metadata: dict[str, str]) -> dict[str,
     """The packed weights in a file of an archive, from its tensors' names and its metadata.
 
     Raises:
-        SppError: it is of a version that this spp does not read, or does not hold what it says.
+        SppError: this version of spp does not read the file's version, or the file contradicts its metadata.
     """
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise SppError(
@@ -108,7 +108,7 @@ def read_weight(read: Callable[[str], Tensor], name: str, entry: PackedEntry) ->
     """A packed weight, checked; `read` gives a tensor of the file by name.
 
     Raises:
-        SppError: lengths, bits and values do not fit together.
+        SppError: lengths, bits and values contradict each other.
     """
     values, bitmask, row_offsets = (read(f"{name}.{part}") for part in _PARTS)
     weight = PackedWeight(values, bitmask, row_offsets, entry.in_features)
@@ -126,7 +126,7 @@ def dense(weight: PackedWeight, entry: PackedEntry) -> Tensor:
 
 
 def packed_tensors(name: str, tensor: Tensor, *, transposed: bool) -> tuple[dict[str, Tensor], PackedEntry]:
-    """What an archive holds of a weight, by tensor name, and the entry that describes it."""
+    """The tensors of an archive for a weight, by name, and the entry that describes the weight."""
     rows, columns = tensor.shape
     weight = ops.pack(tensor.T.contiguous() if transposed else tensor)
     parts = dict(zip(_PARTS, (weight.values, weight.bitmask, weight.row_offsets), strict=True))

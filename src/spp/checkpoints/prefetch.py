@@ -1,4 +1,4 @@
-"""Read the next thing while one is worked on."""
+"""Read the next item in a thread while the present one is processed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 
 def read_ahead(read: Callable[[Item], Value], items: Sequence[Item]) -> Iterator[tuple[Item, Value]]:
-    """The items, and what `read` gives for each; it is called for the next one, in a thread, while one is in use."""
+    """Yield each item with the result of `read`, which already runs in a thread for the next item."""
     with ThreadPoolExecutor(1) as reader:
         coming = [reader.submit(read, item) for item in items[:1]]
         for item, following in zip_longest(items, [[item] for item in items[1:]]):

@@ -1,4 +1,4 @@
-"""Put a model that we made on the hub, with its card under the name that it gets there."""
+"""`spp push`: upload a model that spp wrote to the hub, with its card under its name there."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class PushReport:
     """The result of `push_to_hub`.
 
     Attributes:
-        repo: its id on the hub.
-        url: of the commit.
-        card: whether the card was written for this name; a card that somebody changed goes up as it is.
+        repo: id of the model on the hub.
+        url: URL of the commit.
+        card: whether the card was rewritten for this name; an edited card is uploaded as it is.
     """
 
     repo: str
@@ -32,10 +32,10 @@ class PushReport:
 
 
 def push_to_hub(options: PushOptions) -> PushReport:
-    """Upload a merged or pruned model or an archive: its files in one commit, and then the card that we wrote for it.
+    """Upload a merged or pruned model, or an archive: its files in one commit, then the model card.
 
     Raises:
-        UsageError: there is no model, the name is none that the hub allows, or nobody is logged in.
+        UsageError: there is no model, the hub does not allow the name, or nobody is logged in.
         SppError: the model's files are damaged, its proof failed, or the hub refuses or cannot be reached.
     """
     folder = options.model
@@ -74,7 +74,7 @@ def push_to_hub(options: PushOptions) -> PushReport:
 
 
 def _require_sound(folder: Path) -> None:
-    """Raise for what nobody should find on the hub."""
+    """Refuse a model that is damaged, or whose proof failed."""
     if not folder.is_dir():
         raise UsageError(f"model {folder}: no such folder")
     Checkpoint.open(folder)

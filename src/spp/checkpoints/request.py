@@ -1,4 +1,4 @@
-"""What a result is made from, written beside unfinished work, so that only the same request goes on with it."""
+"""Everything that a result depends on, stored with unfinished work, so that only the same request resumes it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Request:
     """Everything that a result depends on, as JSON values.
 
     Attributes:
-        options: name -> value, of the options that the result depends on.
-        inputs: what it is, in words (`training data`) -> a digest of its content.
-        circumstances: name -> value, of what else the result depends on: versions, the number of processes.
+        options: name -> value of each option that the result depends on.
+        inputs: description of an input (`training data`) -> a digest of its content.
+        circumstances: name -> value of everything else: versions, the number of processes.
     """
 
     options: Mapping[str, Any]
@@ -31,7 +31,7 @@ class Request:
 
     @classmethod
     def read(cls, path: Path) -> Request | None:
-        """Read one; None where none is there, or it is damaged, so that nobody can tell what it was."""
+        """Read a request; None if the file is missing or damaged."""
         try:
             found = read_object(path)
             return cls(*(dict(found[name]) for name in ("options", "inputs", "circumstances")))
@@ -39,7 +39,7 @@ class Request:
             return None
 
     def differences(self, asked: Request) -> list[str]:
-        """In what another request differs from this one, in words."""
+        """The differences to another request, one phrase each."""
         values = [
             f"{name.replace('_', '-')} was {before.get(name)} and is {now.get(name)} now"
             for before, now in ((self.options, asked.options), (self.circumstances, asked.circumstances))

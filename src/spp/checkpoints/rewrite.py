@@ -1,6 +1,6 @@
-"""Write a model folder again with other numbers in some tensors: same files, names, shapes and dtypes.
+"""Write a copy of a model folder with new values in some tensors: same files, names, shapes and dtypes.
 
-What is copied keeps its bytes, so no round trip through a model class can lose a tied weight, an unusual dtype or a
+Other tensors keep their bytes, so no round trip through a model class can lose a tied weight, an unusual dtype or a
 setting.
 """
 
@@ -30,20 +30,13 @@ _LEGAL = ("LICENSE", "LICENCE", "NOTICE")
 _ANNOUNCEMENTS = {"sparsity_config", "compression_config"}
 
 
-def tensor_name(checkpoint: Checkpoint, module: str) -> str | None:
-    """The checkpoint's name of a module's weight, or None; that of a bare base model lacks the first parts."""
-    parts = f"{module}.weight".split(".")
-    candidates = (".".join(parts[start:]) for start in range(len(parts) - 1))
-    return next((name for name in candidates if name in checkpoint.files), None)
-
-
 class Rewriting:
-    """The files of a model in the making: laid out like the checkpoint's, to be filled in any order, by several runs.
+    """The files of a new model, laid out like the checkpoint's, and filled in any order, in several runs if needed.
 
     Args:
-        checkpoint: the model to write again.
-        folder: where; files that an earlier run laid out there are gone on with.
-        dtype: of all floats in the new model; None leaves each tensor's own.
+        checkpoint: the model to copy.
+        folder: the new model's folder; files that an earlier run laid out there are continued.
+        dtype: dtype of all float tensors in the new model; None keeps each tensor's own.
 
     Attributes:
         layouts: tensor name -> layout in the new model.
@@ -67,14 +60,14 @@ class Rewriting:
             raise SppError(f"{folder.parent}: no room for {self._size / 1e9:.3g} GB of weights ({error})") from error
 
     def write(self, name: str, tensor: Tensor) -> str:
-        """Write a tensor of the shape and dtype that `layouts` says, with every zero as +0.0; its SHA-256."""
+        """Write a tensor, of the shape and dtype in `layouts`, with every zero as +0.0; return its SHA-256."""
         signed = is_float(tensor) and may_hold_negative_zeros(tensor)
         written = canonical_zeros(tensor) if signed else tensor
         self._files[name].write(name, written)
         return tensor_digest(written)
 
     def copy(self, name: str) -> None:
-        """Write a tensor with the bytes that it had; one that was packed is expanded."""
+        """Copy a tensor byte for byte; a packed one is expanded."""
         checkpoint = self._checkpoint
         if name in checkpoint.packed:
             self._files[name].write(name, checkpoint.tensor(name))
@@ -87,7 +80,7 @@ class Rewriting:
             sync(path)
 
     def finish(self) -> None:
-        """Add the index and what else belongs to the model (config, tokenizer)."""
+        """Write the index and the model's other files (config, tokenizer)."""
         write_companions(self._checkpoint, self._folder, self._dtype)
         files = {name: file.path.name for name, file in self._files.items()}
         if set(files.values()) != {SINGLE}:
@@ -95,9 +88,9 @@ class Rewriting:
 
 
 def write_companions(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy what belongs to a model besides its weights.
+    """Copy the files of a model besides its weights.
 
-    Of its configuration, an announcement of a sparse format is left out, and another dtype is put in if there is one.
+    In the configuration, a sparsity config is left out, and the dtype is replaced if `dtype` is given.
     """
     for path in sorted(checkpoint.folder.iterdir()):
         kept = path.suffix in _COMPANIONS or path.name.upper().startswith(_LEGAL)
@@ -112,6 +105,6 @@ def write_companions(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | 
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The configuration with another dtype, also where it is said of a part of the model, or in the old word."""
+    """The configuration with another dtype, also in configurations of parts, and under the old key torch_dtype."""
     changed = {name: _with_dtype(value, dtype) if isinstance(value, dict) else value for name, value in config.items()}
     return changed | {name: dtype for name in ("dtype", "torch_dtype") if isinstance(config.get(name), str)}

@@ -1,7 +1,7 @@
-"""Write a safetensors file tensor by tensor, in any order, at any time: for models that never are in memory as a whole.
+"""Write a safetensors file tensor by tensor, in any order and in several runs: for models larger than memory.
 
-The format is a header, which says where each tensor lies, and the tensors' bytes one after the other. So where names,
-dtypes and shapes are known, a file can be laid out first and filled later, by several runs if need be.
+The format is a header, which says where each tensor lies, and the tensors' bytes one after the other. So if names,
+dtypes and shapes are known, the file can be laid out first and filled later.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PIECE = 2**23  # bytes that are copied at once
 
 @dataclass(frozen=True)
 class Layout:
-    """What a file says of one tensor: its dtype as safetensors names it (`BF16`), its shape, and its bytes."""
+    """A tensor in a file: its dtype by its safetensors name (`BF16`), its shape, and its size in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ _DTYPES = {one.safetensors: dtype for dtype, one in FLOATS.items()}
 
 
 def in_dtype(layout: Layout, dtype: torch.dtype) -> Layout:
-    """The layout of the same tensor in another float dtype; itself, where it holds no floats of 16 bits or more."""
+    """The layout of the tensor in another float dtype; unchanged unless it holds floats of 16 bits or more."""
     if layout.dtype not in _DTYPES:
         return layout
     return Layout(FLOATS[dtype].safetensors, layout.shape, torch.Size(layout.shape).numel() * dtype.itemsize)
@@ -47,12 +47,12 @@ def in_dtype(layout: Layout, dtype: torch.dtype) -> Layout:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself.
+    """The header of a safetensors file.
 
     Attributes:
         layouts: tensor name -> layout.
-        offsets: tensor name -> where its bytes begin in the file.
-        metadata: its free texts.
+        offsets: tensor name -> offset of its bytes in the file.
+        metadata: name -> text.
     """
 
     layouts: dict[str, Layout]
@@ -61,10 +61,10 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read a file's header; that it is sound, and the file as long as it says, is checked by safetensors itself.
+    """Read a file's header; safetensors checks that it is valid and that the file has the right length.
 
     Raises:
-        SppError: it is not there, truncated or damaged.
+        SppError: the file is missing, truncated or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -88,10 +88,10 @@ def read_header(path: Path) -> Header:
 
 
 def read_floats(path: Path, offset: int, layout: Layout) -> Tensor | None:
-    """A tensor whose bytes begin at `offset`, read as a whole; None where it holds no floats of 16 bits or more.
+    """Read the tensor whose bytes begin at `offset`; None unless it holds floats of 16 bits or more.
 
-    Into memory of its own: what safetensors gives is a map of the file, whose pages are read where they are used, and
-    that is not where one waits for a disk.
+    It is read into memory at once: safetensors would return a memory map of the file, whose pages are read only when
+    they are used, so that the computation waits for the disk.
 
     Raises:
         OSError: the file ends too early.
@@ -112,10 +112,10 @@ def read_floats(path: Path, offset: int, layout: Layout) -> Tensor | None:
 
 
 class TensorFile:
-    """A safetensors file in the making, which has its final size from the start.
+    """A safetensors file that is written tensor by tensor; it has its final size from the start.
 
     Args:
-        path: where; one that is there already is gone on with.
+        path: the file; an existing one is continued.
         tensors: name -> layout.
 
     Raises:
@@ -143,7 +143,7 @@ class TensorFile:
         """Put a tensor in its place.
 
         Raises:
-            ValueError: it has not as many bytes as its layout says.
+            ValueError: its size differs from its layout's.
             OSError: it cannot be written.
         """
         array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -155,7 +155,7 @@ class TensorFile:
             _write_all(file, data)
 
     def copy(self, name: str, source: Path, offset: int) -> None:
-        """Put a tensor in its place whose bytes lie in another file, from `offset` on.
+        """Copy a tensor to its place from another file, in which its bytes begin at `offset`.
 
         Raises:
             OSError: the file ends too early, or the tensor cannot be written.

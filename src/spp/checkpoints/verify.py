@@ -32,7 +32,7 @@ class VerifyReport:
         record: file of that record; None where two models were compared.
         zeros: zeros of BASE, over all tensors; with a record, those that it counts.
         tensors: proof of each tensor that has zeros or differs.
-        problems: what is wrong, one sentence a tensor; empty where verified.
+        problems: one sentence for each tensor that fails; empty if verified.
         compared: tensors that were looked into.
         matrices_checked: matrices that were checked against the pattern, each expert by itself.
         matrices_dense: names of tensors with matrices that need not obey it.
@@ -125,7 +125,7 @@ class _Comparison:
 
     def _compare(self, name: str, before: Tensor, after: Tensor, *, same: bool) -> None:
         proof = compare(before, after)
-        if not proof.holds and not same:  # a copied -0.0 is as it was
+        if not proof.holds and not same:  # a copied -0.0 is no change
             self._problems += failures(name, proof)
         if not self._options.allow_nonfinite and (count := count_non_finite(before)):
             self._problems.append(
@@ -183,7 +183,7 @@ def _pairs(base: Checkpoint, other: Checkpoint) -> Iterator[tuple[str, tuple[Ten
 
 
 def failures(name: str, proof: TensorProof) -> list[str]:
-    """What a tensor's proof failed on, in words."""
+    """The problems that a tensor's proof found, one sentence each."""
     problems = []
     if proof.offenders:
         negative = f" ({proof.negative_zeros} of them -0.0)" if proof.negative_zeros else ""

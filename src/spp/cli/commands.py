@@ -1,4 +1,4 @@
-"""The commands: their options, and where their work is."""
+"""The table of commands: their options, and the functions that do their work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spp.training.options import CacheTeacherOptions, TrainOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One subcommand: its options, which of them are positional, `module:function` of its work, and of its preview."""
+    """A command: its options, which of them are positional, and `module:function` of its work and of its dry run."""
 
     options: type[Options]
     positional: tuple[str, ...] = ()

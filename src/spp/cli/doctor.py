@@ -1,4 +1,4 @@
-"""Versions, devices and back-ends of this installation. What is broken is reported, never raised."""
+"""`spp doctor`: versions, devices and back-ends of this installation. Problems are reported, never raised."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DoctorReport:
         environment: see `environment`.
         backends: back-end of the SPP operator -> how it runs here, or why it does not.
         peft_knows_spp: whether PEFT lists SPP among its adapter types.
-        problems: what is broken, one sentence each.
+        problems: one sentence for each problem.
     """
 
     versions: dict[str, str | None]
@@ -36,7 +36,7 @@ class DoctorReport:
 
 
 def diagnose() -> DoctorReport:
-    """Look at this installation: import what is installed, and list what fails."""
+    """Examine this installation: import the installed packages, and list what fails."""
     found = versions()
     problems = [f"{name} is missing; pip install {name}" for name in REQUIRED if found[name] is None]
     for name in (*REQUIRED, *OPTIONAL):
@@ -52,7 +52,7 @@ def diagnose() -> DoctorReport:
 
 
 def _attempt(action: Callable[[], Value], failure: str, problems: list[str]) -> Value | None:
-    """Do something that a broken package can fail in any way; note what it says."""
+    """The result of `action`; if it fails, in whatever way, None, and the error is added to `problems`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -88,7 +88,7 @@ def _peft_knows_spp() -> bool:
 
 
 def doctor_table(report: DoctorReport) -> Table:
-    """Versions, hardware, back-ends and problems, one fact a row."""
+    """Versions, hardware, back-ends and problems, one per row."""
     table = Table(show_header=False, box=None)
     table.add_column()
     table.add_column(overflow="fold")

@@ -1,4 +1,4 @@
-"""`spp`: a table of commands. Flags and their help come from the option models, work from a function in a room."""
+"""The command `spp`: parse the arguments, call the command's function, and print its report."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _execute(command: Command, given: dict[str, Any], *, dry_run: bool) -> Any:
 
 
 def _present(command: str, report: Any, as_json: bool) -> None:
-    if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
+    if os.environ.get("RANK", "0") != "0":  # of several processes, only one prints
         return
     if as_json:
         value = report.plain() if hasattr(report, "plain") else asdict(report)
@@ -75,7 +75,7 @@ def _present(command: str, report: Any, as_json: bool) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Keep other people's chatter off the terminal; must run before they are imported."""
+    """Silence the messages of other libraries; must run before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -86,7 +86,7 @@ def _quiet_libraries() -> None:
 
 
 class _Messages(logging.Handler):
-    """Notes and warnings of the `spp` logger, on whatever standard error is now (a live bar redirects it)."""
+    """Writes the messages of the `spp` logger to the present standard error (a live progress bar redirects it)."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""

@@ -19,7 +19,7 @@ _DOCTOR_HELP = "Versions, devices and active back-ends of this installation."
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes flags by their whole names alone, and names the new flag where an old one is given."""
+    """Accepts only whole names of flags; the error for an old flag names the new one."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="spp",
         description="Fine-tune pruned LLMs without losing their sparsity: prune, train, merge, verify, evaluate.",
-        epilog="Start with `spp run`: it needs no arguments, and shows the whole way on a small bundled model.",
+        epilog="Start with `spp run`: without arguments, it runs all steps on a small bundled model.",
     )
     parser.add_argument("--version", action="version", version=f"spp {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
@@ -55,9 +55,7 @@ def _add_command(commands: Any, name: str, command: Command) -> None:
     )
     parser.add_argument("--json", action="store_true", default=False, help="print the result as one JSON object")
     if command.dry_run:
-        parser.add_argument(
-            "--dry-run", action="store_true", help="print the memory that this would take, part by part, and stop"
-        )
+        parser.add_argument("--dry-run", action="store_true", help="only print the predicted peak memory, part by part")
     if command.takes_recipe:
         flags = ["recipe"] if name == "run" else ["--recipe"]
         extra: dict[str, Any] = {"nargs": "?"} if name == "run" else {}
@@ -119,7 +117,7 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 
 def _metavar(field: FieldInfo, kind: Any) -> str:
-    """What stands for the value in the help: said by the field, or plain from the type."""
+    """The placeholder of a value in the help: the field's own, or one from the type."""
     if isinstance(field.json_schema_extra, dict) and "metavar" in field.json_schema_extra:
         return str(field.json_schema_extra["metavar"])
     if typing.get_origin(kind) is Literal:

@@ -43,7 +43,7 @@ def _run(report: RunReport) -> Iterable[RenderableType]:
     from spp.reporting.summary import summary_table
 
     yield summary_table(report.results)
-    yield f"everything is in {report.out}: open report.html, load merged/ with any engine"
+    yield f"results are in {report.out}: open report.html, load merged/ with any engine"
 
 
 def _prune(report: PruneReport) -> Iterable[RenderableType]:
@@ -81,7 +81,7 @@ def _cache_teacher(report: CacheTeacherReport) -> Iterable[RenderableType]:
 def _prune_dry_run(report: PruningPrediction) -> Iterable[RenderableType]:
     yield _memory_table(report)
     yield (
-        f"at its most while {report.phase}, however many blocks there are ({report.blocks}); the result takes "
+        f"the peak is while {report.phase}, whatever the number of blocks ({report.blocks}); the result takes "
         f"{size(report.disk_bytes)} on disk, and hidden states {size(report.states_bytes)} more until it is finished; "
         "nothing was written"
     )
@@ -207,7 +207,7 @@ def _pack(report: PackReport) -> Iterable[RenderableType]:
         f"{report.packed} of {report.tensors} tensors packed: {size(report.archive_bytes)}, "
         f"{report.archive_bytes / report.dense_bytes:.3f} of the {size(report.dense_bytes)} of plain safetensors"
     )
-    yield f"written to {report.out}; spp unpack {report.out} OUT brings the plain form back"
+    yield f"written to {report.out}; spp unpack {report.out} OUT writes plain safetensors again"
 
 
 def _unpack(report: PackReport) -> Iterable[RenderableType]:
@@ -236,7 +236,7 @@ def _inspect(report: InspectReport) -> Iterable[RenderableType]:
 
 def _report(report: ReportReport) -> Iterable[RenderableType]:
     if report.differences:
-        yield f"perplexities do not compare: the runs differ in {', '.join(report.differences)}"
+        yield f"perplexities cannot be compared: the runs differ in {', '.join(report.differences)}"
     yield f"{', '.join(report.runs)}: written to {report.out}"
 
 

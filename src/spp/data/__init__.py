@@ -1,1 +1,1 @@
-"""Text from anywhere as calibration windows and training examples."""
+"""Text from files, datasets and Python's library, as calibration windows and training examples."""

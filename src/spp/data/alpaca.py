@@ -18,7 +18,7 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
 
     Args:
         instruction: the item's `instruction`.
-        context: the item's `input`; an empty one takes the template without input.
+        context: the item's `input`; if it is blank, the template without input is used.
     """
     template = _WITH_INPUT if context.strip() else _PLAIN
     return template.format(instruction=instruction, input=context)

@@ -1,8 +1,8 @@
-"""A folder of safetensors files that save repeated work; it may be deleted at any time.
+"""The user's cache: a folder of safetensors files that save repeated work; it may be deleted at any time.
 
 It is the folder that the environment variable `SPP_CACHE` names, else `spp` in `XDG_CACHE_HOME`, else `~/.cache/spp`.
-Whatever goes wrong with it costs time and nothing else: what cannot be read is made again, and what cannot be written
-is not kept.
+A problem with the cache costs time only: an entry that cannot be read is made again, and one that cannot be written is
+dropped.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def cache_folder() -> Path:
 
 
 def cache_name(kind: str, facts: Any) -> str:
-    """The name of an entry: its kind, and the SHA-256 of all that its content depends on, given as JSON values."""
+    """The name of an entry: its kind, and the SHA-256 of everything that its content depends on, as JSON values."""
     text = json.dumps(facts, sort_keys=True)
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
 
 
 def read_entry(name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """An entry's tensors and its other facts, or None where there is no such entry or it is damaged."""
+    """An entry's tensors and its other facts; None if there is no such entry, or it is damaged."""
     try:
         path = cache_folder() / name
         if not path.is_file():
@@ -55,7 +55,7 @@ def read_entry(name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
 
 
 def write_entry(name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-    """Keep an entry. It is renamed into place, from a folder of its own, as other processes may write the same one."""
+    """Store an entry. It is written to a folder of its own and renamed: other processes may write the same entry."""
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)

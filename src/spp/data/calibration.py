@@ -1,7 +1,7 @@
 """Windows of text that pruning statistics are taken from.
 
-Reading and tokenizing a corpus can take longer than pruning with it, so the windows are kept in the user's cache (see
-`spp.data.cache`), under everything that they depend on.
+Reading and tokenizing a corpus can take longer than pruning with it, so the windows are stored in the user's cache (see
+`spp.data.cache`), under a hash of everything that they depend on.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from spp.errors import UsageError
 logger = logging.getLogger("spp")
 
 _TOKENIZED_AT_ONCE = 256
-_ALGORITHM = 1  # goes up with every change in which windows are drawn, so that no older ones are found in the cache
+_ALGORITHM = 1  # raise it when other windows are drawn, so that old entries of the cache are not used
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Calibration windows and what it takes to know them again.
+    """Calibration windows, and what identifies them.
 
     Attributes:
         windows: (samples, window) token ids, int64.
         source: the file, datasets id, or `python-stdlib`.
         sha256: of the ids as little-endian 64-bit integers, row by row.
-        kind: how the windows were made.
+        kind: a phrase that says which documents the windows come from.
     """
 
     windows: Tensor
@@ -53,19 +53,19 @@ class Calibration:
 def calibration_windows(
     tokenizer: PreTrainedTokenizerBase, source: str, *, samples: int, window: int, seed: int
 ) -> Calibration:
-    """Draw windows as the published protocol does: one at a random place of each of `samples` documents.
+    """Draw windows as the published protocol does: one at a random place in each of `samples` documents.
 
-    Only documents longer than the window take part. Where there are too few of them, the rest of the windows comes
-    from the other documents, joined in random order and cut; where that is not enough either, as for a single book,
-    all windows come from all documents, joined and cut. `kind` says how many came from where. The same arguments give
-    the same windows, and windows that were drawn before come from the cache.
+    Only documents longer than the window are used. If there are too few, the remaining windows are cut from the shorter
+    documents, joined in random order. If that is not enough either, as for a single book, all windows are cut from all
+    documents, joined. `kind` says how many windows came from where. The same arguments give the same windows; windows
+    that were drawn before come from the cache.
 
     Args:
         tokenizer: the model's.
-        source: what `load_records` reads; of the standard library its calibration part. Blank records do not count.
-        samples: windows wanted; there are fewer, and a warning, where the text is too short for so many.
+        source: what `load_records` reads; of the standard library, its calibration part. Blank records are ignored.
+        samples: number of windows; there are fewer, and a warning, if the text is too short.
         window: tokens per window.
-        seed: of the choice of documents and places.
+        seed: seed of the choice of documents and places.
 
     Raises:
         UsageError: the source cannot be read, or all of its text is shorter than one window.
@@ -79,7 +79,7 @@ def calibration_windows(
 
 
 class _Text:
-    """The records of a source, which are not read before they are needed, and what tells them from others."""
+    """The records of a source, read when they are first needed, and the facts that identify them."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -90,7 +90,7 @@ class _Text:
 
     @property
     def facts(self) -> list[Any]:
-        """The hash of a file, with the suffix that says how it is read; anything else has to be read for its hash."""
+        """For a file its suffix, by which it is read, and its hash; for any other source the records themselves."""
         path = Path(self.source).expanduser()
         if self.source == STANDARD_LIBRARY or not path.is_file():
             return [self.records]
@@ -99,7 +99,7 @@ class _Text:
 
 
 def _cache_name(tokenizer: PreTrainedTokenizerBase, text: _Text, samples: int, window: int, seed: int) -> str | None:
-    """Where the cache has these windows; None for a tokenizer in Python, whose code nothing says all about."""
+    """The cache entry of these windows; None for a tokenizer written in Python, whose code cannot be hashed."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not tokenizer.is_fast or backend is None:
         return None
@@ -130,7 +130,7 @@ def _kept(name: str | None) -> tuple[Tensor, str] | None:
 def _drawn(
     name: str | None, text: _Text, tokenizer: PreTrainedTokenizerBase, samples: int, window: int, chance: random.Random
 ) -> tuple[Tensor, str]:
-    """Windows and their kind from the text; they are kept for the next time."""
+    """Windows and their kind from the text; they are stored in the cache."""
     rows, kind = _draw(text.records, tokenizer, samples, window, chance)
     if not rows:
         raise UsageError(
@@ -150,7 +150,7 @@ def _sha256(windows: Tensor) -> str:
 def _draw(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, samples: int, window: int, chance: random.Random
 ) -> tuple[list[Sequence[int]], str]:
-    """Up to `samples` windows, and a sentence on where they come from."""
+    """Up to `samples` windows, and their kind (see `Calibration`)."""
     shuffled = list(records)
     chance.shuffle(shuffled)
     places: list[Sequence[int]] = []
@@ -166,7 +166,7 @@ def _draw(
         if len(places) == samples:  # a large corpus is not tokenized to its end
             return places, "a random window of each document longer than the window"
     packed = _packed(short, tokenizer, samples - len(places), window, chance)
-    if len(places) + len(packed) < samples:  # the long documents have more to give, in the same way
+    if len(places) + len(packed) < samples:  # then cut all windows from all documents
         packed, places = _packed(documents(shuffled, tokenizer), tokenizer, samples, window, chance), []
     return places + packed, _kind(len(places), len(packed), len(records))
 
@@ -179,7 +179,7 @@ def _tokenized(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) ->
 def _packed(
     pieces: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, count: int, window: int, chance: random.Random
 ) -> list[Sequence[int]]:
-    """Up to `count` windows of documents joined and cut, in random order."""
+    """Up to `count` windows, drawn at random from the documents joined and cut."""
     whole = [ids for ids in cut(join(pieces, tokenizer), window) if len(ids) == window]
     return chance.sample(whole, min(count, len(whole)))
 

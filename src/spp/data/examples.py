@@ -1,4 +1,4 @@
-"""Training examples: token ids and the labels that the loss is taken on."""
+"""Training examples: token ids, and the labels that the loss is computed on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spp.data.tokens import cut, documents, encode, render, with_end
 from spp.errors import UsageError
 
 IGNORED = -100
-"""Label of a token that the loss leaves out, as torch and transformers have it."""
+"""Label of a token that the loss ignores, the same as in torch and transformers."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Example:
 
     @property
     def teaches(self) -> bool:
-        """Whether any token is predicted; the first never is."""
+        """Whether the loss has a token to predict; the first token is never predicted."""
         return self.predictions > 0
 
     @property
@@ -44,12 +44,12 @@ def whole_examples(
     """One example of full length per record, with the end-of-text token where the tokenizer has one.
 
     Args:
-        records: of one kind.
-        tokenizer: the model's. A chat template ends a conversation itself, so that nothing is added to messages.
-        completion_only: take the loss on completions alone, or on what the assistant says.
+        records: all of one kind.
+        tokenizer: the model's. Nothing is added to messages: a chat template ends a conversation itself.
+        completion_only: compute the loss on completions only, or on the assistant's messages only.
 
     Raises:
-        UsageError: `completion_only` for plain text, or with a chat template that does not tell messages apart.
+        UsageError: `completion_only` with plain text, or with a chat template that rewrites earlier messages.
     """
     ids = documents(records, tokenizer)
     if not any("messages" in record for record in records):
@@ -67,7 +67,7 @@ def whole_examples(
 
 
 def _answers(record: Record, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Learn what each of the assistant's messages adds to the conversation before it, as the template writes it."""
+    """Put the loss on the text that each of the assistant's messages adds to the conversation before it."""
     messages, text = record["messages"], render(record, tokenizer)
     prefixes: list[str] = []
     for index, message in enumerate(messages):
@@ -87,7 +87,7 @@ def _answers(record: Record, ids: list[int], tokenizer: PreTrainedTokenizerBase)
 
 
 def _only(ids: list[int], learned: Iterable[tuple[int, int]]) -> Example:
-    """The loss on some ranges of tokens."""
+    """An example with the loss on the ranges [start, end) of `learned` only."""
     labels = [IGNORED] * len(ids)
     for start, end in learned:
         labels[start:end] = ids[start:end]
@@ -95,20 +95,20 @@ def _only(ids: list[int], learned: Iterable[tuple[int, int]]) -> Example:
 
 
 def _shared(ids: list[int], beginning: list[int]) -> int:
-    """How many tokens are those of its beginning; a token can span the end of that."""
+    """How many leading tokens `ids` shares with `beginning`; a token may span the end of the beginning's text."""
     pairs = zip(ids, beginning, strict=False)
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(beginning)))
 
 
 def truncate(examples: Sequence[Example], window: int) -> list[Example]:
-    """Each example cut off after `window` tokens."""
+    """Each example, cut after `window` tokens; examples without a token to predict are left out."""
     return _teaching(Example(one.input_ids[:window], one.labels[:window]) for one in examples)
 
 
 def join(examples: Sequence[Example], window: int) -> list[Example]:
     """Examples joined and cut into windows of exactly `window` tokens.
 
-    The incomplete last window is dropped, unless it is the only one.
+    The incomplete last window is dropped unless it is the only one; so are windows without a token to predict.
     """
     ids, labels = (
         cut(list(chain.from_iterable(getattr(one, name) for one in examples)), window)

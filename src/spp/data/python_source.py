@@ -1,9 +1,9 @@
 """Python's standard library as a corpus that every user already has.
 
-The embedded default (`spp run` without arguments) needs text, and no hub can be assumed. Every Python
-installation carries several megabytes of documented, reviewed source, so that is the corpus: one document
-per file, split by file. The part a file belongs to depends on its relative path alone, so that no file
-ever changes sides between runs, machines or (where the file keeps its name) Python versions.
+`spp run` without arguments needs text, and there may be no access to a hub. Every Python installation has
+several megabytes of documented, reviewed source code, so that is the corpus: one document per file, split by
+file. The part that a file belongs to depends on its relative path alone, so no file ever moves to another part
+between runs, machines or (where the file keeps its name) Python versions.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Literal
 
 Part = Literal["train", "calibration", "evaluation"]
 
-# Of every 20 files: 1 evaluates, 1 calibrates, 18 train.
+# Of every 20 files, 1 is for evaluation, 1 for calibration, and 18 for training.
 _BUCKETS = 20
 _PART_OF_BUCKET: dict[int, Part] = {0: "evaluation", 1: "calibration"}
 
-# Not code that a person wrote to be read: third-party trees, test fixtures, generated tables.
+# Folders of code that was not written to be read: third-party trees, test fixtures, generated tables.
 _EXCLUDED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib-dynload"}
 )

@@ -1,11 +1,11 @@
 """Text of every accepted kind, as a list of plain records.
 
 A source is a file (.txt, .jsonl, .json, all of them also as .gz, and .parquet), `python-stdlib`, or a datasets id:
-`ID`, `ID:CONFIG` or `ID:CONFIG:SPLIT` (the split is `train` unless named; `ID::SPLIT` names a split alone, and
+`ID`, `ID:CONFIG` or `ID:CONFIG:SPLIT` (the split is `train` unless named; `ID::SPLIT` names only a split, and
 `ID:CONFIG:train[:1%]` a part of it).
 
-A record is whatever the source has as one: a row of wikitext on the hub is a line, and many are empty. Calibration
-leaves the empty ones out and joins short ones.
+What a record is depends on the source: a row of wikitext on the hub is one line, and many are empty. Calibration
+ignores empty records and joins short ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from spp.data.python_source import Part, standard_library
 from spp.errors import UsageError, raise_problems
 
 _Rows = Callable[[str, str | None, str], Iterable[Any]]
-"""Reads a dataset by its id, configuration and split."""
+"""A function that reads a dataset, given its id, configuration and split."""
 
 Record = dict[str, Any]
 """One of `{"text": str}`, `{"prompt": str, "completion": str}`, `{"messages": [{"role": str, "content": str}]}`."""
@@ -37,16 +37,16 @@ _FIELDS = frozenset({"text", "prompt", "completion", "instruction", "input", "ou
 _EXPECTED = "text, or prompt and completion, or instruction and output (Alpaca), or messages"
 _SHOWN_PROBLEMS = 10
 _CHECKED_AFTER_A_PROBLEM = 100_000
-# Name, configuration and split; what is in brackets, a slice, may hold a colon.
+# Name, configuration and split; a slice, in brackets, may hold a colon.
 _DATASET_ID = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)" + 2 * r"(?::((?:[^:\[\]]|\[[^\[\]]*\])*))?")
-# What calibration reads of a dataset, which may have hundreds of gigabytes. Of C4's documents one in forty is longer
-# than 2,048 tokens, so that so many rows hold three times the 128 windows of the papers.
+# Rows of a dataset that calibration reads: a dataset may have hundreds of gigabytes. One in forty of C4's documents is
+# longer than 2,048 tokens, so this many rows hold three times the 128 windows of the papers.
 _STREAMED_ROWS = 16_384
-_STREAMED_CHARACTERS = 200_000_000  # where a row is a book
+_STREAMED_CHARACTERS = 200_000_000  # the limit where rows are books
 
 
 class Malformed(ValueError):
-    """What is wrong with one record; the caller adds where it is."""
+    """One record is malformed; the message says how, and the caller adds its position."""
 
 
 def load_records(source: str, part: Part = "train") -> list[Record]:
@@ -54,12 +54,12 @@ def load_records(source: str, part: Part = "train") -> list[Record]:
 
     Args:
         source: a file, a datasets id, or `python-stdlib`.
-        part: which files of the standard library. Files have no parts, and neither have datasets, but of one for
+        part: which files of the standard library to read. Other sources have no parts, but of a dataset for
             `calibration` only the first 16,384 rows are read, as a stream, unless its split is a slice.
 
     Raises:
-        UsageError: there is no such source, it holds nothing, or some of it is malformed: the message lists where
-            (file and line), what was expected, and what was found.
+        UsageError: there is no such source, it is empty, or records are malformed: the message lists where (file and
+            line), what was expected, and what was found.
     """
     records = list(_records(source, part, _first_rows if part == "calibration" else _all_rows))
     if not any(map(holds_text, records)):
@@ -68,18 +68,18 @@ def load_records(source: str, part: Part = "train") -> list[Record]:
 
 
 def stream_records(source: str) -> Iterator[Record]:
-    """The records of a source to train on, each read when it is asked for, so that it may be larger than memory.
+    """The records of a training source, each read on demand, so that the source may be larger than memory.
 
-    JSON Lines and Parquet files and datasets ids are read so; other files are read whole.
+    That holds for JSON Lines, Parquet files and datasets ids; other files are read whole.
 
     Raises:
-        UsageError: as `load_records`, where reading comes upon it.
+        UsageError: as `load_records`, when reading reaches the problem.
     """
     return _records(source, "train", _stream)
 
 
 def _records(source: str, part: Part, rows: _Rows) -> Iterator[Record]:
-    """The records of a source, by the reader `rows` where it is a datasets id."""
+    """The records of a source; a datasets id is read by `rows`."""
     path = Path(source).expanduser()
     if source == STANDARD_LIBRARY:
         yield from ({"text": text} for text in standard_library(part))
@@ -99,7 +99,7 @@ def holds_text(record: Record) -> bool:
 
 
 def data_suffix(path: Path) -> str:
-    """The part of a file's name that says how to read it, in lower case: `.jsonl`, `.json.gz`."""
+    """The suffix of a file's name, by which it is read, in lower case: `.jsonl`, `.json.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
 
@@ -113,7 +113,7 @@ def _read_file(path: Path) -> Iterator[Record]:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
-    """A text file, decompressed on the way if its name says so; what is wrong with its bytes is the user's error."""
+    """Context manager for a text file, decompressed if its name ends in .gz; damaged bytes raise a UsageError."""
     try:
         with _binary(path) as binary, io.TextIOWrapper(cast(Any, binary), encoding="utf-8-sig") as file:
             yield file
@@ -131,7 +131,7 @@ def _binary(path: Path) -> IO[bytes]:
 
 
 def _first_undecodable(path: Path) -> str:
-    """Where a file is not UTF-8; it is read a second time, as a decoder only knows places in its own buffer."""
+    """The line that is not UTF-8. The file is read again: a decoder only knows positions in its own buffer."""
     with _binary(path) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -147,7 +147,7 @@ def _read_txt(path: Path) -> Iterator[Record]:
 
 
 def _read_json(path: Path) -> Iterator[Record]:
-    """A JSON array of records, or JSON Lines; the content tells which, whatever the suffix says."""
+    """A JSON array of records, or JSON Lines; the content decides which, not the suffix."""
     with open_text(path) as file:
         first = next((line for line in file if line.strip()), "")
         file.seek(0)
@@ -163,7 +163,7 @@ def _read_json(path: Path) -> Iterator[Record]:
 
 
 def json_lines(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Where each value is, `line 3`, and the value; for what is no JSON, a `Malformed` that says why."""
+    """The position (`line 3`) and value of each line; for a line that is not JSON, a `Malformed` instead."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -234,7 +234,7 @@ def _first_rows(name: str, config: str | None, split: str) -> Iterator[Any]:
 
 
 def _known(columns: list[str]) -> list[str]:
-    """The columns that records are made of; all of them where there is none, for the error to name."""
+    """The columns that records are made of; if there are none, all columns, which the error then names."""
     return [name for name in columns if name in _FIELDS] or columns
 
 
@@ -254,13 +254,13 @@ def _numbered(items: Iterable[Any], word: str) -> Iterator[tuple[str, Any]]:
 
 
 def _normalize(items: Iterable[tuple[str, Any]], source: str) -> Iterator[Record]:
-    """Bring every item into one of the kinds of `Record`; all of one source must be of the same kind.
+    """Turn every item into a `Record`; all items of a source must be of one kind.
 
-    After the first problem there are no more records: what follows is only checked, so that problems are reported
-    together, and no endless stream is read.
+    After the first problem no more records are yielded. Further items are only checked, a limited number of them, so
+    that problems are reported together.
     """
     problems: list[str] = []
-    first = ""  # where the first good record is, and of which kind
+    first = ""  # kind and position of the first good record
     checked, at_least = 0, ""
     for where, item in items:
         checked += bool(problems)
@@ -284,7 +284,7 @@ def _normalize(items: Iterable[tuple[str, Any]], source: str) -> Iterator[Record
 
 
 def raise_first_problems(problems: list[str], at_least: str = "") -> None:
-    """Raise a UsageError that lists the first of many problems, or all of a few; return where there is none."""
+    """Raise a UsageError that lists the problems, at most the first few; do nothing if there are none."""
     if len(problems) > _SHOWN_PROBLEMS:
         shown = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS])
         raise UsageError(f"{at_least}{len(problems)} problems, the first {_SHOWN_PROBLEMS} of them:\n{shown}")
@@ -296,7 +296,7 @@ def _record(item: Any) -> Record:
         raise item
     if not isinstance(item, dict):
         raise Malformed(f"expected an object with {_EXPECTED}; found {show(item)}")
-    if {"instruction", "output"} <= item.keys():  # some Alpaca sets bring the rendered `text` along
+    if {"instruction", "output"} <= item.keys():  # some Alpaca sets also have the rendered `text`
         prompt = alpaca_prompt(_string(item, "instruction"), _string(item, "input", optional=True))
         return {"prompt": prompt, "completion": _string(item, "output")}
     kinds = [kind for kind in (("text",), ("prompt", "completion"), ("messages",)) if item.keys() >= set(kind)]
@@ -332,6 +332,6 @@ def _messages(value: Any) -> list[dict[str, str]]:
 
 
 def show(value: Any) -> str:
-    """A value as an error shows it, cut where it is long."""
+    """A value as an error message shows it; long ones are cut."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

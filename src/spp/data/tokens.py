@@ -19,9 +19,9 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase, *, answering: boo
     """A record as one text: prompt and completion joined, messages through the tokenizer's chat template.
 
     Args:
-        record: of any kind.
+        record: a record of any kind.
         tokenizer: the model's.
-        answering: go on with what stands in front of the assistant's next message.
+        answering: end with the template's prompt for the assistant's next message.
 
     Raises:
         UsageError: there are messages, and the tokenizer has no chat template, or one that refuses them.
@@ -52,18 +52,18 @@ def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, special:
 
 
 def documents(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of every record by itself; a chat template writes its special tokens, else the tokenizer adds them."""
+    """Token ids of each record. A chat template writes the special tokens itself; else the tokenizer adds them."""
     special = not any("messages" in record for record in records)
     return encode((render(record, tokenizer) for record in records), tokenizer, special=special)
 
 
 def join(pieces: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Documents one after the other, with the end-of-text token after each where the tokenizer has one."""
+    """The documents concatenated, with the end-of-text token after each if the tokenizer has one."""
     return list(chain.from_iterable(with_end(piece, tokenizer) for piece in pieces))
 
 
 def with_end(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids, closed by the end-of-text token where the tokenizer has one and it is not there yet."""
+    """The ids with the end-of-text token at their end, if the tokenizer has one."""
     end: Any = tokenizer.eos_token_id
     return list(ids) if end is None or (ids and ids[-1] == end) else [*ids, end]
 
@@ -74,7 +74,7 @@ def cut(ids: Sequence[int], window: int) -> list[Sequence[int]]:
 
 
 def require_known_ids(sequences: Iterable[Sequence[int]], vocabulary: int, what: str) -> None:
-    """Raise a UsageError where any of `sequences`, none of them empty, has a token id beyond the model's vocabulary."""
+    """Raise a UsageError if a sequence, none of which is empty, has a token id beyond the model's vocabulary."""
     if (largest := max(map(max, sequences))) >= vocabulary:
         raise UsageError(
             f"the {what} holds the token id {largest}, but the model knows {vocabulary} tokens; the tokenizer belongs "

@@ -1,1 +1,1 @@
-"""Perplexity, task scores and generated text, of models with or without adapters."""
+"""Perplexity, task scores and text generation, for models with or without adapters."""

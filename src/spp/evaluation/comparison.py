@@ -1,4 +1,4 @@
-"""Scores of several models side by side: a table for the terminal, a chart in a file."""
+"""Scores of several models side by side: a table for the terminal, and a chart in a file."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _LONGEST = 30  # characters of a model's name in a chart
 
 @dataclass(frozen=True)
 class Comparison:
-    """Reports by the name of the model, and the chart of them where one was asked for."""
+    """Reports by the name of the model, and the chart's file if one was asked for."""
 
     models: Mapping[str, EvalReport | TasksReport]
     plot: Path | None
 
 
 def check_plot(path: Path, overwrite: bool) -> None:
-    """Refuse, before any work, a file for a chart that cannot be one, or that would cost the user another.
+    """Check the chart's file before any work is done.
 
     Raises:
-        UsageError: it is no .svg, its folder is missing, it is a folder itself, or it exists and `overwrite` is off.
+        UsageError: it does not end in .svg, its folder is missing, it is a folder, or it exists without `overwrite`.
     """
     if path.suffix != ".svg":
         raise UsageError(f"plot {path}: charts are SVG; name a file that ends in .svg")
@@ -47,7 +47,7 @@ def check_plot(path: Path, overwrite: bool) -> None:
 
 
 def write_plot(comparison: Comparison) -> None:
-    """Draw one bar per measure and model; nothing where no chart was asked for."""
+    """Draw one bar per measure and model, if a chart was asked for."""
     if comparison.plot is None:
         return
     labels = _short_names(list(comparison.models))
@@ -61,7 +61,7 @@ def write_plot(comparison: Comparison) -> None:
 
 
 def _short_names(models: Sequence[str]) -> dict[str, str]:
-    """Names that fit beside a figure: of a path its last part, where that tells the models apart."""
+    """Names short enough for a chart: the last part of each path if that tells the models apart."""
     last = [Path(model).name for model in models]
     names = last if len(set(last)) == len(last) else models
     cut = [name if len(name) <= _LONGEST else "..." + name[3 - _LONGEST :] for name in names]
@@ -77,7 +77,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def measures(models: Mapping[str, EvalReport | TasksReport]) -> dict[str, dict[str, tuple[float, str]]]:
-    """Measure -> model -> value, and the value as it is shown."""
+    """Measure -> model -> (value, the value as text)."""
     rows: dict[str, dict[str, tuple[float, str]]] = {}
     for model, report in models.items():
         for measure, value, text in _values(report):
@@ -100,5 +100,5 @@ def _values(report: EvalReport | TasksReport) -> Iterator[tuple[str, float, str]
 
 
 def with_error(value: float, stderr: float | None) -> str:
-    """`0.4512 ± 0.0087`; the value alone where its standard error is unknown."""
+    """`0.4512 ± 0.0087`; the value alone if its standard error is unknown."""
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"

@@ -1,4 +1,4 @@
-"""Scores of models, with or without adapters: perplexity or tasks, of one model or of several side by side."""
+"""`spp eval`: perplexity or task scores, with or without an adapter, of one model or of several side by side."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ logger = logging.getLogger("spp")
 
 
 def evaluate(options: EvalOptions) -> EvalReport | TasksReport | Comparison:
-    """Measure a model's perplexity, or its scores on tasks where some are named; of several models, a comparison.
+    """Measure a model's perplexity, or its scores if `options` name tasks; compare the models if there are several.
 
-    An adapter's folder stands for the model that it was trained on, with the adapter on top.
+    An adapter's folder, given as a model, means the model that it was trained on with the adapter attached.
 
     Raises:
         UsageError: a wrong option, a missing model, adapter, text or task, or too little text for one window.
@@ -46,7 +46,7 @@ def evaluate(options: EvalOptions) -> EvalReport | TasksReport | Comparison:
     if len(reports) == 1:
         return reports[options.model]
     if len({(one.tokens, one.windows) for one in reports.values() if isinstance(one, EvalReport)}) > 1:
-        logger.warning("these perplexities do not compare: tokenizers or windows of the models differ")
+        logger.warning("these perplexities cannot be compared: the models have different tokenizers or windows")
     comparison = Comparison(reports, options.plot if options.compare else None)
     write_plot(comparison)
     return comparison
@@ -54,14 +54,14 @@ def evaluate(options: EvalOptions) -> EvalReport | TasksReport | Comparison:
 
 @dataclass(frozen=True)
 class _Subject:
-    """One model to score: the options for it alone, and its folder, found once."""
+    """One model to score: the options for it alone, and its folder, looked up once."""
 
     options: EvalOptions
     folder: Path
 
 
 def _subjects(options: EvalOptions) -> dict[str, _Subject]:
-    """What to score, by the name it was given: the options of one model each, checked for what can be checked."""
+    """The models to score by the name that the user gave, checked as far as possible without loading them."""
     subjects: dict[str, _Subject] = {}
     problems: list[str] = []
     for name in (options.model, *options.others):
@@ -121,7 +121,7 @@ def _scores(subject: _Subject, tasks: TaskSet) -> TasksReport:
     """The scores of one model on tasks."""
     options = subject.options
     if options.window is not None:
-        context_window(load_config(subject.folder, options), options.window)  # whether the model has so many positions
+        context_window(load_config(subject.folder, options), options.window)  # raises if the model has fewer positions
     tokenizer = load_tokenizer(subject.folder, options)
     model, dtype = _loaded(subject)
     return score_tasks(model, tokenizer, tasks, options, dtype)

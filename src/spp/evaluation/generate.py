@@ -1,4 +1,4 @@
-"""Continue a text with a sparse model, packed or not, and measure how fast that goes."""
+"""`spp generate`: continue a text with a sparse model, packed or not, and measure the speed."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class GenerateReport:
     """The result of `generate`.
 
     Attributes:
-        text: what was generated, without the prompt and special tokens.
-        prompt_seconds: until the first new token was there.
-        tokens_per_second: of the tokens after the first; 0 where there is none.
-        weight_bytes: of all parameters in memory.
-        packed: layers whose weights are packed.
-        peak_memory_bytes: on the device where it is CUDA, else of the process.
+        text: the generated text, without the prompt and special tokens.
+        prompt_seconds: time until the first new token.
+        tokens_per_second: speed of the tokens after the first; 0 if there are none.
+        weight_bytes: memory of all parameters.
+        packed: number of layers whose weights are packed.
+        peak_memory_bytes: peak on a CUDA device; elsewhere the peak of the process.
     """
 
     prompt: str
@@ -50,7 +50,7 @@ class GenerateReport:
 
 
 def generate(options: GenerateOptions) -> GenerateReport:
-    """Continue `options.prompt`; greedily, or by drawing at a temperature.
+    """Continue `options.prompt`, greedily or by sampling at a temperature.
 
     Raises:
         UsageError: a wrong option, a missing model or adapter, or a prompt longer than the model's context.
@@ -101,7 +101,7 @@ def _continue(
     options: GenerateOptions,
     clock: _Clock,
 ) -> Tensor:
-    """Token ids of the prompt and of what follows it, (T,)."""
+    """Token ids of the prompt and its continuation, (T,)."""
     drawing: dict[str, Any] = (
         {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     )
@@ -126,7 +126,7 @@ def _require_room(model: PreTrainedModel | PeftModel, prompt: int, more: int) ->
 
 
 class _Clock(BaseStreamer):
-    """Notes when the prompt was handed over, and when each new token came."""
+    """Records the time at which generation started, and that of each new token."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -137,4 +137,4 @@ class _Clock(BaseStreamer):
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""

@@ -1,4 +1,4 @@
-"""A model as lm-eval scores it: its own `HFLM`, which is told what to do where it would stumble."""
+"""A model for lm-eval: its own wrapper `HFLM`, with the cases handled that `HFLM` does not."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from spp.errors import SppError
 _HFLM: Any = import_module("lm_eval.models.huggingface").HFLM  # an extra; whoever imports this module needs it
 
 _Tokens = tuple[Any, list[int], list[int]]
-"""One request: what it is known by, the context's token ids, and the answer's."""
+"""One request: its key, the token ids of the context, and those of the answer."""
 
 
 class ScoredModel(_HFLM):
-    """lm-eval's own wrapper; log-likelihoods are computed by it alone.
+    """lm-eval's `HFLM`, which computes all log-likelihoods.
 
     Attributes:
-        shortened: answers whose context lost its beginning, because both are longer than the model's context.
+        shortened: number of answers whose prompt was cut at its beginning, to fit into the model's context.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, window: int | None) -> None:
-        # Some character models have neither BOS nor EOS, which lm-eval takes for granted; an id that is no special
-        # token changes nothing, as no prompt is empty.
+        # Some character models have neither BOS nor EOS, but lm-eval needs one. Any id will do: it would be used for an
+        # empty prompt only, and no prompt is empty.
         nothing = tokenizer.bos_token_id is None and tokenizer.eos_token_id is None
         super().__init__(
             pretrained=model,
@@ -39,7 +39,7 @@ class ScoredModel(_HFLM):
         self.shortened = 0
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """lm-eval's own, with bars on a terminal only."""
+        """As in lm-eval, but with progress bars on a terminal only."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(self, requests: Sequence[_Tokens], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
@@ -48,7 +48,7 @@ class ScoredModel(_HFLM):
             raise SppError(f"an answer has {longest} tokens, and the model's context has {self.max_length}")
         vocabulary = self.config.get_text_config().vocab_size
         require_known_ids([context + answer for _, context, answer in requests], vocabulary, "tasks' text")
-        # As many tokens are fed as prompt and answer have, but for the last, which is only predicted.
+        # The model gets the tokens of prompt and answer except the last, which is only predicted.
         self.shortened += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
         scores = super()._loglikelihood_tokens(requests, *args, **kwargs)
         if any(math.isnan(score) for score, _ in scores):

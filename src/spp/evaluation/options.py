@@ -36,9 +36,9 @@ class TaskSettings(Options):
         json_schema_extra={"metavar": "DIR"},
     )
     num_fewshot: int | None = Field(
-        None, ge=0, description="solved examples in front of each item (default: the task's own)"
+        None, ge=0, description="solved examples before each item (default: the task's own)"
     )
-    batch_size: int = Field(8, ge=1, description="answers that are scored at once")
+    batch_size: int = Field(8, ge=1, description="answers scored at once")
 
     @property
     def task_names(self) -> list[str]:
@@ -49,10 +49,10 @@ class TaskSettings(Options):
 class EvalOptions(TaskSettings, ScoringSettings, WindowSettings, LoadingOptions):
     """`spp eval MODEL --text FILE`: perplexity or task scores of a model, or of several side by side."""
 
-    model: str = Field(description="a folder or a hub id, plain or packed; or an adapter's folder")
+    model: str = Field(description="model: a folder or a hub id, plain or packed; or an adapter's folder")
     others: tuple[str, ...] = Field((), description="more models, to be shown side by side")
     adapter: Path | None = Field(
-        None, description="folder of an adapter to evaluate on top of the model", json_schema_extra={"metavar": "DIR"}
+        None, description="folder of an adapter to attach to the model", json_schema_extra={"metavar": "DIR"}
     )
     text: str = Field(
         "python-stdlib",
@@ -87,14 +87,14 @@ class EvalOptions(TaskSettings, ScoringSettings, WindowSettings, LoadingOptions)
 
 
 class GenerateOptions(SeedSettings, LoadingOptions):
-    """`spp generate MODEL --prompt TEXT`: continue a text, and say how fast and in how much memory."""
+    """`spp generate MODEL --prompt TEXT`: continue a text, and report speed and memory."""
 
     model: str = Field(description="a folder or a hub id, plain or packed")
     dtype: DtypeName = Field("auto", description="dtype to compute in; auto is the checkpoint's own")
     adapter: Path | None = Field(
-        None, description="folder of an adapter to use on top of the model", json_schema_extra={"metavar": "DIR"}
+        None, description="folder of an adapter to attach to the model", json_schema_extra={"metavar": "DIR"}
     )
     prompt: str = Field(min_length=1, description="text to continue", json_schema_extra={"metavar": "TEXT"})
     max_new_tokens: int = Field(64, ge=1, description="stop after N tokens")
-    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; above, draw at this temperature")
+    temperature: float = Field(0.0, ge=0, description="sampling temperature; 0 always takes the likeliest token")
     pack: bool | None = Field(None, description="keep sparse weights packed (default: where 30 % or more are zero)")

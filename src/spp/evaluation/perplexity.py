@@ -1,8 +1,8 @@
-"""Perplexity, in the two protocols that figures are published in.
+"""Perplexity, in the two protocols of published figures.
 
-Windows: documents joined with a blank line, tokenized once, cut into windows that do not overlap, the incomplete tail
-dropped (the protocol of Wanda and SparseGPT). Per document: each document by itself, cut where it is longer than the
-window, every tail counted. Either way the first token of a window is context only.
+Windows: documents are joined with a blank line, tokenized once and cut into windows that do not overlap; the incomplete
+tail is dropped (the protocol of Wanda and SparseGPT). Per document: each document is scored by itself, cut if it is
+longer than the window; tails count. In both, the first token of a window is context only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from spp.evaluation.options import EvalOptions
 from spp.models.loading import context_window, load_config, load_tokenizer
 from spp.runtime.progress import track
 
-# Logits are the largest tensor by far: this bounds a batch of them (1 GiB in fp32), and the fp32 copy of some rows.
+# Logits are the largest tensor by far. These bound a batch of them (1 GiB in fp32), and the fp32 copy of some rows.
 _LOGITS_AT_ONCE = 2**28
 _LOG_SOFTMAX_AT_ONCE = 2**25
 _TOKENS_AT_ONCE = 2**13
@@ -32,7 +32,7 @@ _TOKENS_AT_ONCE = 2**13
 
 @dataclass(frozen=True)
 class Score:
-    """Negative log-likelihood summed over tokens, in nats, and how many tokens were predicted."""
+    """Negative log-likelihood summed over tokens, in nats, and the number of predicted tokens."""
 
     total: float
     tokens: int
@@ -56,10 +56,10 @@ class Windows:
     """Text as it is scored.
 
     Attributes:
-        windows: token ids, each to be scored by itself.
-        window: most tokens in one of them.
-        documents: records read.
-        per_document: the protocol.
+        windows: token ids; each window is scored by itself.
+        window: most tokens in a window.
+        documents: number of records read.
+        per_document: which protocol (see the top of this file).
     """
 
     windows: list[Sequence[int]]
@@ -69,7 +69,7 @@ class Windows:
 
 
 def read_windows(options: EvalOptions, model: Path) -> Windows:
-    """The evaluation text of these options, tokenized and cut for the model in a folder.
+    """The evaluation text of `options`, tokenized and cut for the model in the folder `model`.
 
     Raises:
         UsageError: a missing model or text, or too little text for one window.
@@ -83,7 +83,7 @@ def read_windows(options: EvalOptions, model: Path) -> Windows:
 
 
 def _is_by_document(text: str) -> bool:
-    """Whether a source consists of documents that have nothing to do with each other."""
+    """Whether a source consists of unrelated documents."""
     return text != STANDARD_LIBRARY and data_suffix(Path(text)) not in (".txt", ".txt.gz")
 
 
@@ -91,7 +91,7 @@ def text_windows(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, 
     """Full windows of the joined text.
 
     Raises:
-        UsageError: there is not even one.
+        UsageError: the text is shorter than one window.
     """
     [ids] = encode(["\n\n".join(render(record, tokenizer) for record in records)], tokenizer)
     windows = [ids for ids in cut(ids, window) if len(ids) == window]
@@ -103,10 +103,10 @@ def text_windows(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, 
 
 
 def document_windows(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, window: int) -> list[Sequence[int]]:
-    """Windows of each document by itself, tails included; those with nothing to predict are left out.
+    """Windows of each document by itself, tails included; windows without a token to predict are left out.
 
     Raises:
-        UsageError: nothing is left.
+        UsageError: no window is left.
     """
     windows = [piece for ids in documents(records, tokenizer) for piece in cut(ids, window) if len(piece) > 1]
     if not windows:
@@ -115,14 +115,14 @@ def document_windows(records: Sequence[Record], tokenizer: PreTrainedTokenizerBa
 
 
 def perplexity_of(model: PreTrainedModel | PeftModel, windows: Sequence[Sequence[int]]) -> Score:
-    """Score windows of token ids, each by itself: sum of -log p(token | tokens before it in the window).
+    """Score each window of token ids by itself: the sum of -log p(token | tokens before it in the window).
 
-    Batches are made of windows of about the same length. Padding is on the right, behind everything that is scored,
-    so that it changes nothing.
+    A batch has windows of about the same length. Padding is on the right, after all scored tokens, so it has no effect
+    on the score.
 
     Args:
         model: a causal LM; it is put into eval mode.
-        windows: two tokens or more each.
+        windows: token ids, two or more each.
 
     Raises:
         UsageError: a token id is beyond the model's vocabulary.
@@ -146,7 +146,7 @@ def perplexity_of(model: PreTrainedModel | PeftModel, windows: Sequence[Sequence
 
 
 def _batches(windows: Sequence[Sequence[int]], vocabulary: int) -> Iterator[list[Sequence[int]]]:
-    """Windows by falling length, as many at once as the limits allow, and always at least one."""
+    """Windows in order of falling length, in batches as large as the limits allow, of at least one window."""
     batch: list[Sequence[int]] = []
     for window in sorted(windows, key=len, reverse=True):
         length = len(batch[0]) if batch else len(window)
@@ -160,7 +160,7 @@ def _batches(windows: Sequence[Sequence[int]], vocabulary: int) -> Iterator[list
 
 
 def _padded(batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids padded on the right with any valid id, and the mask that is 1 on what is no padding."""
+    """Token ids, padded on the right with a valid id, and a mask that is 0 on the padding; (N, T) each."""
     length = max(len(window) for window in batch)
     ids = torch.zeros(len(batch), length, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -172,7 +172,7 @@ def _padded(batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _losses(model: PreTrainedModel | PeftModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """-log p of every predicted token that is no padding, in nats: fp32, one dimension."""
+    """-log p of every predicted token except padding, in nats: fp32, one dimension."""
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     predicted = mask[:, 1:].bool()
     logits, targets = logits[predicted], ids[:, 1:][predicted]
@@ -183,18 +183,18 @@ def _losses(model: PreTrainedModel | PeftModel, ids: Tensor, mask: Tensor) -> Te
 
 @dataclass(frozen=True, kw_only=True)
 class EvalReport:
-    """The result of `evaluate`: a figure, and the protocol without which it means nothing.
+    """The result of `evaluate`: the perplexity, and the protocol by which it was measured.
 
     Attributes:
         perplexity: exp(nll).
         nll: mean over predicted tokens, in nats.
-        unit: what perplexity is per: the model's tokens.
-        tokens: predicted tokens.
-        documents: records read, after `--limit`.
-        windows: sequences scored.
-        window: most tokens in one of them.
-        stride: tokens from one window's start to the next one's; equal to `window`, as they never overlap.
-        dtype: what the model computed in; log-probabilities are always fp32.
+        unit: of the perplexity: per token of the model's tokenizer.
+        tokens: number of predicted tokens.
+        documents: number of records read, after `--limit`.
+        windows: number of windows scored.
+        window: most tokens in a window.
+        stride: tokens between the starts of two windows; equal to `window`, as windows never overlap.
+        dtype: dtype that the model computed in; log-probabilities are always fp32.
         source: the text.
     """
 

@@ -1,8 +1,8 @@
-"""Tasks from files, for machines without a hub: one JSON object per line, and what lm-eval needs to make a task of it.
+"""Tasks from files, for machines without a hub: one JSON object per line, made into tasks of lm-eval.
 
-A file has one of two forms. Ours has the fields of one row of `_TEXTS`, `choices` (the answers) and `label` (the index
-of the right one). The other is the data set of one of the paper's tasks as the hub has it, written with
-`datasets`' `to_json`; it is read with lm-eval's own definition of that task, which the file's name tells.
+A file has one of two forms. Ours has the fields of a row of `_TEXTS`, `choices` (the answers) and `label` (the index of
+the right answer). The other is the hub's data set for one of the paper's tasks, written with `datasets`' `to_json`; it
+is read with lm-eval's own definition of the task that the file is named after.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ PAPER_TASKS = {
 }
 """The seven zero-shot tasks of the SPP paper, and the columns of their data sets that lm-eval reads."""
 
-# What a question is made of, and lm-eval's prompt for it: BoolQ's, RTE's, and ARC's for everything else.
+# Fields of a question -> lm-eval's prompt for it: that of BoolQ, of RTE, and for all other tasks that of ARC.
 _TEXTS = {
     ("passage", "question"): "{{passage}}\nQuestion: {{question}}?\nAnswer:",
     ("premise", "hypothesis"): "{{premise}}\nQuestion: {{hypothesis}} True or False?\nAnswer:",
     ("question",): "Question: {{question}}\nAnswer:",
 }
-_CONTINUED = ("hellaswag", "openbookqa")  # their answers go on from the question, without a word around it
-_BLANK = "_"  # what winogrande's answers are put in the place of
+_CONTINUED = ("hellaswag", "openbookqa")  # the prompt is the bare question, which the answers continue
+_BLANK = "_"  # the blank in winogrande's sentences, which the answers fill
 _SPLIT = "test"
 
 
@@ -43,12 +43,12 @@ class TaskFile:
     """A task in a file.
 
     Attributes:
-        name: of the task; lm-eval's where it is one of the paper's.
+        name: name of the task; lm-eval's name for one of the paper's tasks.
         path: the file.
-        rows: its lines, with the fields that count.
-        lines: their numbers.
-        hub_form: whether they are as on the hub.
-        sha256: of the file, as read.
+        rows: the file's lines, reduced to the fields that are used.
+        lines: the line number of each row.
+        hub_form: whether the rows have the hub's columns.
+        sha256: hash of the file as read.
     """
 
     name: str
@@ -59,12 +59,12 @@ class TaskFile:
     sha256: str
 
     def overrides(self) -> dict[str, Any]:
-        """What makes lm-eval's own definition of a task read this file."""
+        """Changes to lm-eval's own definition of the task, so that it reads this file."""
         from datasets import Dataset
 
         try:
             data = {_SPLIT: Dataset.from_list(self.rows)}
-        except Exception as error:  # pyarrow has a class of its own for each kind of mixed column
+        except Exception as error:  # pyarrow raises another class for each kind of mixed column
             raise UsageError(f"{self.path}: its columns cannot be read ({error})") from error
         return {
             "custom_dataset": lambda **_: data,
@@ -75,7 +75,7 @@ class TaskFile:
         }
 
     def config(self) -> dict[str, Any]:
-        """lm-eval's definition of a task in our form: multiple choice, accuracy plain and by the answers' length."""
+        """lm-eval's definition of a task in our form: multiple choice, with acc and acc_norm."""
         means = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
         return {
             "task": self.name,
@@ -95,7 +95,7 @@ class TaskFile:
 
 
 def _filled(row: Mapping[str, Any]) -> list[str]:
-    """The sentence up to the blank, with each answer in it: contexts of what follows the blank."""
+    """The sentence up to the blank, filled with each answer: the contexts in which the rest is scored."""
     before = row["question"].split(_BLANK, 1)[0]
     return [before + answer for answer in row["choices"]]
 
@@ -105,17 +105,17 @@ def _after_blank(row: Mapping[str, Any]) -> str:
 
 
 def read_task_files(paths: Mapping[str, Path]) -> list[TaskFile]:
-    """Read the files of tasks, by the tasks' names.
+    """Read task files, given by the names of the tasks.
 
     Raises:
-        UsageError: lists what is wrong with any of them: file, line, what was expected, and what was found.
+        UsageError: lists the problems of all files: file, line, what was expected, and what was found.
     """
     files: list[TaskFile] = []
     problems: list[str] = []
     for name, path in paths.items():
         try:
             file, found = _read(name, path)
-        except UsageError as error:  # not there, or no text
+        except UsageError as error:  # missing, or not text
             problems.append(str(error))
             continue
         problems += found
@@ -125,7 +125,7 @@ def read_task_files(paths: Mapping[str, Path]) -> list[TaskFile]:
 
 
 def _read(name: str, path: Path) -> tuple[TaskFile, list[str]]:
-    """A file, and what is wrong with it."""
+    """A file, and its problems."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     rows: list[dict[str, Any]] = []
@@ -153,7 +153,7 @@ def _read(name: str, path: Path) -> tuple[TaskFile, list[str]]:
 
 
 def _form(name: str, item: Any) -> Callable[[Any], dict[str, Any]]:
-    """How to read a file with this first line."""
+    """The function that reads the rows of a file whose first line is `item`."""
     columns = PAPER_TASKS.get(name, ())
     given = item if isinstance(item, dict) else {}
     hub_form = columns and set(columns) <= given.keys() and not isinstance(given.get("choices"), list)

@@ -1,4 +1,4 @@
-"""What `spp eval --tasks` names, loaded: from files, or by lm-eval from the hub."""
+"""Load the tasks that `spp eval --tasks` names: from files, or by lm-eval from the hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAPER = "paper"
 """Name of the group of the SPP paper's seven tasks."""
 
 _SUFFIX = ".jsonl"
-_FILES = "files"  # a group, because only members of one may have lm-eval's own definition and other data
+_FILES = "files"  # a group, because only members of a group may combine lm-eval's definition with other data
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class TaskSet:
     """Tasks ready to be scored.
 
     Attributes:
-        loaded: lm-eval's tasks and groups, as asked for.
-        files: those from files, by name.
-        missing: those of the paper's that have no file.
+        loaded: lm-eval's tasks and groups, in the order of the request.
+        files: the tasks that come from files, by name.
+        missing: the paper's tasks that have no file.
     """
 
     loaded: list[Any]
@@ -43,7 +43,7 @@ class TaskSet:
 
 @dataclass
 class _Request:
-    """What `--tasks` names, sorted by where it comes from."""
+    """The tasks that `--tasks` names, sorted by source."""
 
     files: dict[str, Path] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
@@ -51,16 +51,16 @@ class _Request:
     problems: list[str] = field(default_factory=list)
 
     def add_file(self, name: str, path: Path) -> None:
-        """Take a task from a file."""
+        """Add a task that is read from a file."""
         if (known := self.files.setdefault(name, path)) != path:
             self.problems.append(f"task {name!r} is in two files, {known} and {path}; rename one, or leave it out")
 
 
 def load_tasks(options: EvalOptions) -> TaskSet:
-    """Load what `--tasks` names.
+    """Load the tasks that `--tasks` names.
 
     Raises:
-        UsageError: lm-eval is not installed, or a name, a file or a data set is wrong; lists every problem of a kind.
+        UsageError: lm-eval is not installed, or names, files or data sets are wrong; it lists all of one kind.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError('tasks need lm-eval: pip install "spp[eval]"')
@@ -105,7 +105,7 @@ def _add_folder(request: _Request, folder: Path) -> None:
 
 
 def _add_of_folder(request: _Request, name: str, folder: Path) -> None:
-    """The paper's tasks that a folder has, or the one that is named."""
+    """Add the task `name` from its file in a folder; for `paper`, all of its tasks that have one."""
     wanted = list(PAPER_TASKS) if name == PAPER else [name]
     there = [task for task in wanted if (folder / f"{task}{_SUFFIX}").is_file()]
     for task in there:
@@ -150,29 +150,29 @@ def _from_files(files: Mapping[str, TaskFile]) -> list[Any]:
 
 
 def _manager() -> Any:
-    """lm-eval's index of all its tasks; it takes seconds to make."""
+    """lm-eval's index of all its tasks; building it takes seconds."""
     return import_module("lm_eval.tasks").TaskManager()
 
 
 def _with_own_definition(manager: Any, file: TaskFile) -> Any:
-    """lm-eval's own task of this name, on the rows of a file."""
+    """lm-eval's own task of this name, with the rows of a file as its data."""
     member = {"task": file.name, **file.overrides()}
     try:
         return manager.load([{"group": _FILES, "task": [member]}])["tasks"][file.name]
-    except Exception as error:  # whatever its definition stumbles over
+    except Exception as error:  # its definition may raise anything
         raise UsageError(f"{file.path}: lm-eval cannot read it as {file.name} ({brief(error)})") from error
 
 
 def _unreadable(task: Any, file: TaskFile) -> Iterator[str]:
-    """Lines that lm-eval's definition cannot read, or whose right answer is none of the answers."""
+    """Problems of lines that lm-eval's definition cannot read, or whose right answer is not among the answers."""
     for line, row in zip(file.lines, task.eval_docs, strict=True):
         try:
             answers = len(task.doc_to_choice(row))
             text, right = task.doc_to_text(row), task.doc_to_target(row)
-        except Exception as error:  # its templates raise anything
+        except Exception as error:  # its templates may raise anything
             yield f"{file.path}, line {line}: lm-eval cannot read it as {file.name} ({brief(error)})"
             continue
-        index = text if isinstance(text, int) else right  # where answers are contexts, the text is the index
+        index = text if isinstance(text, int) else right  # where the answers are contexts, the target is an index
         if not isinstance(index, int) or not 0 <= index < answers:
             right = f"the right answer is {index!r}, and there are {answers} (0 to {answers - 1})"
             yield f"{file.path}, line {line}: {right}"
@@ -193,7 +193,7 @@ def _from_hub(names: Sequence[str]) -> list[Any]:
 
 
 def _load(manager: Any, name: str) -> list[Any]:
-    """The task or the group of a name, or the tasks that it is a tag of."""
+    """The task or group with this name, or the tasks with this tag."""
     try:
         found = manager.load(manager.match_tasks([name]))
     except Exception as error:  # network, hub, builder and file errors alike; the remedy is the same
@@ -208,18 +208,18 @@ def _load(manager: Any, name: str) -> list[Any]:
 
 
 def tasks_in(group: Any) -> list[str]:
-    """Names of the tasks in one of lm-eval's groups, at any depth."""
+    """Names of the tasks in a group of lm-eval's, at any depth."""
     return [task.task_name for task in group.get_all_tasks()]
 
 
 def groups_in(group: Any) -> list[str]:
-    """Names of the groups in one of lm-eval's groups, at any depth."""
+    """Names of the groups in a group of lm-eval's, at any depth."""
     return [inner.name for inner in group.get_all_groups()]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep to errors what lm-eval, and the hub below it, would log; what matters of it is said in our words."""
+    """Context manager: lm-eval and the hub log errors only; we report what matters ourselves."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")]
     levels = [other.level for other in loggers]
     for other in loggers:

@@ -1,4 +1,4 @@
-"""Scores on tasks, with lm-eval as the engine: its prompts, its log-likelihoods, its metrics and standard errors."""
+"""Score tasks with lm-eval: prompts, log-likelihoods, metrics and standard errors are all its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _VERSIONS = ("spp", "lm_eval", "transformers", "torch", "datasets")
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean over items, and its standard error where lm-eval has one."""
+    """A mean over items, and its standard error if lm-eval gives one."""
 
     value: float
     stderr: float | None
@@ -34,17 +34,17 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:
-    """One task's, or one group's, scores.
+    """The scores of one task or one group of tasks.
 
     Attributes:
         metrics: by lm-eval's names; acc is the share of items whose right answer has the highest log-likelihood,
             acc_norm the same with each log-likelihood divided by the answer's characters.
-        items: how many were scored.
-        num_fewshot: solved examples in front of each.
-        version: lm-eval's, of the task.
+        items: number of scored items.
+        num_fewshot: number of solved examples before each item.
+        version: lm-eval's version of the task.
         source: the file or the data set.
-        sha256: of the file.
-        part_of: the group that was asked for and this is a part of.
+        sha256: hash of the file.
+        part_of: the requested group that contains this task.
     """
 
     metrics: dict[str, Metric]
@@ -58,13 +58,13 @@ class TaskScore:
 
 @dataclass(frozen=True, kw_only=True)
 class MeanScore:
-    """The plain mean of several tasks' acc, each counting the same.
+    """The unweighted mean of several tasks' acc.
 
     Attributes:
         value: the mean.
-        stderr: of independent tasks: the root of the sum of squared errors, over how many there are.
-        tasks: those in it.
-        missing: those of the paper's seven that were asked for and have no file.
+        stderr: its standard error for independent tasks: sqrt(sum of squared standard errors) / number of tasks.
+        tasks: the tasks in the mean.
+        missing: requested tasks of the paper's seven that have no file.
     """
 
     value: float
@@ -75,16 +75,16 @@ class MeanScore:
 
 @dataclass(frozen=True, kw_only=True)
 class TasksReport:
-    """The result of `spp eval --tasks`: scores, and the protocol without which they mean nothing.
+    """The result of `spp eval --tasks`: the scores, and the protocol by which they were measured.
 
     Attributes:
-        tasks: score by task or group.
-        mean: of the tasks that were asked for and have acc; None where that is one alone.
-        context: most tokens of prompt and answer; what is longer loses its beginning.
-        shortened: answers scored after a prompt that lost its beginning.
-        limit: items of each task, where not all were scored.
-        dtype: what the model computed in, log-probabilities included.
-        versions: of the packages that the figures depend on.
+        tasks: task or group -> its scores.
+        mean: over the requested tasks that have acc; None if there are fewer than two.
+        context: most tokens of prompt and answer; a longer prompt is cut at its beginning.
+        shortened: number of answers whose prompt was cut.
+        limit: items scored of each task; None if all were.
+        dtype: dtype that the model computed in, log-probabilities included.
+        versions: versions of the packages that the scores depend on.
     """
 
     model: str
@@ -113,9 +113,9 @@ def score_tasks(
     Args:
         model: a causal LM, packed or not, with an adapter or not.
         tokenizer: the model's.
-        tasks: what to score it on.
+        tasks: the tasks to score it on.
         options: names of model and adapter, window, limit, few-shot examples, batch size.
-        dtype: the model's, to be reported.
+        dtype: the model's dtype, for the report.
 
     Raises:
         UsageError: a token id is beyond the model's vocabulary.
@@ -150,7 +150,7 @@ def score_tasks(
 
 
 def _run_lm_eval(scored: Any, tasks: TaskSet, options: EvalOptions) -> dict[str, Any]:
-    """What lm-eval finds for a `ScoredModel`.
+    """lm-eval's results for a `ScoredModel`.
 
     Raises:
         SppError: lm-eval or a task fails.
@@ -158,18 +158,18 @@ def _run_lm_eval(scored: Any, tasks: TaskSet, options: EvalOptions) -> dict[str,
     loaded: Any = import_module("lm_eval.tasks").TaskManager(include_defaults=False).load(list(tasks.loaded))
     for task in loaded["tasks"].values():
         _set_examples(task, options.num_fewshot)
-    # Not `simple_evaluate`, which also asks git, pip and others about the machine.
+    # Not `simple_evaluate`, which also runs git, pip and others to describe the machine.
     run: Any = import_module("lm_eval.evaluator").evaluate
     try:
         return run(scored, loaded, limit=options.limit, log_samples=False)
     except SppError:
         raise
-    except Exception as error:  # lm-eval and its tasks raise anything
+    except Exception as error:  # lm-eval and its tasks may raise anything
         raise SppError(f"lm-eval failed: {brief(error)}") from error
 
 
 def _set_examples(task: Any, asked: int | None) -> None:
-    """Few-shot examples as `lm_eval.simple_evaluate` sets them: a task that must have none keeps none."""
+    """Set the number of few-shot examples as `lm_eval.simple_evaluate` does: a task fixed to 0 stays at 0."""
     fixed = task.get_config("num_fewshot")
     if asked is not None and fixed != 0:
         task.set_config(key="num_fewshot", value=asked)
@@ -179,7 +179,7 @@ def _set_examples(task: Any, asked: int | None) -> None:
 
 
 def _task_scores(results: Mapping[str, Any], tasks: TaskSet) -> dict[str, TaskScore]:
-    """lm-eval's results, in the order in which it has them."""
+    """lm-eval's results as `TaskScore`, in its order."""
     outer = {
         part: group.name
         for group in tasks.loaded
@@ -204,7 +204,7 @@ def _task_scores(results: Mapping[str, Any], tasks: TaskSet) -> dict[str, TaskSc
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, Metric]:
-    """`{"acc,none": 0.5, "acc_stderr,none": 0.1}` -> `{"acc": Metric(0.5, 0.1)}`; a filter but none is named."""
+    """`{"acc,none": 0.5, "acc_stderr,none": 0.1}` -> `{"acc": Metric(0.5, 0.1)}`; another filter is put in the name."""
     metrics = {}
     for key, value in found.items():
         name, _, chosen = key.partition(",")

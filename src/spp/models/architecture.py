@@ -1,13 +1,13 @@
 """All knowledge about architectures: where the decoder blocks are, and which weights in them are pruned.
 
-Found on the model itself, so that no architecture is copied and new ones work: the decoder blocks are the one
-outermost list of `num_hidden_layers` modules in the decoder; pruned are the linear layers inside, and the matrices of
-experts that lie in one parameter. Embeddings, the head, norms, and projections around the blocks (OPT's project_in /
-project_out) are outside, and so is a vision tower.
+Both are found on the model itself, so no architecture is described here, and new ones work. The decoder blocks are the
+only outermost list of `num_hidden_layers` modules in the decoder. The linear layers inside them are pruned, and so are
+the matrices of experts that are stored in one parameter. Embeddings, the head, norms, projections around the blocks
+(OPT's project_in / project_out) and a vision tower are outside the blocks.
 
 Routers stay dense, as in Wanda's and SparseGPT's work on Mixtral: they are small, and a wrong choice of experts costs
 more than a pruned expert. A router is a linear layer beside the experts, or the only one in a module beside them, with
-one output per expert, or with a single one (the gate of a shared expert). Most families' routers are no linear layers.
+one output per expert or a single output (the gate of a shared expert). In most families, routers are not linear layers.
 
 Shapes: E experts, O output features, I input features.
 """
@@ -39,7 +39,7 @@ AutoClass = type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]
 def auto_class(config: Any) -> AutoClass | None:
     """The class that loads a decoder-only model of this configuration: a causal LM, or one that also takes images.
 
-    None where there is no such model.
+    None if there is no such class.
     """
     own_code = getattr(config, "auto_map", None) or {}
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or AutoModelForCausalLM.__name__ in own_code:
@@ -57,7 +57,7 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
         The full name of the list that holds them (`model.layers`, `transformer.h`), and the blocks in order.
 
     Raises:
-        UsageError: the model is no decoder-only causal LM, or its blocks cannot be told.
+        UsageError: the model is not a decoder-only causal LM, or its blocks cannot be identified.
     """
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or not model.can_generate():
@@ -83,7 +83,7 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
 
 
 def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
-    """Module lists that are not inside another one (a block's experts are a list, too)."""
+    """Module lists that are not inside another module list (the experts of a block are a list, too)."""
     lists: list[nn.ModuleList] = []
     for child in module.children():
         lists += [child] if isinstance(child, nn.ModuleList) else _outermost_lists(child)
@@ -95,9 +95,9 @@ class Matrix:
     """A weight matrix that is pruned.
 
     Attributes:
-        name: that of the linear layer (`model.layers.0.mlp.up_proj`), or of the one that an expert would have
-            (`model.layers.0.mlp.experts.3.gate_proj`, `.up_proj`, `.down_proj`).
-        weight: (O, I), a view that writes through; no gradient.
+        name: name of the linear layer (`model.layers.0.mlp.up_proj`); for a matrix of an expert in a stack, the name
+            that its layer would have (`model.layers.0.mlp.experts.3.gate_proj`, `.up_proj`, `.down_proj`).
+        weight: (O, I), a view: writing to it changes the model; no gradient.
         owner: the module that holds the parameter.
         parameter: its name there (`weight`, `gate_up_proj`).
         expert: index in a stack of experts; None for a linear layer.
@@ -111,11 +111,11 @@ class Matrix:
 
 
 def prunable_matrices(prefix: str, block: nn.Module) -> list[Matrix]:
-    """The weight matrices of one decoder block that are pruned, in the order of its modules; also on the meta device.
+    """The prunable weight matrices of one decoder block, in the order of its modules; also on the meta device.
 
     Args:
         prefix: the block's full name (`model.layers.0`).
-        block: with dense layers (`spp.unpack_`).
+        block: a block whose layers are dense (see `spp.unpack_`).
 
     Raises:
         UsageError: a layer is packed.
@@ -145,8 +145,9 @@ def _matrices_of_experts(name: str, owner: nn.Module, parameter: str, stack: Ten
 def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters (E, O, I) of experts that are computed as `linear(x, parameter[expert])`, by name.
 
-    transformers' `use_experts_implementation` notes on a module how its experts lie: here only gates before ups, and
-    outputs before inputs. All of those compute so in their own forward, which the implementation `eager` runs.
+    transformers' `use_experts_implementation` records on a module how its experts are stored. Only one layout is
+    accepted here: gates before ups, and outputs before inputs. All modules with it compute that way in their own
+    forward, which the implementation `eager` runs.
     """
     if not getattr(module, "is_concatenated", False) or getattr(module, "is_transposed", True):
         return {}
@@ -154,7 +155,7 @@ def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _linears(block: nn.Module) -> dict[nn.Module, str]:
-    """Linear layer -> its name, of all in a block but the routers."""
+    """Linear layer -> its name, for all linear layers of a block except routers."""
     linears = {module: name for name, module in block.named_modules() if _is_linear(module)}
     routers = {router for module in block.modules() for router in _routers(module)}
     return {module: name for module, name in linears.items() if module not in routers}
@@ -176,7 +177,7 @@ def _routers(module: nn.Module) -> list[nn.Module]:
 
 
 def _count_experts(module: nn.Module) -> int:
-    """How many experts a module holds, as one parameter or as a list; 0 where it holds none."""
+    """How many experts a module holds, as one parameter or as a list; 0 if it holds none."""
     if isinstance(module, nn.ModuleList):
         return len(module)
     stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
@@ -191,7 +192,7 @@ def _out_features(module: Any) -> int:
 def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Full module name -> linear layer (`nn.Linear`, GPT-2's `Conv1D`, `PackedLinear`) in the decoder blocks, in order.
 
-    Routers are left out. Experts that lie in one parameter are no layers; `prunable_matrices` has them.
+    Routers are left out, and so are experts that are stored in one parameter, which `prunable_matrices` returns.
 
     Raises:
         UsageError: see `decoder_blocks`; or the weights are quantized.
@@ -212,7 +213,7 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a linear layer stores its weight as (I, O), as GPT-2's Conv1D does, or stands for one that did."""
+    """Whether a linear layer stores its weight as (I, O), as GPT-2's Conv1D does, or replaces a layer that did."""
     return module.transposed if isinstance(module, PackedLinear) else isinstance(module, Conv1D)
 
 
@@ -220,7 +221,7 @@ def weight_oi(module: nn.Module) -> Tensor:
     """The weight of a linear layer as (O, I): a view, so that writing to it changes the layer; no gradient.
 
     Raises:
-        UsageError: the layer is packed, so that there is nothing to view.
+        UsageError: the layer is packed, so there is no dense weight.
     """
     if isinstance(module, PackedLinear):
         raise UsageError("the weight is packed; unpack the model first (spp.unpack_)")
@@ -237,13 +238,13 @@ def shape_oi(module: nn.Module) -> tuple[int, int]:
 
 
 def sparsity(modules: Iterable[nn.Module]) -> float:
-    """Share of zeros over the weights of linear layers; an entry that a packed layer keeps is no zero."""
+    """Share of zeros over the weights of linear layers; all values that a packed layer stores count as non-zero."""
     counts = [_count_zeros(module) for module in modules]
     return sum(zeros for zeros, _ in counts) / sum(entries for _, entries in counts)
 
 
 def _count_zeros(module: nn.Module) -> tuple[int, int]:
-    """Zeros and entries of a layer's weight."""
+    """Number of zeros and of entries in a layer's weight."""
     if isinstance(module, PackedLinear):
         entries = module.out_features * module.in_features
         return entries - module.values.numel(), entries
@@ -252,20 +253,20 @@ def _count_zeros(module: nn.Module) -> tuple[int, int]:
 
 
 def stacked_weights(model: PreTrainedModel) -> list[str]:
-    """Names of parameters of three dimensions or more in the decoder blocks, which no adapter reaches.
+    """Names of parameters with three or more dimensions in the decoder blocks; adapters cannot be put on these.
 
-    Most mixtures of experts keep their experts as one such parameter; others are the kernels of convolutions.
+    Most mixtures of experts store their experts as such parameters; others are kernels of convolutions.
     """
     return [name for name, _ in _stacked(model)]
 
 
 def unreached_weights(model: PreTrainedModel) -> list[str]:
-    """Those of the `stacked_weights` that are never pruned: not computed as `linear(x, parameter[expert])`."""
+    """The `stacked_weights` that are never pruned, because they are not computed as `linear(x, parameter[expert])`."""
     return [name for name, reached in _stacked(model) if not reached]
 
 
 def _stacked(model: PreTrainedModel) -> list[tuple[str, bool]]:
-    """Name of every parameter of three dimensions or more in the decoder blocks, and whether it is pruned."""
+    """Name of every parameter with three or more dimensions in the decoder blocks, and whether it is pruned."""
     prefix, blocks = decoder_blocks(model)
     return [
         (f"{name}.{parameter}", parameter in _stacks(module))

@@ -1,4 +1,4 @@
-"""Models and tokenizers through transformers, with one clear error for everything that can be wrong with them."""
+"""Load models and tokenizers with transformers; every problem is one clear error."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal LM, or a language model that also takes images, in eval mode.
 
-    Of a packed archive, or with `pack`, its sparse layers stay packed.
+    Sparse layers of a packed archive stay packed.
 
     Args:
-        folder: of the model, with safetensors weights (see `resolve_model`).
+        folder: the model's folder, with safetensors weights (see `resolve_model`).
         options: device, dtype, trust_remote_code.
-        dtype: instead of the options' dtype; "auto" keeps the checkpoint's own.
-        device: instead of the options' device.
-        pack: pack each sparse layer as it is read, so that the dense model never is in memory.
+        dtype: overrides the options' dtype; "auto" keeps the checkpoint's own.
+        device: overrides the options' device.
+        pack: pack each sparse layer when it is read, so that the dense model is never in memory.
 
     Raises:
         UsageError: no such model, no weights, or not a causal LM.
         SppError: damaged or incomplete weights.
     """
-    checkpoint = Checkpoint.open(folder)  # names a truncated shard, which transformers reports without its file name
+    checkpoint = Checkpoint.open(folder)  # its error names a truncated shard; transformers' does not
     target = pick_device(device or options.device)
     config = load_config(folder, options)
     kind = kind_of(folder, config)
     wanted: dict[str, Any] = {
         "dtype": dtype or compute_dtype(options.dtype, target),
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # they are reported below, by name
+        "ignore_mismatched_sizes": True,  # reported below, with names
     }
     trust: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     try:
@@ -63,7 +63,7 @@ def load_model(
         )
     except SppError:
         raise
-    except Exception as error:  # transformers, its back-ends and the model's own code raise anything
+    except Exception as error:  # transformers, its back-ends and the model's own code may raise anything
         raise SppError(f"model {str(folder)!r} cannot be loaded: {brief(error)}") from error
     loaded, info = loading
     if mismatched := sorted(info["mismatched_keys"]):
@@ -80,15 +80,15 @@ def load_model(
 
 
 def skeleton(folder: Path, options: LoadingOptions, dtype: str | torch.dtype) -> PreTrainedModel:
-    """A model as `load_model` gives it, but for its parameters, which have no memory: they are on the meta device.
+    """A model like that of `load_model`, but with its parameters on the meta device, so that they take no memory.
 
-    Buffers are real and hold their values, except those that the files hold. Experts are computed one after the other,
+    Buffers have memory and values, except those that are stored in the files. Experts are computed one after the other,
     with `linear` (see `spp.models.architecture.prunable_matrices`).
 
     Args:
-        folder: of the model, with safetensors weights (see `resolve_model`).
+        folder: the model's folder, with safetensors weights (see `resolve_model`).
         options: trust_remote_code.
-        dtype: what it is to compute in; "auto" is the checkpoint's own.
+        dtype: dtype to compute in; "auto" is the checkpoint's own.
 
     Raises:
         UsageError: no such model, no weights, or not a causal LM.
@@ -105,9 +105,9 @@ def skeleton(folder: Path, options: LoadingOptions, dtype: str | torch.dtype) ->
     try:
         with init_empty_weights(include_buffers=False):
             built = kind.from_config(config, **wanted)
-    except Exception as error:  # transformers and the model's own code raise anything
+    except Exception as error:  # transformers and the model's own code may raise anything
         raise SppError(f"model {str(folder)!r} cannot be built: {brief(error)}") from error
-    built.tie_weights()  # a parameter that moves to the meta device becomes another one, and loses its ties
+    built.tie_weights()  # moving a parameter to the meta device replaces it, which unties it
     _compute_buffers(built)
     _keep_in_fp32(built, wanted["dtype"])
     built.name_or_path = built.config.name_or_path = str(checkpoint.folder)
@@ -115,7 +115,7 @@ def skeleton(folder: Path, options: LoadingOptions, dtype: str | torch.dtype) ->
 
 
 def kind_of(model: str | Path, config: Any) -> AutoClass:
-    """The class that loads a model; an error where it is no causal LM."""
+    """The class that loads a model; a UsageError if it is not a causal LM."""
     kind = auto_class(config)
     if kind is None:
         raise UsageError(f"model {str(model)!r} is of type {config.model_type!r}, which is no causal language model")
@@ -123,17 +123,17 @@ def kind_of(model: str | Path, config: Any) -> AutoClass:
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
-    """Compute the values of buffers again, outside of the model's default dtype, as `from_pretrained` does.
+    """Recompute the buffers without the model's dtype as torch's default, as `from_pretrained` does.
 
-    In it, some families' sines and cosines would be rounded before they are multiplied.
+    With it, the sines and cosines of some families would be rounded before they are multiplied.
     """
     for module in model.modules():
         module._is_hf_initialized = False  # pyright: ignore[reportArgumentType]
-    model.initialize_weights()  # which does nothing to parameters without memory
+    model.initialize_weights()  # does nothing to parameters on the meta device
 
 
 def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give fp32 to what a family keeps in it whatever the model computes in, as `from_pretrained` does."""
+    """Cast to fp32 the parameters that a family always keeps in it, as `from_pretrained` does."""
     kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
     for name, tensor in model.state_dict(keep_vars=True).items():
         if any(pattern.search(name) for pattern in kept):
@@ -143,12 +143,12 @@ def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def load_base(
     folder: Path, options: LoadingOptions, *, dtype: str | torch.dtype, pack: bool | None, on: torch.device
 ) -> PreTrainedModel:
-    """Load a model for work on the device `on`, into the CPU's memory, packed or not.
+    """Load a model into CPU memory, packed or not, to be used on the device `on`.
 
     Args:
         folder, options, dtype: as for `load_model`.
-        pack: whether its sparse layers are to be packed; None packs them where that is fast.
-        on: where it will be used.
+        pack: whether to pack its sparse layers; None packs them if packed weights are fast on `on`.
+        on: the device that the model will be used on.
 
     Raises:
         UsageError, SppError: as `load_model`; or packing was asked for, and no layer is sparse enough.
@@ -156,9 +156,9 @@ def load_base(
     wanted = packs_well(on) if pack is None else pack
     loaded = load_model(folder, options, dtype=dtype, device="cpu", pack=wanted)
     if pack is False:
-        unpack_(loaded)  # of an archive
+        unpack_(loaded)  # an archive's layers come packed
     elif pack:
-        pack_(loaded)  # nothing is left to do, unless no layer is sparse, which it says
+        pack_(loaded)  # all are packed already; raises if no layer is sparse
     return loaded
 
 
@@ -170,9 +170,9 @@ def load_tokenizer(folder: Path, options: LoadingOptions) -> PreTrainedTokenizer
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-    except Exception as error:  # tokenizers raises bare exceptions
+    except Exception as error:  # the tokenizers library raises bare Exceptions
         raise UsageError(f"model {str(folder)!r} has no usable tokenizer: {brief(error)}") from error
-    # For some families transformers makes up an empty one where the files are missing.
+    # For some families, transformers returns an empty tokenizer if the files are missing.
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
         raise UsageError(f"model {str(folder)!r} has no usable tokenizer: no vocabulary is in {folder}")
     return tokenizer
@@ -186,16 +186,16 @@ def load_config(folder: Path, options: LoadingOptions) -> Any:
     """
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-    except Exception as error:  # every family checks its values with exceptions of its own
+    except Exception as error:  # families check their values, with various exceptions
         remedy = "; pass --trust-remote-code if you trust it" if "trust_remote_code" in str(error) else ""
         raise UsageError(f"model {str(folder)!r} has no usable config.json: {brief(error)}{remedy}") from error
 
 
 def context_window(config: Any, asked: int | None) -> int:
-    """Tokens per window: the asked number, else 2048 or the model's context where that is shorter.
+    """Tokens per window: `asked`, else 2048, or the model's context if that is shorter.
 
     Raises:
-        UsageError: more was asked for than the model has positions.
+        UsageError: `asked` is above the number of the model's positions.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if asked is not None and positions is not None and asked > positions:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from spp import ops
 from spp.errors import UsageError
 from spp.models.architecture import is_transposed, prunable_linears, sparsity, weight_oi
+from spp.models.dense_saving import save_dense_, save_plainly_
 from spp.models.packed_linear import PackedLinear
 from spp.ops.packed import WORTH_PACKING
 
@@ -23,18 +24,18 @@ def pack_(model: PreTrainedModel, *, min_sparsity: float = WORTH_PACKING) -> Pre
 
     Args:
         model: changed in place.
-        min_sparsity: leave a layer as it is where it has a smaller share of zeros.
+        min_sparsity: a layer with a smaller share of zeros stays as it is.
 
     Returns:
         The model itself.
 
     Raises:
-        UsageError: no layer is sparse enough; or see `prunable_linears`.
+        UsageError: no layer is sparse enough; or as `prunable_linears`.
     """
     linears = prunable_linears(model)
     found = 0
     for name in list(linears):
-        module = linears.pop(name)  # the last reference, once the model has another layer in its place
+        module = linears.pop(name)  # the last reference, once the layer is replaced in the model
         if isinstance(module, PackedLinear):
             found += 1
         elif sparsity([module]) >= min_sparsity:
@@ -45,11 +46,12 @@ def pack_(model: PreTrainedModel, *, min_sparsity: float = WORTH_PACKING) -> Pre
             f"no linear layer of this {type(model).__name__} has {min_sparsity:.0%} zeros or more; packing would make "
             "it larger or save little. Prune it first (spp prune)"
         )
+    save_dense_(model)
     return model
 
 
 def packed_layer(module: nn.Module) -> PackedLinear:
-    """A `PackedLinear` with the weight of an `nn.Linear` or `Conv1D`, and its very bias.
+    """A `PackedLinear` with the weight of an `nn.Linear` or `Conv1D`; the bias is the same parameter.
 
     Raises:
         ValueError: see `spp.ops.pack`.
@@ -60,11 +62,11 @@ def packed_layer(module: nn.Module) -> PackedLinear:
 
 
 def unpack_(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """Replace every `PackedLinear` by an `nn.Linear` or `Conv1D` with the same bits (zeros are +0.0), one by one.
+    """Replace every `PackedLinear`, one by one, by an `nn.Linear` or `Conv1D` with the same bits (zeros are +0.0).
 
     Args:
         model: any module.
-        dtype: of the new layers, rounded once; None leaves each its own.
+        dtype: dtype of the new layers, to which weights are rounded once; None keeps each layer's own.
 
     Returns:
         The model itself.
@@ -76,6 +78,7 @@ def unpack_(model: Model, dtype: torch.dtype | None = None) -> Model:
         module = model.get_submodule(name)
         assert isinstance(module, PackedLinear)
         model.set_submodule(name, _dense_layer(module).to(dtype=dtype))
+    save_plainly_(model)
     return model
 
 

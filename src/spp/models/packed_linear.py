@@ -22,7 +22,7 @@ class PackedLinear(nn.Module):
     Args:
         weight: (O, I).
         bias: (O,) or None.
-        transposed: whether the layer that this one stands for keeps its weight as (I, O), as Conv1D does.
+        transposed: whether the layer that this one replaces stores its weight as (I, O), as Conv1D does.
     """
 
     def __init__(self, weight: PackedWeight, bias: nn.Parameter | None = None, *, transposed: bool = False) -> None:
@@ -43,16 +43,16 @@ class PackedLinear(nn.Module):
     def weight(self) -> Tensor:
         """A dense copy of the weight, expanded at every access: (O, I), or (I, O) where `transposed`.
 
-        What is written to it is lost; `set_weight` changes the layer.
+        Writing to the copy has no effect; `set_weight` changes the layer.
         """
         dense = unpack(self.packed)
         return dense.T if self.transposed else dense
 
     def set_weight(self, weight: Tensor) -> None:
-        """Take the values from a dense weight of the shape of `weight`, at the places that are kept; the rest is zero.
+        """Set the weight to a dense one of the same shape as `self.weight`, without changing which entries are stored.
 
         Raises:
-            SppError: it is not zero where this layer is; nothing is changed.
+            SppError: it is not zero where an entry is not stored; nothing is changed.
         """
         weight = weight.T if self.transposed else weight
         keep = unpack_mask(self.packed)
@@ -64,7 +64,7 @@ class PackedLinear(nn.Module):
             self.values.copy_(weight[keep])
 
     def forward(self, x: Tensor) -> Tensor:
-        """y, (..., O) in x's dtype, for x (..., I)."""
+        """y (..., O), in x's dtype, for x (..., I)."""
         return packed_linear(x, self.packed, self._parameters["bias"])
 
     def extra_repr(self) -> str:
@@ -74,7 +74,7 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
-        # Another model of this shape has other numbers of values.
+        # A model of the same shape may have another number of values.
         given = state_dict.get(f"{prefix}values")
         if isinstance(given, Tensor) and given.ndim == 1 and given.shape != self.values.shape:
             self.values = nn.Parameter(self.values.new_empty(given.shape), requires_grad=False)

@@ -21,7 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spp.checkpoints.checkpoint import Checkpoint
 from spp.errors import SppError
 from spp.models.architecture import AutoClass, prunable_linears
+from spp.models.dense_saving import save_dense_
 from spp.models.pack_model import packed_layer
+from spp.models.packed_linear import PackedLinear
 from spp.ops.dtypes import FLOATS
 from spp.ops.packed import WORTH_PACKING, zero_share
 
@@ -44,14 +46,18 @@ def load_packed(
         SppError: a tensor's shape differs from the configuration's, or a packed weight is damaged.
     """
     with torch.device("meta"):
-        own = type(kind.from_config(config, **trust))
+        empty = kind.from_config(config, **trust)
+    own = type(empty)
+    dtype = stored_dtype(checkpoint, config)
     if wanted["dtype"] == "auto":
-        wanted = {**wanted, "dtype": stored_dtype(checkpoint, config)}
+        wanted = {**wanted, "dtype": dtype}
+    if not isinstance(config, own.config_class or object):
+        config = empty.config  # of the language model alone, where the files are of a model that also takes images
     model, info = own.from_pretrained(
         None,
         config=config,
         state_dict={name: _LazyTensor(checkpoint, name) for name in checkpoint.names},
-        quantization_config=PackOnLoad(WORTH_PACKING, stored_dtype(checkpoint, config)),
+        quantization_config=PackOnLoad(WORTH_PACKING, dtype),
         **wanted,
     )
     # The folder of the model. transformers sets it itself when it reads a folder; PEFT uses it.
@@ -113,6 +119,8 @@ class _Packer(HfQuantizer):
     ) -> None:
         self.remove_quantization_config(model)
         del model.is_quantized
+        if any(isinstance(module, PackedLinear) for module in model.modules()):
+            save_dense_(model)
         # transformers leaves the check of shapes to the quantizer.
         for name, parameter in model.named_parameters():
             if name in self._shapes and parameter.shape != self._shapes[name]:

@@ -1,6 +1,6 @@
-"""Sparse layers in 4 or 8 bits, by bitsandbytes: smaller while an adapter is trained, with every zero still exact.
+"""Quantize sparse layers to 4 or 8 bits with bitsandbytes while an adapter is trained; every zero stays exact.
 
-A quantized weight is dequantized whenever it is computed with, in forward and again in backward, and never kept.
+A quantized weight is dequantized for each use, in forward and again in backward; the dequantized copy is not kept.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ Quantization = Literal["nf4", "int8"]
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether a layer's weight is one of bitsandbytes'."""
+    """Whether a layer's weight was quantized by bitsandbytes."""
     return type(layer._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params")
 
 
 def dequantized(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight (O, I) that a quantized layer stands for."""
-    from peft.utils.integrations import dequantize_bnb_weight  # PEFT, once imported, imports the tuner, and that this
+    """The weight (O, I) of a quantized layer, dequantized to `dtype`."""
+    from peft.utils.integrations import (
+        dequantize_bnb_weight,  # late: peft imports us
+    )
 
     return dequantize_bnb_weight(layer.get_parameter("weight"), state=getattr(layer, "state", None)).to(dtype)
 
 
 @contextmanager
 def made_again(weight: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
-    """Context manager: autograd does not keep `weight` for backward; it calls `again` there to make it once more."""
-    place, shape = weight.data_ptr(), weight.shape  # not the weight: autograd keeps both functions
+    """Context manager: autograd does not save `weight` for backward, but calls `again` there to recompute it."""
+    place, shape = weight.data_ptr(), weight.shape  # not `weight` itself: autograd keeps both functions
 
     def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
         return again if saved.data_ptr() == place and saved.shape == shape else saved
@@ -48,7 +50,7 @@ def made_again(weight: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
 
 
 def require_bitsandbytes() -> None:
-    """Raise a UsageError where it is not installed."""
+    """Raise a UsageError if bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError('quantize needs bitsandbytes: pip install "spp[quant]"')
 
@@ -56,19 +58,19 @@ def require_bitsandbytes() -> None:
 def quantize_(
     model: PreTrainedModel, layers: Mapping[str, nn.Module], kind: Quantization, device: torch.device
 ) -> dict[str, nn.Module]:
-    """Put quantized layers in the place of dense ones, one by one, and prove that every zero is an exact zero.
+    """Replace dense layers by quantized ones, one by one, and check that every zero is still an exact zero.
 
     Args:
         model: changed in place.
         layers: name of each `nn.Linear` in it -> itself.
         kind: nf4 (4 bits, double quantization) or int8.
-        device: where they will be used.
+        device: the device that they will be used on.
 
     Returns:
-        Name -> the layer that is there now.
+        Name -> the new layer.
 
     Raises:
-        UsageError: a layer is no `nn.Linear`.
+        UsageError: a layer is not an `nn.Linear`.
         SppError: a zero of a weight would become something else.
     """
     if odd := [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]:

@@ -1,7 +1,7 @@
 """2:4 layers on NVIDIA's sparse tensor cores, through torch's own `torch.sparse.to_sparse_semi_structured`.
 
-For inference: a weight becomes its non-zeros and their places, which the hardware multiplies at up to twice the dense
-rate where a product is large enough to be bound by arithmetic.
+For inference: a weight is replaced by its non-zeros and their positions, which the hardware multiplies at up to twice
+the dense rate if a product is large enough to be bound by arithmetic.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from spp.patterns import NM
 _PATTERN = NM(2, 4)
 _DTYPES = (torch.float16, torch.bfloat16)
 _MULTIPLES = (32, 64)
-"""What divides O and I: CUTLASS's demand, torch's other back-end; cuSPARSELt is content with 16."""
+"""O and I must be multiples of it: CUTLASS requires that; cuSPARSELt, torch's other back-end, only 16."""
 _CAPABILITY = (8, 0)  # Ampere, the first with sparse tensor cores
 
 
@@ -31,8 +31,8 @@ class SemiStructuredReport:
     """The result of `to_semi_structured`.
 
     Attributes:
-        converted: names of the layers that are semi-structured now.
-        skipped: name of every other linear layer -> why it stayed as it is.
+        converted: names of the converted layers.
+        skipped: name of every other linear layer -> why it was not converted.
     """
 
     converted: list[str]
@@ -40,9 +40,9 @@ class SemiStructuredReport:
 
 
 def to_semi_structured(model: nn.Module) -> SemiStructuredReport:
-    """Give every linear layer that is exactly 2:4 a weight for the sparse tensor cores, in place.
+    """Convert the weight of every linear layer that is exactly 2:4 for the sparse tensor cores, in place.
 
-    The new weights take no gradient, and `save_pretrained` does not know them: save first.
+    The new weights get no gradient, and `save_pretrained` cannot save them: save the model first.
 
     Args:
         model: on a CUDA device, in fp16 or bf16.
@@ -53,7 +53,7 @@ def to_semi_structured(model: nn.Module) -> SemiStructuredReport:
     Raises:
         UsageError: there is no CUDA device with sparse tensor cores, the model is not on one, or it has no layer that
             can be converted; nothing is changed.
-        SppError: torch refuses a layer; those before it are converted.
+        SppError: torch cannot convert a layer; the layers before it are converted.
     """
     _require_sparse_tensor_cores(model)
     skipped = unsuitable(model)
@@ -65,10 +65,10 @@ def to_semi_structured(model: nn.Module) -> SemiStructuredReport:
 
 
 def unsuitable(model: nn.Module) -> dict[str, str]:
-    """Name of every linear layer that cannot be semi-structured -> why; on any device.
+    """Name of every linear layer that cannot be converted -> why; on any device.
 
     Raises:
-        UsageError: none is left.
+        UsageError: no layer can be converted.
     """
     users = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     linears = _linears(model)
@@ -85,7 +85,7 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _objection(name: str, layer: nn.Module, users: Counter[int]) -> str | None:
-    """Why a layer stays as it is, or None; the pattern, which takes longest, is looked at last."""
+    """Why a layer cannot be converted, or None; the pattern, which takes longest to check, comes last."""
     if isinstance(layer, PackedLinear):
         return "is packed; call spp.unpack_ first"
     if not isinstance(layer, nn.Linear):

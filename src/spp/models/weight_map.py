@@ -1,8 +1,8 @@
-"""Which part of which parameter a tensor in a model's files is, so that a block can be read and written on its own.
+"""Map each tensor in a model's files to a part of a parameter, so that a block can be read and written on its own.
 
-transformers renames and joins tensors when it loads them: the files of a mixture of experts hold every expert's
-matrices, the model one parameter with all of them. Here its own rules are followed without any data, so that no
-architecture is described twice; what they join is seen in the joined parameter as views.
+transformers renames and joins tensors when it loads them: the files of a mixture of experts hold each expert's
+matrices, the model one parameter with all of them. This module applies transformers' own rules to names and shapes,
+without data, so that no architecture is described twice. The joined tensors become views of the parameter.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _View = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """What a tensor in the files is in the model.
+    """The part of a parameter that a tensor in the files becomes.
 
     Attributes:
         parameter: full name of the parameter or buffer.
@@ -48,24 +48,31 @@ class Part:
     steps: tuple[_View, ...] = ()
 
     def view(self, parameter: Tensor) -> Tensor:
-        """The part of the parameter that the tensor in the files is, in the shape that it has there: a view."""
+        """A view of the part of `parameter`, in the shape that the tensor has in the files."""
         return reduce(lambda tensor, step: step(tensor), self.steps, parameter)
+
+    def rows(self, shape: tuple[int, int]) -> Tensor | None:
+        """Which rows of a matrix of this shape the part consists of, in order; None if it is anything but whole rows."""
+        seen = self.view(torch.arange(shape[0])[:, None].expand(shape))
+        if seen.ndim != 2 or seen.shape[1] != shape[1] or not seen.eq(seen[:, :1]).all():
+            return None
+        return seen[:, 0]
 
 
 def weight_map(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Part]:
-    """Name of a tensor in the files -> what it is in the model.
+    """Name of a tensor in the files -> the part of a parameter that it becomes.
 
-    Left out are tensors that the model has no place for (rotary frequencies in old files, heads that transformers does
-    not use), and, outside the decoder blocks, those that transformers converts in a way that is no view.
+    Tensors that the model does not use (rotary frequencies in old files, extra heads) are left out. So are tensors
+    outside the decoder blocks that transformers converts in a way that is not a view.
 
     Args:
         model: built from the checkpoint's configuration; may be on the meta device.
-        checkpoint: its files, dense or packed.
+        checkpoint: the model's files, dense or packed.
 
     Raises:
-        UsageError: see `decoder_blocks`.
-        SppError: a tensor has another shape than the configuration says; or tensors of a decoder block are converted
-            on loading in a way that is no view.
+        UsageError: as `decoder_blocks`.
+        SppError: a tensor's shape differs from the configuration's, or a tensor of a decoder block is converted on
+            loading in a way that is not a view.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     inside = f"{decoder_blocks(model)[0]}."
@@ -79,16 +86,31 @@ def weight_map(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Part
     return _under_first_names(parts, model)
 
 
+def known_parts(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, dict[str, Part]]:
+    """Full name of a parameter -> the tensors in the files that are its parts.
+
+    As `weight_map`, for a model of any class, and without its demands: a parameter that the files lack, or hold in
+    another shape or in a way that is not a view, is left out.
+    """
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    known: dict[str, dict[str, Part]] = {}
+    for target, group in _groups(model, checkpoint, shapes).items():
+        joined = group.join(shapes[target])
+        if joined is not None and joined.shape == shapes[target]:
+            known[target] = {name: Part(target, steps) for name, steps in joined.leaves.items()}
+    return known
+
+
 def require_filled(parts: Mapping[str, Part], parameters: Iterable[str], checkpoint: Checkpoint) -> None:
-    """Raise where parameters get no value from the files.
+    """Check that the files have a value for each of some parameters.
 
     Args:
         parts: from `weight_map`.
-        parameters: full names of what must have a value; of tied parameters the first name in `named_parameters()`.
+        parameters: full names; of tied parameters the first name in `named_parameters()`.
         checkpoint: the files.
 
     Raises:
-        SppError: says how many there are, and names one.
+        SppError: values are missing; it says how many, and names one parameter.
     """
     filled = {part.parameter for part in parts.values()}
     if lacking := sorted(set(parameters) - filled):
@@ -99,7 +121,7 @@ def require_filled(parts: Mapping[str, Part], parameters: Iterable[str], checkpo
 
 
 def _under_first_names(parts: dict[str, Part], model: PreTrainedModel) -> dict[str, Part]:
-    """The parts, with tied parameters under the first of their names, where the files hold them only under another."""
+    """The parts, with tied parameters under their first name if the files hold them under another one only."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     filled = {part.parameter for part in parts.values()}
@@ -109,24 +131,24 @@ def _under_first_names(parts: dict[str, Part], model: PreTrainedModel) -> dict[s
 
 @dataclass(frozen=True)
 class _Joined:
-    """A tensor on its way into the model: its shape, and for each tensor of the files in it the way to that."""
+    """A tensor made of tensors of the files: its shape, and for each of those the steps to its view."""
 
     shape: torch.Size
     leaves: dict[str, tuple[_View, ...]]
 
 
 _Found = dict[str, list[_Joined]]
-"""Pattern of one of transformers' rules -> the tensors that it is about, in the order in which they are joined."""
+"""Pattern of a transformers rule -> the tensors that it matches, in the order in which they are joined."""
 
 
 @dataclass
 class _Group:
-    """The tensors of the files that become one parameter together.
+    """The tensors of the files that are joined into one parameter.
 
     Attributes:
-        operations: what transformers does with them; none where they only get another name.
+        operations: transformers' operations on them; empty if they are only renamed.
         patterns: the rule's patterns, in the order in which their tensors are joined.
-        targets: how many parameters they become.
+        targets: number of parameters that they become.
         found: the tensors.
     """
 
@@ -136,7 +158,7 @@ class _Group:
     found: _Found = field(default_factory=dict)
 
     def join(self, shape: torch.Size) -> _Joined | None:
-        """What they become, which is to have this shape; None where they are no views of it."""
+        """The joined tensor, which must have this shape; None if the tensors are not views of it."""
         found: _Found | None = {pattern: self.found[pattern] for pattern in self.patterns if pattern in self.found}
         for operation in self.operations:
             join = _JOINS.get(type(operation))
@@ -147,7 +169,7 @@ class _Group:
         return joined[0] if len(joined) == 1 else None
 
     def misfit(self, target: str, shape: torch.Size) -> str:
-        """What to say where they do not become the parameter."""
+        """The error message if they do not become the parameter."""
         name, tensor = next((name, one) for ones in self.found.values() for one in ones for name in one.leaves)
         if not self.operations:
             return f"{name} is {tuple(tensor.shape)}, and config.json says {tuple(shape)}; they do not belong together"
@@ -158,7 +180,7 @@ class _Group:
 
 
 def _groups(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, torch.Size]) -> dict[str, _Group]:
-    """Parameter -> the tensors that become it, found as transformers' convert_and_load_state_dict_in_model does."""
+    """Parameter -> the tensors that become it, matched as in transformers' convert_and_load_state_dict_in_model."""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -168,7 +190,7 @@ def _groups(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, to
     groups: dict[str, _Group] = {}
     for name in sorted(checkpoint.names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, **known)
-        if target not in shapes and name in shapes:  # a rule for older files has caught one of today's names
+        if target not in shapes and name in shapes:  # a rule for older files also matches a present name
             target, pattern = rename_source_key(name, [], [], **known)
         if target not in shapes:
             continue
@@ -183,7 +205,7 @@ def _groups(model: PreTrainedModel, checkpoint: Checkpoint, shapes: dict[str, to
 
 
 def _stack(operation: Any, found: _Found, _: torch.Size) -> _Found | None:
-    """`MergeModulelist`: the tensors of each pattern along a new dimension."""
+    """`MergeModulelist`: stack the tensors of each pattern along a new dimension."""
     stacked: _Found = {}
     for pattern, tensors in found.items():
         sizes = list(tensors[0].shape)
@@ -196,7 +218,7 @@ def _stack(operation: Any, found: _Found, _: torch.Size) -> _Found | None:
 
 
 def _concatenate(operation: Any, found: _Found, _: torch.Size) -> _Found | None:
-    """`Concatenate`: all tensors, pattern after pattern, along one of their dimensions."""
+    """`Concatenate`: concatenate all tensors, pattern after pattern, along one dimension."""
     dim = operation.dim
     tensors = [tensor for some in found.values() for tensor in some]
     sizes = list(tensors[0].shape)
@@ -213,7 +235,7 @@ def _concatenate(operation: Any, found: _Found, _: torch.Size) -> _Found | None:
 
 
 def _transpose(operation: Any, found: _Found, shape: torch.Size) -> _Found | None:
-    """`Transpose`: two dimensions of one tensor, in some rules only where its shape is not the parameter's already."""
+    """`Transpose`: swap two dimensions of one tensor; some rules do so only if its shape is not the parameter's."""
     tensors = [tensor for some in found.values() for tensor in some]
     if operation.check_dims and tensors[0].shape == shape:
         return found
@@ -227,7 +249,7 @@ def _transpose(operation: Any, found: _Found, shape: torch.Size) -> _Found | Non
 
 
 def _leaves(tensors: list[_Joined], steps: list[Callable[..., Tensor]]) -> dict[str, tuple[_View, ...]]:
-    """The ways to all leaves of tensors that are parts of one tensor now, each reached from there by its step."""
+    """The steps to all leaves of `tensors`, which are parts of one new tensor, each reached by its own step."""
     return {
         name: (step, *way) for tensor, step in zip(tensors, steps, strict=True) for name, way in tensor.leaves.items()
     }

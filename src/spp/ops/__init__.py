@@ -1,7 +1,7 @@
-"""The SPP operator behind one signature; the back-end and the mode are arguments.
+"""The SPP operator: one function, with the back-end and the mode as arguments.
 
-Back-ends: `reference` is the formula by plain autograd, `torch` the same at the cost of three GEMMs, `native` with our
-C++ kernels between them (CPU), `triton` with ours for a GPU. `auto` takes the fastest that can do what is asked.
+Back-ends: `reference` is the formula with plain autograd; `torch` computes it with three GEMMs, in plain torch;
+`native` (CPU) and `triton` (GPU) use our kernels between the GEMMs. `auto` takes the fastest that supports the call.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ def spp_linear(
 ) -> Tensor:
     """y = x (W + s * W * (A[g] B))^T + bias, the paper's eq. 5 where K = 1.
 
-    It is computed in autocast's dtype where it is on, else in W's, and x is cast to that dtype. A packed weight
-    computes in x's own dtype instead, which need not be that of its values.
+    The dtype to compute in is autocast's if autocast is on, else W's, and x is cast to it. With a packed weight it is
+    x's own dtype, which may differ from that of the packed values.
 
     Args:
         x: (..., I).
         weight: (O, I), dense or packed, any float dtype; zeros stay zeros.
-        A: (R K, I), R K <= O: the K directions of one row group after those of the other.
-        B: (O, K), K <= 16: how each row mixes its group's.
+        A: (R K, I), R K <= O: K directions for each of R row groups, group after group.
+        B: (O, K), K <= 16: coefficients by which each output row combines the directions of its group.
         scale: s.
         bias: (O,) or None.
         backend: one of `BACKENDS`, or auto.
-        mode: "fused" rounds W' once to the dtype computed in: three GEMMs a step, and the bits of the merged model.
-            "split" adds x W^T and x Delta^T: four GEMMs, and updates too small to change a bf16 weight still count.
+        mode: "fused" rounds W' once to the dtype to compute in: three GEMMs a step, with the bits of the merged model.
+            "split" adds x W^T and x Delta^T: four GEMMs, but updates too small to change a bf16 weight still count.
 
     Returns:
-        (..., O) in the dtype computed in.
+        (..., O) in the dtype that was computed in.
 
     Raises:
-        ValueError: shapes that do not fit, or a back-end that cannot do what is asked.
+        ValueError: the shapes do not fit, or the back-end does not support the call.
     """
     _require_shapes(x, weight, A, B)
     if mode not in get_args(Mode):
@@ -94,14 +94,14 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, b
 def merged_weight(weight: Weight, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
     """W' = W + s * W * (A[g] B), the paper's eq. 5 where K = 1: rounded once; +0.0 where W is zero.
 
-    The bits are those of `reference.merged_weight`, but for which NaN it is; it needs no more memory than the result.
+    The bits are those of `reference.merged_weight`, except in NaN payloads; no memory is needed besides the result.
 
     Args:
         weight: (O, I), dense or packed, any float dtype.
         A: (R K, I).
         B: (O, K).
         scale: s.
-        dtype: of the result; W's by default.
+        dtype: dtype of the result; by default W's.
 
     Returns:
         (O, I).
@@ -114,17 +114,17 @@ def merged_weight(weight: Weight, A: Tensor, B: Tensor, scale: float, dtype: tor
 
 
 def pack(weight: Tensor) -> PackedWeight:
-    """Take the zeros out of a weight (O, I); see `spp.ops.packed`.
+    """Pack a weight (O, I), leaving out its zeros; see `spp.ops.packed`.
 
     Raises:
-        ValueError: it is no matrix, or no float.
+        ValueError: it is not a matrix, or not of a float dtype.
     """
     packed.require_packable(weight)
     return (packed if native.why_not(weight) else native).pack(weight)
 
 
 def unpack(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense weight (O, I), in its own dtype: with the bits that were packed, and +0.0 elsewhere; or in another.
+    """The dense weight (O, I): in its own dtype with the bits that were packed, or in `dtype`; +0.0 elsewhere.
 
     Raises:
         SppError: the packed weight is damaged.
@@ -135,34 +135,34 @@ def unpack(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def packs_well(device: torch.device) -> bool:
-    """Whether packed weights are fast there, that is, whether our kernels for them can be used."""
+    """Whether packed weights are fast on a device, that is, whether our kernels can be used there."""
     return _accelerated(torch.empty(1, 1, device=device)) is not None
 
 
 def why_not(backend: str, weight: Weight, *others: Tensor) -> str | None:
-    """Why a back-end cannot take this weight, with these tensors to compute with, in words; None where it can."""
+    """Why a back-end cannot compute with this weight and these other tensors, as a phrase; None if it can."""
     if weight.requires_grad and backend != "reference":
         return "it gives the weight no gradient; freeze it, or use reference"
     if backend == "native":
         return native.why_not(weight, *others)
     if backend == "triton":
-        from spp.ops import triton_kernels  # takes its time, and most machines never need it
+        from spp.ops import triton_kernels  # slow to import, and most machines never need it
 
         return triton_kernels.why_not(weight, *others)
     return None
 
 
 def _accelerated(weight: Weight, *others: Tensor) -> str | None:
-    """The name of our kernels for these tensors, if there are any."""
+    """The name of the back-end with our kernels for these tensors, if there is one."""
     backend = "triton" if weight.device.type == "cuda" else "native"
     return backend if why_not(backend, weight, *others) is None else None
 
 
 def _resolve(backend: str, x: Tensor, weight: Weight) -> str:
-    """The name of the back-end for these arguments.
+    """The name of the back-end to use for these arguments.
 
     Raises:
-        ValueError: an explicit one is unknown, or cannot do this.
+        ValueError: an explicit back-end is unknown, or does not support them.
     """
     if backend == "auto":
         backend = "reference" if weight.requires_grad else _accelerated(weight, x) or "torch"

@@ -1,4 +1,4 @@
-"""The SPP operator at its floor of GEMMs, saving nothing but its arguments between forward and backward.
+"""The SPP operator with the fewest GEMMs possible; it saves only its arguments between forward and backward.
 
     forward     fused: y = x W'^T (1)                  split: y = x W^T + x Delta^T (2)
     backward    dX = dY W' (1)
@@ -6,9 +6,10 @@
                     dB[i, k] = s * sum_j P[i, j] * A[d, j]
                     dA[d, j] = s * sum_{i in group} P[i, j] * B[i, k]
 
-W' is formed again in backward, and G in blocks of rows that are reduced at once; both lie in scratch memory that layers
-share. For torch.compile and fake tensors these are custom ops, opaque: it cannot merge the two formations of W' into
-one that it keeps. Such an op's own time, 0.1 ms and more, is what eager code, and a GPU that waits for it, is spared.
+W' is formed again in backward; G is computed in blocks of rows, each of which is reduced immediately. Both use scratch
+memory that layers share. Under torch.compile and with fake tensors these are custom ops, which are opaque: the compiler
+cannot form W' only once and keep it until backward. Eager code calls the functions directly, because a custom op costs
+0.1 ms or more by itself.
 
 Shapes: T tokens, O output features, I input features, R row groups, K directions. x (T, I), W (O, I), A (R K, I),
 B (O, K).
@@ -33,9 +34,9 @@ from spp.ops.reference import wide_dtype
 from spp.ops.scratch import scratch
 
 Part = Literal["fused", "split", "adapter"]
-"""What is computed: x W'^T with W' rounded once, the same as two products, or the adapter's product x Delta^T alone."""
+"""What is computed: x W'^T with W' rounded once; the same as two products; or the adapter's product x Delta^T alone."""
 
-_GPU_BLOCK = 2**26  # entries of G: all of it, but in the largest layers
+_GPU_BLOCK = 2**26  # entries of G in a block: all of G, except in the largest layers
 
 _MODULES = {"torch": "spp.ops.torch_kernels", "native": "spp.ops.native", "triton": "spp.ops.triton_kernels"}
 
@@ -57,31 +58,31 @@ def apply(
     linear: Any = _linear_op
     if type(x) is Tensor and not torch.compiler.is_compiling():
         linear = _Linear.apply if torch.is_grad_enabled() else _linear
-    # Shaped outside: autograd lets nobody change a view in place that an op returned, and some models do that.
+    # Reshaped outside of the op: a view that an op returns may not be changed in place, which some models do.
     rows = linear(x.reshape(-1, x.shape[-1]), as_tensors(weight), A, B, scale, bias, part, backend)
     return rows.reshape(*x.shape[:-1], len(weight))
 
 
 def kernels_of(backend: str) -> ModuleType:
-    """The module of a back-end, with the functions of `spp.ops.torch_kernels`."""
-    return import_module(_MODULES[backend])  # only now: triton takes its time
+    """The module of a back-end; it has the functions of `spp.ops.torch_kernels`."""
+    return import_module(_MODULES[backend])  # late: triton is slow to import
 
 
 def scratch_bytes(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of scratch memory that a layer's forward and backward share: W', and a block of G."""
+    """Bytes of scratch memory that the forward and backward of a layer use: W', and a block of G."""
     rows = _block_rows(out_features, in_features, device)
     return (out_features + min(out_features, rows)) * in_features * dtype.itemsize
 
 
 def _block_rows(out_features: int, in_features: int, device: torch.device) -> int:
-    """Rows of G at once: enough for a GEMM to be efficient, few beside W'; on a GPU few launches count for more."""
+    """Rows of a block of G: enough for an efficient GEMM, few beside W'; on a GPU more, for fewer launches."""
     if device.type != "cpu":
         return max(_GPU_BLOCK // max(in_features, 1), 128)
     return min(1024, max(128, out_features // 8))
 
 
 def as_tensors(weight: Weight) -> list[Tensor]:
-    """A weight as ops take it: itself, or the three tensors of a packed one."""
+    """A weight as the ops take it: one dense tensor, or the three of a packed weight."""
     return [weight] if isinstance(weight, Tensor) else [weight.values, weight.bitmask, weight.row_offsets]
 
 
@@ -147,7 +148,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, A, B, scale, _, part, backend = inputs
-    # The parameters themselves: a cast or a copy would keep one more weight alive until backward.
+    # The parameters themselves are saved: a cast or a copy would keep another weight in memory until backward.
     ctx.save_for_backward(x, A, B, *weight)
     ctx.scale, ctx.part, ctx.backend = scale, part, backend
 
@@ -172,7 +173,7 @@ torch.library.register_autograd(
 
 
 class _Linear(torch.autograd.Function):
-    """The same without the custom ops."""
+    """The operator for eager code, without the custom ops."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -188,9 +189,9 @@ class _Linear(torch.autograd.Function):
 
 
 def _exactly(x: Tensor) -> AbstractContextManager[Any]:
-    """Context manager without autocast: products are computed in the dtypes of their arguments."""
+    """Context manager that turns autocast off: products are computed in the dtypes of their arguments."""
     device = x.device.type
-    # Switching off what is not on costs as much as a launch.
+    # Turning it off costs as much as a launch, so only if it is on.
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 

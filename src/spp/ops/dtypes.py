@@ -1,4 +1,4 @@
-"""The float dtypes that weights may have, once: what each is called in files, and its number in the native kernels."""
+"""The float dtypes of weights: the name of each in safetensors files, and its number in the native kernels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class FloatFormat:
     """One float dtype.
 
     Attributes:
-        safetensors: what safetensors files call it.
-        native: its number in kernels.h; None where no kernel of ours, in C++ or Triton, computes with it.
+        safetensors: its name in safetensors files.
+        native: its number in kernels.h; None if none of our kernels, in C++ or Triton, supports it.
     """
 
     safetensors: str
@@ -28,9 +28,9 @@ FLOATS = {
 }
 
 KERNEL_DTYPES = {dtype: one.native for dtype, one in FLOATS.items() if one.native is not None}
-"""Those that our kernels compute with -> their number in kernels.h."""
+"""Dtypes that our kernels support -> their number in kernels.h."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """What people call a dtype: `bfloat16`, not `torch.bfloat16`."""
+    """The name of a dtype without its module: `bfloat16`, not `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""A sparse weight without its zeros: values, one bit per entry, row offsets; what it is, and the readable reference.
+"""A sparse weight without its zeros (values, one bit per entry, row offsets), and the readable reference for it.
 
 One layout for every pattern: for bf16 it takes 0.564 of the dense weight at 50 % sparsity, 0.314 at 75 %. Packing keeps
 every bit of the non-zeros (NaN payloads and denormals too); zeros of either sign come back as +0.0.
@@ -29,9 +29,9 @@ class PackedWeight:
     """A weight (O, I) without its zeros.
 
     Attributes:
-        values: (non-zeros,) floats, row by row.
+        values: (number of non-zeros,) floats, row by row.
         bitmask: (O, ceil(I / 32)) int32; bit b of word w of a row is set where column 32 w + b has a value.
-        row_offsets: (O + 1,) int64, the index of every row's first value; the last is the number of values.
+        row_offsets: (O + 1,) int64, the index of each row's first value; the last entry is the number of values.
         in_features: I.
     """
 
@@ -47,12 +47,12 @@ class PackedWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values."""
+        """Dtype of the values."""
         return self.values.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of all three tensors."""
+        """Device of all three tensors."""
         return self.values.device
 
     @property
@@ -71,7 +71,7 @@ class PackedWeight:
 
 
 Weight = Tensor | PackedWeight
-"""A weight (O, I) as the operator takes it."""
+"""A weight (O, I), dense or packed."""
 
 
 def packed_bytes(nonzeros: int, out_features: int, in_features: int, dtype: torch.dtype) -> int:
@@ -90,10 +90,10 @@ def word_count(in_features: int) -> int:
 
 
 def require_packable(weight: Tensor) -> None:
-    """Raise for what cannot be packed.
+    """Check that a weight can be packed.
 
     Raises:
-        ValueError: the weight is no matrix, or no float.
+        ValueError: it is not a matrix, or not of a float dtype.
     """
     if weight.ndim != 2 or not weight.numel():
         raise ValueError(f"only a matrix can be packed, and this tensor has the shape {tuple(weight.shape)}")
@@ -102,7 +102,7 @@ def require_packable(weight: Tensor) -> None:
 
 
 def pack(weight: Tensor) -> PackedWeight:
-    """Take the zeros out of a weight (O, I).
+    """Pack a weight (O, I), leaving out its zeros.
 
     Raises:
         ValueError: see `require_packable`.
@@ -129,28 +129,28 @@ def unpack(packed: PackedWeight) -> Tensor:
     if (bits := int(keep.count_nonzero())) != len(packed.values):
         raise SppError(f"a packed weight has {bits} bits set for {len(packed.values)} values; it is damaged")
     weight = torch.zeros(packed.shape, dtype=packed.dtype, device=packed.device)
-    # As integers: copying floats may quieten a NaN.
+    # As integers: copying floats may change a signalling NaN.
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[packed.dtype.itemsize]
     weight.view(kind)[keep] = packed.values.view(kind)
     return weight
 
 
 def unpack_rows(packed: PackedWeight, first: int, last: int) -> Tensor:
-    """The dense rows [first, last), (last - first, I); for the values' offsets it waits for the device."""
+    """The dense rows [first, last), (last - first, I). It waits for the device, to read the values' offsets."""
     start, end = (int(packed.row_offsets[row]) for row in (first, last))
     offsets = packed.row_offsets[first : last + 1] - start
     return unpack(PackedWeight(packed.values[start:end], packed.bitmask[first:last], offsets, packed.in_features))
 
 
 def unpack_mask(packed: PackedWeight) -> Tensor:
-    """Where the values are, (O, I) bool."""
+    """Which entries have a value, (O, I) bool."""
     places = torch.arange(WORD_BITS, dtype=torch.int32, device=packed.device)
     bits = (packed.bitmask[..., None] >> places) & 1
     return bits.view(len(packed), -1)[:, : packed.in_features].bool()
 
 
 def problems(packed: PackedWeight) -> Iterator[str]:
-    """What is wrong with a packed weight that somebody else made: shapes, dtypes, counts, row by row."""
+    """The problems of a packed weight from an untrusted source: shapes, dtypes, and counts of every row."""
     rows, words = len(packed.bitmask), word_count(packed.in_features)
     expected = (
         ("values", packed.values, FLOATS, (packed.values.numel(),)),
@@ -184,7 +184,7 @@ def problems(packed: PackedWeight) -> Iterator[str]:
 
 
 def require_sound(packed: PackedWeight, name: str) -> None:
-    """Raise where a packed weight is not what it should be.
+    """Check the three tensors of a packed weight.
 
     Raises:
         SppError: names all problems.

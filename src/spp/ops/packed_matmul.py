@@ -1,7 +1,7 @@
-"""A linear layer whose weight is packed: few tokens read the non-zeros once, more expand it on the way into GEMMs.
+"""The product with a packed weight: by our own kernel for few tokens, by expanding W for more.
 
-For few tokens, memory is what counts, and our own product reads the packed weight instead of the dense one; for more,
-W is expanded into scratch memory, and multiplied by torch.
+For few tokens, reading the weight takes most of the time, and our kernel reads only its non-zeros. For more, W is
+expanded into scratch memory and multiplied by torch.
 
 Shapes: T tokens, O output features, I input features. x (T, I), W (O, I).
 """
@@ -18,9 +18,9 @@ from spp.ops import native
 from spp.ops.autograd import expanded
 from spp.ops.packed import PackedWeight
 
-# How many times reading the packed weight for some of the tokens beats torch's product for all of them.
+# How often the packed weight may be read, each time for a part of the tokens, before torch's product is faster.
 _MOST_PARTS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
-_PART_BYTES = 5 * 2**17  # of x, beside what else is in a CPU's second cache
+_PART_BYTES = 5 * 2**17  # of x: leaves room for the rest in a CPU's L2 cache
 
 
 def apply(x: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str) -> Tensor:
@@ -36,7 +36,7 @@ def apply(x: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str) ->
         bias = bias.to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     if type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        rows = _multiply(rows, weight, bias, backend)  # a token costs so little that the op's own time would count
+        rows = _multiply(rows, weight, bias, backend)  # a custom op's own time would count beside few tokens
     else:
         tensors = (weight.values, weight.bitmask, weight.row_offsets)
         rows = _packed_linear(rows, *tensors, bias, weight.in_features, backend)
@@ -95,7 +95,7 @@ def _(dy: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor, in_featu
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, bitmask, row_offsets, _, in_features, backend = inputs
-    ctx.save_for_backward(values, bitmask, row_offsets)  # W is frozen, so that x is not needed
+    ctx.save_for_backward(values, bitmask, row_offsets)  # W is frozen, so x is not needed in backward
     ctx.dtype, ctx.in_features, ctx.backend = x.dtype, in_features, backend
 
 

@@ -1,10 +1,11 @@
-"""The SPP formula, written to be read: what every faster implementation and the merge are measured against.
+"""The SPP formula in readable form: the reference for every faster implementation and for the merge.
 
     Delta[i, j] = s * W[i, j] * sum_k A[K g(i) + k, j] * B[i, k]        g(i) = floor(i * R / O)
     W'          = W + Delta
 
-Rows are divided into R groups, and the rows of a group share K directions, which each row mixes. With K = 1 this is
-the paper's eq. 5, Delta[i, j] = s * W[i, j] * A[g(i), j] * B[i]; with R = 1 it is HiRA of rank K.
+The rows are divided into R groups. The rows of a group share K directions, rows of A, and each combines them by its
+own coefficients in B. With K = 1 this is the paper's eq. 5, Delta[i, j] = s * W[i, j] * A[g(i), j] * B[i]; with R = 1
+it is HiRA of rank K.
 
 Zeros of W are +0.0 in Delta and in W', whatever A and B hold. All of it is computed in fp32 (fp64 where an argument is
 fp64) and rounded once.
@@ -25,25 +26,25 @@ from torch.nn import functional as F
 from spp.ops.packed import PackedWeight, Weight, unpack
 
 MOST_DIRECTIONS = 16
-"""K is at most that; the native kernels' kMostDirections."""
+"""The largest K; equal to kMostDirections of the native kernels."""
 
 
 def row_groups(out_features: int, groups: int, device: torch.device | None = None) -> Tensor:
     """g(i) = floor(i * R / O) of every output row, (O,) int64.
 
-    Where R divides O these are the published groups of O / R consecutive rows; else their sizes differ by at most one.
+    If R divides O these are the paper's groups of O / R consecutive rows; else their sizes differ by at most one.
     """
     return torch.arange(out_features, device=device) * groups // out_features
 
 
 def fitting_groups(out_features: int, groups: int, directions: int) -> tuple[int, int]:
-    """R and K of a layer: what was asked for, or less where it has fewer rows than that, as a router may."""
+    """R and K of a layer: those asked for, or less if the layer, such as a router, has too few rows for them."""
     groups = min(groups, out_features)
     return groups, min(directions, out_features // groups)
 
 
 def wide_dtype(*tensors: Weight) -> torch.dtype:
-    """The dtype that the formula is computed in: fp32, or fp64 where any argument is fp64."""
+    """The dtype that the formula is computed in: fp32, or fp64 if any argument is fp64."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
@@ -66,7 +67,7 @@ def delta_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def mixture(directions: Sequence[Tensor], B: Tensor) -> Tensor:
-    """sum_k directions[k] * B[:, k], (n, I), one product and one sum after the other, so that its bits are fixed.
+    """sum_k directions[k] * B[:, k], (n, I), summed in the order of k, so that its bits are fixed.
 
     Args:
         directions: K of them, (n, I) or (I,) each.
@@ -124,5 +125,5 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
 
 
 def dense(weight: Weight) -> Tensor:
-    """W itself, or what a packed one holds."""
+    """W as a dense tensor (O, I); a packed W is unpacked."""
     return weight if isinstance(weight, Tensor) else unpack(weight)

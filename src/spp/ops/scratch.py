@@ -1,7 +1,7 @@
-"""Memory that layers share for what lives within one call of the operator only, such as an expanded weight.
+"""Scratch memory that layers share for tensors used within one call of the operator, such as an expanded weight.
 
-A fresh tensor of a weight's size costs a CPU tens of thousands of page faults, again and again. An accelerator's
-allocator keeps such memory itself, so that nothing is done there.
+On a CPU, a new tensor of a weight's size costs tens of thousands of page faults at every call. The allocators of
+accelerators reuse such memory themselves, so there it is a plain new tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class _Buffers(threading.local):
-    """One growing buffer per purpose, for each thread its own: threads may be in the operator at the same time."""
+    """A growing buffer for each purpose and thread: several threads may run the operator at the same time."""
 
     def __init__(self) -> None:
         self.of: dict[str, Tensor] = {}
@@ -30,7 +30,7 @@ def scratch(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: to
     size = math.prod(shape) * dtype.itemsize
     buffer = _buffers.of.get(purpose)
     if buffer is None or buffer.numel() < size:
-        _buffers.of.pop(purpose, None)  # before the new one is there
+        _buffers.of.pop(purpose, None)  # free it before the new one is allocated
         buffer = None
         with torch.inference_mode(False):
             buffer = _buffers.of[purpose] = torch.empty(size, dtype=torch.uint8)

@@ -1,7 +1,7 @@
-"""What the operator needs besides GEMMs, in plain torch: form W', expand a packed W, reduce the gradient of W'.
+"""The operator's work besides GEMMs, in plain torch: form W', expand a packed W, reduce the gradient of W'.
 
-The other back-ends (`native`, `triton`) have functions of the same names and signatures; the operator takes the module.
-Rows are walked in pieces that lie in one group, so that A needs no gather, and that fit a CPU's cache.
+The other back-ends (`native`, `triton`) have functions with the same names and signatures; the operator selects a
+module. Rows are processed in pieces of one group, which need no gather of A, and which fit a CPU's cache.
 
 Shapes: O output features, I input features, R row groups, K directions. W (O, I), A (R K, I), B (O, K).
 """
@@ -16,18 +16,18 @@ from torch import Tensor
 from spp.ops.packed import PackedWeight, Weight, unpack, unpack_rows
 from spp.ops.reference import mixture
 
-_PIECE_ROWS, _GPU_PIECE = 128, 2**24  # the latter in entries
+_PIECE_ROWS, _GPU_PIECE = 128, 2**24  # the second is in entries
 
 
 def effective_weight(weight: Weight, A: Tensor, B: Tensor, out: Tensor, *, with_base: bool) -> None:
-    """c W + W * (A[g] B) into `out`, rounded once to its dtype; +0.0 where W is zero. The merge's bits for c = 1.
+    """Write c W + W * (A[g] B) to `out`, rounded once to its dtype; +0.0 where W is zero. c = 1 gives the merge's bits.
 
     Args:
         weight: (O, I).
-        A: (R K, I) in `reference.wide_dtype`, which all of it is computed in.
-        B: (O, K), as A; with the scale in it.
+        A: (R K, I) in `reference.wide_dtype`, which the computation is in.
+        B: (O, K) in the same dtype, multiplied by the scale.
         out: (O, I), contiguous.
-        with_base: c = 1 or 0.
+        with_base: whether c is 1; else it is 0.
     """
     directions = _by_group(A, B)
     for group, rows in pieces(len(weight), len(directions), 0, len(weight), _most_rows(out)):
@@ -38,7 +38,7 @@ def effective_weight(weight: Weight, A: Tensor, B: Tensor, out: Tensor, *, with_
 
 
 def expand(weight: PackedWeight, out: Tensor) -> None:
-    """W into `out` (O, I): its very bits where the dtypes are the same, else rounded once."""
+    """Write W to `out` (O, I): with the same bits if the dtypes are the same, else rounded once."""
     out.copy_(unpack(weight))
 
 
@@ -48,8 +48,8 @@ def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Te
         dA[d] += P[i] * B[i, k]        dB[i, k] = sum_j P[i, j] A[d, j]
 
     Args:
-        G: (n, I), the gradient of rows `first` to `first` + n of W'; its contents may be used up.
-        first: row.
+        G: (n, I), the gradient of rows `first` to `first` + n of W'; it may be overwritten.
+        first: index of the first of these rows.
         weight: (O, I).
         A, B: (R K, I) and (O, K) in the dtype of dA and dB.
         dA, dB: as A and B, changed in place.
@@ -57,7 +57,7 @@ def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Te
     directions, sums = _by_group(A, B), _by_group(dA, B)
     for group, rows in pieces(len(weight), len(directions), first, first + len(G), _most_rows(G)):
         part = _rows(weight, rows)
-        # A zero of W takes no part, even where G is not finite.
+        # Zeros of W contribute nothing, even where G is not finite.
         P = G[rows.start - first : rows.stop - first].to(dA.dtype).mul_(part).masked_fill_(part == 0, 0.0)
         torch.mm(P, directions[group].T, out=dB[rows])
         sums[group].addmm_(B[rows].T, P)
@@ -69,12 +69,12 @@ def _by_group(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _most_rows(matrix: Tensor) -> int:
-    """Of a piece: as many as a CPU's cache holds, or as are worth a GPU's launches."""
+    """Most rows of a piece: those that fit a CPU's cache, or that make a GPU's launches worthwhile."""
     return _PIECE_ROWS if matrix.device.type == "cpu" else max(_GPU_PIECE // max(matrix.shape[1], 1), _PIECE_ROWS)
 
 
 def pieces(out_features: int, groups: int, first: int, last: int, most: int) -> Iterator[tuple[int, slice]]:
-    """The rows [first, last) in order, as (group, rows) of up to `most` rows of one group."""
+    """The rows [first, last) in order, in pieces (group, rows) of up to `most` rows of one group."""
     start = first
     while start < last:
         group = start * groups // out_features

@@ -1,14 +1,14 @@
 # pyright: reportMissingImports=false, reportOptionalMemberAccess=false, reportInvalidTypeForm=false
 """Our Triton kernels for NVIDIA GPUs: form W', expand a packed W, reduce the gradient of W'.
 
-Every function here has the signature and the result of the one in `spp.ops.torch_kernels`, and none waits for the GPU.
-So a damaged packed weight raises nothing: it gives wrong numbers, and nothing is ever read outside its values.
+Every function here has the signature and the result of the one with its name in `spp.ops.torch_kernels`. None waits for
+the GPU, so a damaged packed weight raises no error: it gives wrong numbers, but nothing is read outside its values.
 
-A program takes a piece of some rows of one group, and one block of columns as (words, 32). Where W is packed, the index
-of a value is its row's offset + the bits of the row's words before its own + the lower bits of its own. No sum is made
-with atomics: the same arguments give the same bits.
+A program processes a piece, which is some rows of one group, and a block of columns as (words, 32). If W is packed, the
+index of a value is its row's offset + the bits set in earlier words of the row + the lower bits set in its own word.
+No sum uses atomics: the same arguments give the same bits.
 
-TRITON_INTERPRET=1, set before the import, runs all of it on the CPU, slowly.
+With TRITON_INTERPRET=1, set before the import, everything runs on the CPU, slowly.
 
 Shapes: O output features, I input features, R row groups, K directions. W (O, I), A (R K, I), B (O, K).
 """
@@ -34,14 +34,14 @@ except ImportError:
 
 
 class _Tile(NamedTuple):
-    """What one program takes: rows of a group, words of a row (32 columns each), and how many warps work on it."""
+    """The size of a program: rows of a group, words of a row (32 columns each), and the number of warps."""
 
     rows: int
     words: int
     warps: int
 
 
-# The best of ten on an H200 at 11008 x 4096, dense and packed.
+# The fastest of ten choices on an H200 at 11008 x 4096, dense and packed.
 _FORM, _REDUCE = _Tile(8, 32, 4), _Tile(16, 128, 8)
 
 
@@ -64,7 +64,7 @@ def _popcount_arithmetic(word):
 
 
 _INTERPRETED = triton is not None and not isinstance(_popcount_asm, triton.JITFunction)
-_popcount = _popcount_arithmetic if _INTERPRETED else _popcount_asm  # the interpreter knows no assembly
+_popcount = _popcount_arithmetic if _INTERPRETED else _popcount_asm  # the interpreter does not support assembly
 
 
 @_jit
@@ -109,7 +109,7 @@ def _entries(
         lower = word[:, None] & (0x7FFFFFFF >> (31 - bit))
         index = (before + tl.cumsum(count) - count)[:, None] + _popcount(lower)
         start = tl.load(row_offsets + row)
-        # Nothing outside the values, whatever the bits and offsets are.
+        # Never outside the values, whatever the bits and offsets are.
         room = tl.where(start >= 0, tl.maximum(tl.minimum(nonzeros - start, in_features), 0), 0).to(tl.int32)
         present &= ((word[:, None] >> bit) & 1 != 0) & (index < room)
         places = start + index
@@ -123,7 +123,7 @@ def _form(
     WITH_BASE: tl.constexpr, DIRECTIONS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     ROW_WORDS: tl.constexpr,
 ):
-    """c W + W * (A[g] B); W itself where there is no A, and its very bits where the dtypes are the same."""
+    """c W + W * (A[g] B); if there is no A, W itself, with the same bits if the dtypes are the same."""
     group, start, stop = _piece(pieces, first_group, first, last, out_features, all_groups, ROWS)
     columns = _columns(WORDS)
     inside = columns < in_features
@@ -136,7 +136,7 @@ def _form(
         if A is not None:
             w = w.to(tl.float32)
             multiplier = a * tl.load(B + row * DIRECTIONS)
-            # From the cache: there are not registers for all of them.
+            # Read again from the cache: there are too few registers for all of them.
             for k in tl.static_range(1, DIRECTIONS):  # pyright: ignore[reportGeneralTypeIssues]
                 other = tl.load(directions + k * in_features, mask=inside, other=0)
                 multiplier += other * tl.load(B + row * DIRECTIONS + k)
@@ -153,7 +153,7 @@ def _reduce(
 ):
     """For P = G * W: sum_i P[i] * B[i, k] of a piece into dA, (K, I), sum_j P[i, j] * A[K g + k, j] of a block into dB.
 
-    Tensors of directions have `PADDED` of them, a power of two.
+    Tensors over directions are padded to `PADDED` of them, a power of two.
     """
     group, start, stop = _piece(pieces, first_group, first, last, out_features, all_groups, ROWS)
     columns = _columns(WORDS)
@@ -168,7 +168,7 @@ def _reduce(
             values, bitmask, row_offsets, nonzeros, row_stride, column_stride, in_features, row, WORDS, ROW_WORDS
         ).to(tl.float32)
         g = tl.load(G + (row - first) * in_features + columns, mask=inside, other=0).to(tl.float32)
-        # A zero of W takes no part, even where G is not finite.
+        # Zeros of W contribute nothing, even where G is not finite.
         p = tl.where(w == 0, 0.0, g * w)[None, :, :]
         total += p * tl.load(B + row * DIRECTIONS + k, mask=k < DIRECTIONS, other=0)[:, None, None]
         sums = tl.sum(tl.sum(p * a, axis=2), axis=1)
@@ -179,7 +179,7 @@ def _reduce(
 
 
 def why_not(*tensors: Tensor | PackedWeight) -> str | None:
-    """Why the kernels cannot take these tensors, in words; None where they can."""
+    """Why the kernels cannot compute with these tensors, as a phrase; None if they can."""
     if triton is None:
         return "triton is not installed"
     if torch.version.hip:
@@ -253,7 +253,7 @@ def _form_rows(weight: Weight, A: Tensor | None, B: Tensor | None, out: Tensor, 
 
 
 class _Plan(NamedTuple):
-    """Which program takes what: of some groups, up to so many pieces each, and so many blocks of columns."""
+    """The grid of programs: a range of groups, the most pieces of a group, and the number of column blocks."""
 
     first_group: int
     groups: int
@@ -264,7 +264,7 @@ class _Plan(NamedTuple):
 
 @lru_cache
 def _plan(shape: tuple[int, int], groups: int, first: int, last: int, tile: _Tile) -> _Plan:
-    """For the rows [first, last) of a weight."""
+    """The grid for the rows [first, last) of a weight."""
     out_features, in_features = shape
     words = word_count(in_features)
     first_group, last_group = (row * groups // out_features for row in (first, last - 1))
@@ -283,13 +283,13 @@ def _plan(shape: tuple[int, int], groups: int, first: int, last: int, tile: _Til
         "WORDS": words_at_once,
         "ROW_WORDS": triton.next_power_of_2(words),
         "num_warps": tile.warps,
-        "enable_fp_fusion": False,  # each product and sum is rounded, as in the reference
+        "enable_fp_fusion": False,  # round each product and sum, as in the reference
     }
     return _Plan(first_group, last_group + 1 - first_group, pieces, -(-words // words_at_once), arguments)
 
 
 def _described(weight: Weight, other: Tensor) -> dict[str, Any]:
-    """The weight as the kernels take it, checked as far as the host can without waiting for the GPU."""
+    """The weight as arguments of the kernels, checked as far as possible without waiting for the GPU."""
     if reason := why_not(weight, other):
         raise ValueError(f"the back-end triton cannot be used: {reason}")
     if isinstance(weight, Tensor):

@@ -1,4 +1,4 @@
-"""What can be known at the start of a run: every stage's refusals, before the first one works for hours."""
+"""Checks of every stage at the start of a run, so that no later stage fails after hours of work."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from spp.training.teacher import check_teacher
 
 
 def check_run(options: RunOptions, folder: Path, training: TrainOptions) -> None:
-    """Refuse a run of which a stage would fail for what is known now; nothing is written.
+    """Refuse a run in which a stage is certain to fail; nothing is written.
 
     Args:
-        options: of the run.
-        folder: of the dense model.
+        options: options of the run.
+        folder: folder of the dense model.
         training: options of the run's fine-tuning.
 
     Raises:
@@ -45,7 +45,7 @@ def check_run(options: RunOptions, folder: Path, training: TrainOptions) -> None
 
 
 def _check_fit(options: RunOptions, training: TrainOptions, model: PreTrainedModel, problems: Problems) -> None:
-    """What the options and the model have to agree on."""
+    """Check the options against the model."""
     problems.of(context_window, model.config, options.window)
     problems.of(matrices_to_prune, model, options)
     problems.of(target_layers, model, options.target_modules)

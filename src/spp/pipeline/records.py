@@ -1,4 +1,4 @@
-"""What the finished stages of a run reported, on disk."""
+"""The reports of a run's finished stages, on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("spp")
 
 
 class StageRecords:
-    """What finished stages reported, one JSON file each; a stage with a file is not run again."""
+    """The reports of finished stages, one JSON file each; a stage with a file is not run again."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -28,7 +28,7 @@ class StageRecords:
         """Run a stage and record its report, seconds and the process's peak memory, unless a record says it is done.
 
         Raises:
-            UsageError: it is done, and the folder that it wrote has been changed since.
+            UsageError: the stage is done, but the folder that it wrote has changed since.
         """
         path = self._path(stage.name)
         if self._is_done(stage):
@@ -52,7 +52,7 @@ class StageRecords:
             return False
         if stage.out and not (stage.out.is_dir() and folder_digest(stage.out) == written):
             raise UsageError(
-                f"{stage.out} is not what this run wrote there; restore it, or pass --overwrite to start the run over"
+                f"{stage.out} was changed after this run had written it; restore it, or pass --overwrite to start the run over"
             )
         return True
 

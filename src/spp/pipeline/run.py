@@ -1,4 +1,4 @@
-"""`spp run`: the stages in order. Each one leaves a folder and a JSON record; a run resumes after the last record."""
+"""`spp run`: all stages in order. Each writes a folder and a JSON record; a run resumes after the last record."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(options: RunOptions) -> RunReport:
     A half-finished run with the same options is resumed stage by stage.
 
     Raises:
-        UsageError: a wrong option, or an output folder that holds something else.
+        UsageError: a wrong option, or an output folder that holds another run or other files.
         SppError: a stage failed; finished stages are kept.
     """
     model = options.model or str(bundled_model())
@@ -85,7 +85,7 @@ def run(options: RunOptions) -> RunReport:
 
 
 def _request(options: RunOptions, folder: Path, training: TrainOptions) -> Request:
-    """All that the results of the run depend on."""
+    """Everything that the results of the run depend on."""
     sources = {"training data": options.train, "evaluation text": options.eval, "calibration text": options.calibration}
     inputs = {name: source and _data_digest(source) for name, source in sources.items()}
     inputs |= {**model_digests(folder), "teacher": teacher_digest(training)}
@@ -93,13 +93,13 @@ def _request(options: RunOptions, folder: Path, training: TrainOptions) -> Reque
 
 
 def _data_digest(source: str) -> str:
-    """What is in a file; of other sources, their name is all that can be known."""
+    """A digest of a file's content; for any other source, its name."""
     path = Path(source).expanduser()
     return file_digest(path) if path.is_file() else source
 
 
 def _open_run(out: Path, options: RunOptions, request: Request) -> None:
-    """Start a run in `out`, or go on with the one that is there if it is the same."""
+    """Start a run in `out`, or resume the run there if it is the same."""
     if options.overwrite:
         for name in _WRITTEN:
             path = out / name
@@ -141,7 +141,7 @@ def _results(options: RunOptions, records: StageRecords, manifest: dict[str, Any
 
 
 def _protocol(options: RunOptions, score: dict[str, Any], manifest: dict[str, Any]) -> Protocol:
-    """How the run was done, from its options, the dense model's evaluation and the pruned model's manifest."""
+    """The run's protocol, from its options, the dense model's evaluation and the pruned model's manifest."""
     criterion = manifest["criterion"]
     return Protocol(
         model=options.model or "bundled",

@@ -1,4 +1,4 @@
-"""The stages of a run, in order, and what each is asked for."""
+"""The stages of a run, in order, with the options of each."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Stage:
     """One stage.
 
     Attributes:
-        name: of its record.
-        work: does it, and returns its report, a dataclass.
-        out: the folder that it writes, if it writes one.
+        name: name of the stage and of its record.
+        work: function that runs the stage and returns its report, a dataclass.
+        out: the folder that it writes, if any.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Stages:
         )
 
     def in_order(self) -> Iterator[Stage]:
-        """Each stage, made when the ones before are done."""
+        """The stages; each is created after the ones before it have finished."""
         yield Stage("evaluate_dense", lambda: self._evaluate(self._model))
         yield Stage("prune", self._prune, self.pruned)
         yield Stage("evaluate_pruned", lambda: self._evaluate(str(self.pruned)))
@@ -77,7 +77,7 @@ class Stages:
         yield Stage("evaluate_spp", lambda: self._evaluate(str(self.merged)))
 
     def _of(self, kind: type[StageOptions], **values: Any) -> StageOptions:
-        """A stage's options: those of the run that it has, too, and its own."""
+        """A stage's options: the run's options that it shares, and `values`."""
         shared = {name: value for name, value in self._options if name in kind.model_fields}
         return kind.build({**shared, **values})
 
@@ -102,7 +102,7 @@ class Stages:
         return evaluate(self._of(EvalOptions, model=model, text=self._options.eval))
 
     def _pattern_of_every_matrix(self) -> str | None:
-        """What can be asked of each matrix: no ratio that is a mean over matrices, as OWL's and adopted ones are."""
+        """The pattern to verify in every matrix; None if the sparsity is a mean over matrices (OWL, keep_zeros)."""
         pattern = read_object(self.pruned / MANIFEST)["pattern"]
         is_mean = ":" not in pattern and (self._options.keep_zeros or self._options.allocation == "owl")
         return None if is_mean else pattern

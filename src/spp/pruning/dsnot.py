@@ -1,6 +1,6 @@
 """DSnoT (arXiv 2310.08915): exchange removed and kept weights of a mask, without training.
 
-What a row loses in expectation is E = sum of c_j over its removed weights, with c_j = W_j * mean(x_j). In each cycle
+The expected loss of a row is E = sum of c_j over its removed weights, with c_j = W_j * mean(x_j). In each cycle
 every row whose |E| is above a threshold
 
 - grows the removed weight that brings E towards 0 the most for its variance: the largest c_j / var(x_j) of E's sign;
@@ -8,14 +8,14 @@ every row whose |E| is above a threshold
   towards 0 as well. Under an N:M pattern it must come from the same group, whatever its sign, and the exchange is made
   only where E keeps its sign.
 
-A row that cannot go on has settled. So every row, or group, keeps as many weights as it had.
+A row without a valid exchange has settled. The number of kept weights in every row, or group, does not change.
 
-Other than the published code:
+Differences to the published code:
 
-- Its exchanges may leave |E| larger than it was, and it spends its cycles going back and forth over 0: 50 exchanges in
-  a row of a few hundred weights, after which a small model is ruined. Here such a row has settled.
+- Its exchanges may increase |E|, and E may alternate around 0 for all cycles: 50 exchanges in a row of a few hundred
+  weights ruin a small model. Here such a row has settled.
 - It averages the variances of single windows; var is that over all tokens here, whatever the batches.
-- Where no candidate is left, it goes on with weights that are none; here the row has settled.
+- If no candidate is left, it continues with weights that are not candidates; here the row has settled.
 
 Shapes: O output features, I input features, C cycles.
 """
@@ -41,9 +41,9 @@ def refine(weight: Tensor, pruned: Pruned, statistics: InputMoments, pattern: Pa
 
     Args:
         weight: (O, I) before pruning, any float dtype; weights that were zero then stay zero.
-        pruned: what a criterion made of it.
-        statistics: `Moments`.
-        pattern: of the mask.
+        pruned: the result of a criterion.
+        statistics: the inputs' moments, from `Moments`.
+        pattern: pattern of the mask.
     """
     mask = torch.empty_like(pruned.mask)
     for rows in row_parts(weight):

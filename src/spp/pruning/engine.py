@@ -1,9 +1,9 @@
 """Prune a model block by block, each one calibrated on the pruned output of those before it.
 
 Per block: one pass that feeds the statistics of all its matrices, the pruning, and one pass of the pruned block that
-makes the inputs of the next. Where the blocks are (in memory, in files) is the business of `Blocks`, and how far the
-work has come that of `Journal`. Several processes share the calibration windows and the matrices of a block; what they
-have counted is added up, so that each of them has the same blocks.
+computes the inputs of the next. `Blocks` hides whether they are in memory or in files; `Journal` records progress.
+Several processes divide the calibration windows and the matrices of a block among them; their statistics are added up,
+so that all of them get the same blocks.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ class Blocks(Protocol):
     """The decoder blocks of a model, of which as few as possible are in memory.
 
     Attributes:
-        model: what they are of.
-        device: where they are loaded to.
+        model: the model.
+        device: the device that blocks are loaded to.
     """
 
     model: PreTrainedModel
     device: torch.device
 
     def surroundings(self) -> AbstractContextManager[None]:
-        """Context manager: everything of the model that runs before its blocks has its weights."""
+        """Context manager in which all modules that run before the blocks have their weights."""
         ...
 
     def loaded(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Context manager: a block has its weights."""
+        """Context manager that yields block `index` with its weights loaded."""
         ...
 
     def keep(self, index: int) -> Any:
-        """Keep what was done to the weights of a block that is loaded; returns what is to be noted of it, for JSON."""
+        """Store the changed weights of a loaded block; returns facts about them, as JSON values."""
         ...
 
 
 def prune_blocks(
-    blocks: Blocks, settings: PruningSettings, windows: Tensor | None, journal: Journal
+    blocks: Blocks, settings: PruningSettings, windows: Tensor | None, journal: Journal, *, seed: int = 0
 ) -> list[BlockResult]:
-    """Prune the blocks that the journal does not know as finished; see `prune_model`."""
+    """Prune the blocks that are not finished according to the journal; see `prune_model`."""
     if settings.reconstruct and distributed.world_size() > 1:
         raise UsageError("reconstruction runs in one process; start it without torchrun, or leave out --reconstruct")
-    pruner = BlockPruner(settings, matrices_to_prune(blocks.model, settings)[0])
+    pruner = BlockPruner(settings, matrices_to_prune(blocks.model, settings)[0], seed)
     batches: dict[int, Tensor] = {}
     if pruner.calibrates:
         batches = _my_batches(windows, settings, blocks)
@@ -85,7 +85,7 @@ def prune_blocks(
 
 
 def needs_calibration(settings: PruningSettings) -> bool:
-    """Whether pruning with these settings looks at activations."""
+    """Whether pruning with these settings needs calibration."""
     return BlockPruner(settings, frozenset()).calibrates
 
 
@@ -162,7 +162,7 @@ class _Walk:
         return f"{self._prefix}.{index}"
 
     def runs(self, index: int, stream: str = "main") -> Runs:
-        """By batch: a function that runs a block, or what stands for it, on what enters it in a stream of states."""
+        """Batch -> a function that runs a block, or a function in its place, on its input states in a stream."""
         states, calls = self._journal.states(self._walk, index, stream if index else "main"), self._calls
 
         def run(batch: int, block: Callable[..., Any]) -> Tensor:
@@ -171,22 +171,22 @@ class _Walk:
         return {batch: partial(run, batch) for batch in self._batches}
 
     def propagate(self, index: int, block: nn.Module, stream: str = "main") -> None:
-        """Run a block, and keep what enters the next one in a stream of states."""
+        """Run a block, and store the input states of the next one in a stream."""
         following = self._journal.states(self._walk, index + 1, stream)
         for batch, run in self.runs(index, stream).items():
             following[batch] = run(block)
 
     def targets(self, index: int) -> Callable[[int], Tensor]:
-        """By batch: what leaves a block in the dense model, if that has been kept."""
+        """Batch -> the output of a block in the dense model, if it was stored."""
         states = self._journal.states(self._walk, index + 1, "dense")
         return lambda batch: states[batch].to(self.source.device)
 
     def is_last(self, index: int) -> bool:
-        """Whether no block follows."""
+        """Whether it is the last block."""
         return index + 1 == len(self._blocks)
 
     def results(self) -> list[Any]:
-        """Those of all finished blocks."""
+        """The results of all finished blocks."""
         return self._journal.results(self._walk)
 
     def finish(self, result: object) -> None:

@@ -1,4 +1,4 @@
-"""Prune a model that is in memory as a whole."""
+"""Prune a model that is loaded in memory."""
 
 from __future__ import annotations
 
@@ -36,28 +36,31 @@ class LoadedBlocks:
         pass
 
 
-def prune_model(model: PreTrainedModel, settings: PruningSettings, windows: Tensor | None = None) -> list[BlockResult]:
+def prune_model(
+    model: PreTrainedModel, settings: PruningSettings, windows: Tensor | None = None, *, seed: int = 0
+) -> list[BlockResult]:
     """Prune every matrix inside the decoder blocks of `model`, in place; puts it in eval mode.
 
     Args:
         model: a decoder-only causal LM in any float dtype; scores and statistics are fp32.
         settings: what to remove, and how.
         windows: (samples, window) int64 token ids to calibrate on; not needed for magnitude.
+        seed: seed of reconstruction.
 
     Returns:
-        What was done, block by block.
+        The result of each block.
 
     Raises:
-        UsageError: the pattern does not fit (all matrices concerned are named, and nothing is changed), no calibration
-            windows, or not a decoder-only causal LM.
+        UsageError: the pattern does not fit (it names all matrices concerned, and nothing is changed), calibration
+            windows are missing, or the model is not a decoder-only causal LM.
         SppError: NaN or infinity in weights or activations, no calibration input for a layer, or a Hessian that
             cannot be inverted; names the layer. The model is not to be used any more.
     """
-    return prune_blocks(LoadedBlocks(model.eval()), settings, windows, MemoryJournal())
+    return prune_blocks(LoadedBlocks(model.eval()), settings, windows, MemoryJournal(), seed=seed)
 
 
 class MemoryJournal(Journal):
-    """For runs that need not survive: everything in memory."""
+    """A journal in memory, for runs that need not be resumed."""
 
     def __init__(self) -> None:
         self._results: dict[str, list[Any]] = {}

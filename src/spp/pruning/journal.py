@@ -1,4 +1,4 @@
-"""How far a pruning run has come, so that one that was killed goes on after its last finished block."""
+"""The progress of a pruning run, so that a killed run resumes after its last finished block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spp.runtime import distributed
 
 
 class Journal(ABC):
-    """Finished blocks and what they left: a list of results a pass over the blocks, and the states before the next."""
+    """Progress of passes over the blocks: results of the finished blocks, and the input states of the next one."""
 
     @abstractmethod
     def results(self, walk: str) -> list[Any]:
@@ -30,10 +30,10 @@ class Journal(ABC):
 
 
 class FolderJournal(Journal):
-    """In a folder that all processes see; the first of them writes the record.
+    """A journal in a folder that all processes can read; the first of them writes the record.
 
-    A block is finished at the moment that its record is renamed into place. All that it says is on disk by then.
-    Used as a context manager: nothing touches the folder any more after it.
+    A block is finished when its record is renamed into place; everything that it refers to is on disk by then.
+    A context manager: after it, nothing writes to the folder.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -34,13 +34,13 @@ _TUNED_BYTES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class PruningPrediction(MemoryPrediction):
-    """That of a pruning run, in the phase that takes most.
+    """The predicted memory of a pruning run, in the phase that takes most.
 
     Attributes:
-        phase: what takes most.
-        blocks: how many the model has; the peak does not depend on it.
-        disk_bytes: of the result.
-        states_bytes: of the hidden states on disk while the work is under way.
+        phase: the phase that takes most.
+        blocks: number of blocks; the peak does not depend on it.
+        disk_bytes: size of the result.
+        states_bytes: size of the hidden states, which are on disk during the run.
     """
 
     phase: str
@@ -105,14 +105,14 @@ def _scratch_of_criterion(options: PruneOptions, matrices: Sequence[Matrix], dev
 
 
 class _Traced:
-    """What passes over the model take, from running them on fake tensors.
+    """The memory of passes over the model, traced on fake tensors.
 
     Attributes:
         outside: bytes of the embeddings.
-        capture: what computing them takes, by part.
-        calibration: what the pass that feeds the statistics takes, by part.
-        statistics: bytes that are left of it.
-        reconstruction: what tuning a block takes, by part; empty where that is not asked for.
+        capture: bytes for computing them, by part.
+        calibration: bytes of the pass that collects the statistics, by part.
+        statistics: bytes of the statistics afterwards.
+        reconstruction: bytes for tuning a block, by part; empty without reconstruction.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class _Traced:
 
 
 def _stand_in(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-    """What experts give, as far as sizes go."""
+    """A stand-in for experts: a tensor of their output's size."""
     return torch.zeros_like(hidden)
 
 

@@ -1,4 +1,4 @@
-"""Layer-wise allocation: how much of each block goes, for a given mean.
+"""Layer-wise allocation: the sparsity of each block, for a given mean.
 
 OWL (arXiv 2310.05175): blocks with more outliers are pruned less. An outlier is an entry whose Wanda score is more than
 M times the mean score of its matrix; here, as published, of all matrices of its block together.

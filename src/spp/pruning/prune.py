@@ -1,8 +1,8 @@
-"""Prune a dense model: choose and mend weights on calibration text, and write the model's own files with zeros in them.
+"""`spp prune`: prune a dense model with calibration text, and write its files with zeros in them.
 
 The model is never in memory as a whole: its blocks are read, pruned and written one after the other, and a killed run
-goes on after the last finished one. The model computes in the dtype that the options ask for; the files keep theirs.
-A weight that pruning leaves alone is written with the bits that it was read with.
+resumes after the last finished block. The model computes in the dtype of the options; the files keep their own.
+Weights that pruning does not change are written bit for bit.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _WORTH_A_NOTE = 0.01
 
 @dataclass(frozen=True)
 class TensorSparsity:
-    """A pruned tensor as it lies in the file.
+    """A pruned tensor in the file.
 
     Attributes:
         sparsity: share of zeros.
@@ -67,7 +67,7 @@ class TensorSparsity:
 
 @dataclass(frozen=True)
 class CalibrationFacts:
-    """What the statistics were taken from; `kind` says how the windows were cut, `sha256` is that of the token ids."""
+    """The calibration text; `kind` says how the windows were drawn, `sha256` is the hash of the token ids."""
 
     source: str
     samples: int
@@ -82,14 +82,14 @@ class PruneReport:
     """The result of `prune`.
 
     Attributes:
-        pattern: what was asked for; where zeros were only adopted, what was found.
-        criterion: None where zeros were only adopted.
-        settings: all that was asked for.
+        pattern: the requested pattern; if existing zeros were kept (keep_zeros), the detected one.
+        criterion: None if existing zeros were kept.
+        settings: all settings of the run.
         sparsity: share of zeros over all pruned tensors.
-        tensors: tensor name in the file -> what it is like now.
+        tensors: tensor name in the file -> its sparsity.
         skipped: layers left dense because the pattern does not divide them.
         expert_tokens: matrix of an expert -> calibration tokens that reached it.
-        by_magnitude: matrices of experts that too few tokens reached, so that magnitude decided.
+        by_magnitude: matrices of experts that were pruned by magnitude, because too few tokens reached them.
         reconstruction: block -> part of it that was tuned -> its error before and after; empty without reconstruction.
         calibration: None for a criterion that needs none.
     """
@@ -109,7 +109,7 @@ class PruneReport:
 
 
 def prune(options: PruneOptions) -> PruneReport:
-    """Write `options.out`: the model with zeros in every matrix of its decoder blocks.
+    """Write the model, with zeros in every matrix of its decoder blocks, to `options.out`.
 
     Raises:
         UsageError: a wrong option, a missing model or text, a full output folder, a pattern that does not divide, or
@@ -177,21 +177,21 @@ def _output(options: PruneOptions, request: Callable[[], Request]) -> Iterator[t
 
 
 def _request(options: PruneOptions, source: Checkpoint, calibration: CalibrationFacts | None) -> Request:
-    """All that the bits of the result depend on."""
+    """Everything that the bits of the result depend on."""
     inputs = {**model_digests(source.folder), "calibration text": calibration and calibration.sha256}
     versions = {"spp": __version__, "torch": torch.__version__}
     return Request(options.of_the_result(), inputs, {**versions, "processes": distributed.world_size()})
 
 
 def _leave(_: dict[str, tuple[Part, Tensor]]) -> dict[str, Any]:
-    """What a process does with a finished block that another one writes."""
+    """Discard a finished block that another process writes."""
     return {}
 
 
 def _calibrate(
     options: PruneOptions, folder: Path, model: PreTrainedModel
 ) -> tuple[Tensor | None, CalibrationFacts | None]:
-    """Token windows for the criterion and where they came from; nothing is read where it needs none."""
+    """Calibration windows and their facts; None, and no text is read, if the criterion needs none."""
     if not needs_calibration(options):
         if options.calibration:
             logger.info("no calibration is needed; %s is not read", options.calibration)
@@ -239,7 +239,7 @@ def _report(
 
 
 def _found_pattern(tensors: dict[str, TensorFacts], sparsity: float) -> str:
-    """The N:M that all sparse tensors obey, or else the share of zeros over all."""
+    """The N:M pattern that all sparse tensors obey, else the share of zeros over all tensors."""
     found = {one.pattern for one in tensors.values() if one.pattern}
     return found.pop() if len(found) == 1 else str(Unstructured(round(sparsity, 4)))
 
@@ -251,14 +251,14 @@ def _manifest(report: PruneReport, options: PruneOptions, source: Checkpoint) ->
 
 
 def _speak(report: PruneReport, tensors: dict[str, TensorFacts], model: PreTrainedModel) -> None:
-    """Say what the user should know."""
+    """Log what the user should know."""
     if distributed.rank():
         return
     for name in report.skipped:
         logger.warning("%s stays dense: %s does not divide its input dimension", name, report.pattern)
     if unreached := unreached_weights(model):
         logger.warning(
-            "%d weights in the decoder blocks are no matrices that can be pruned and stay dense, e.g. %s",
+            "%d weights in the decoder blocks are not prunable matrices and stay dense, e.g. %s",
             len(unreached), unreached[0],
         )  # fmt: skip
     if report.expert_tokens:

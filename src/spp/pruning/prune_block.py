@@ -28,17 +28,17 @@ from spp.runtime import distributed
 logger = logging.getLogger("spp")
 
 Runs = Mapping[int, Callable[[Callable[..., Any]], Tensor]]
-"""Calibration batch -> function that runs a block, or what stands for it, on that batch, and returns its output."""
+"""Calibration batch -> function that runs a block, or a function in its place, on that batch; returns its output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixResult:
-    """What was done to a matrix.
+    """The result of pruning a matrix.
 
     Attributes:
-        criterion: that was used; None where nothing was pruned.
-        tokens: calibration tokens that reached it; None where none were needed.
-        expert: whether it belongs to one of several experts.
+        criterion: the criterion that was used; None if nothing was pruned.
+        tokens: calibration tokens that reached it; None without calibration.
+        expert: whether it belongs to an expert.
     """
 
     name: str
@@ -49,12 +49,12 @@ class MatrixResult:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockResult:
-    """What was done to a block.
+    """The result of pruning a block.
 
     Attributes:
-        name: of the block.
-        matrices: of those that were pruned, in their order.
-        fits: part that was reconstructed -> how well.
+        name: name of the block.
+        matrices: results of the pruned matrices, in order.
+        fits: reconstructed part -> its errors before and after.
     """
 
     name: str
@@ -75,19 +75,20 @@ class BlockPruner:
 
     Args:
         settings: what to remove, and how.
-        names: of the matrices that are to be pruned.
+        names: names of the matrices to prune.
+        seed: seed of reconstruction.
 
     Raises:
         UsageError: see `method_of`.
 
     Attributes:
-        pattern: what to keep where no other is given.
-        kinds: of the statistics that it needs.
+        pattern: the default pattern.
+        kinds: kinds of statistics that it needs.
     """
 
-    def __init__(self, settings: PruningSettings, names: Set[str]) -> None:
+    def __init__(self, settings: PruningSettings, names: Set[str], seed: int = 0) -> None:
         self.pattern = settings.pattern
-        self._settings, self._names = settings, names
+        self._settings, self._names, self._seed = settings, names, seed
         self._method = method_of(settings)
         self.kinds: list[type[Statistic]] = [] if settings.keep_zeros else self._needed()
 
@@ -102,7 +103,7 @@ class BlockPruner:
         return bool(self.kinds or settings.reconstruct or settings.allocation == "owl")
 
     def statistic_bytes(self, matrix: Matrix) -> int:
-        """What the statistics of a matrix's inputs take, where it shares them with no other."""
+        """Bytes of the statistics of a matrix's inputs, if it shares them with no other matrix."""
         return sum(kind(matrix.weight.shape[1]).nbytes for kind in self.kinds)
 
     def matrices(self, name: str, block: nn.Module) -> list[Matrix]:
@@ -117,7 +118,7 @@ class BlockPruner:
             block: with its weights.
             pattern: what to keep.
             runs: this process's share of the calibration; empty where there is none.
-            targets: what the block ought to give for each batch, for reconstruction.
+            targets: the target outputs of the block for each batch, for reconstruction.
 
         Raises:
             SppError: see `spp.pruning.in_memory.prune_model`.
@@ -143,13 +144,14 @@ class BlockPruner:
             parameters=settings.reconstruct_params,
             epochs=settings.reconstruct_epochs,
             learning_rate=settings.reconstruct_learning_rate,
+            seed=self._seed,
         )
         return reconstruct(name, block, lambda one, batch: runs[batch](one), targets, list(runs), matrices, how)
 
     def _share_out(
         self, matrices: list[Matrix], statistics: Mapping[str, Statistics], pattern: Pattern
     ) -> list[MatrixResult]:
-        """Prune the matrices, each of several processes its share, so that all have all of them in the end."""
+        """Prune the matrices, divided among the processes; afterwards, all processes have all of them."""
         processes_ = distributed.world_size()
         mine = {
             index: self._prune_matrix(matrix, statistics.get(matrix.name, {}), pattern)
@@ -194,13 +196,13 @@ class BlockPruner:
 
 
 def _run_all(runs: Runs, block: nn.Module) -> None:
-    """Run a block over the calibration for what is seen on the way; no output is kept."""
+    """Run a block over the calibration, for the statistics that hooks collect; outputs are discarded."""
     for run in runs.values():
         run(block)
 
 
 def all_reduce_statistics(statistics: Mapping[str, Statistics]) -> None:
-    """Add up what all processes have counted, each statistic once, whoever shares it."""
+    """Add up the statistics of all processes; a shared statistic is added once."""
     distinct = {id(one): one for kinds in statistics.values() for one in kinds.values()}
     for statistic in distinct.values():
         statistic.all_reduce()

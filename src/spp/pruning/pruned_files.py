@@ -1,4 +1,4 @@
-"""The files of a pruned model in the making: finished blocks go in, and what they are like now comes out."""
+"""The files of a pruned model: takes finished blocks, writes them, and returns facts about their tensors."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class TensorFacts:
     Attributes:
         entries: weights in it.
         zeros: zeros among them.
-        zeros_before: those that were there before.
-        pattern: what it obeys, if it is sparse; looked for only where zeros are adopted.
+        zeros_before: zeros before pruning.
+        pattern: the pattern that it obeys, if it is sparse; detected only if existing zeros are kept.
         transposed: whether the file holds it as (I, O) instead of (O, I).
     """
 
@@ -49,10 +49,10 @@ class PrunedFiles:
     """Takes the tensors of a model in any order, and writes them under the names and in the dtypes that they had.
 
     Args:
-        source: the model before.
-        folder: where to write; what an earlier run wrote there is gone on with.
+        source: the dense model.
+        folder: folder to write to; files of an earlier run are continued.
         pruned: names of the parameters that are pruned.
-        adopt: whether the zeros are those of somebody else, whose pattern is to be found out.
+        adopt: whether existing zeros are kept (keep_zeros), so that their pattern is to be detected.
 
     Raises:
         SppError: there is no room for the files.
@@ -63,7 +63,7 @@ class PrunedFiles:
         self._files = Rewriting(source, folder)
 
     def copy(self, names: Iterable[str]) -> None:
-        """Write tensors as they were."""
+        """Copy tensors unchanged."""
         for name in track(sorted(names), "copying what is not pruned"):
             self._files.write(name, self._source.tensor(name))
         self._files.sync()
@@ -100,7 +100,7 @@ class PrunedFiles:
         )
 
     def finish(self) -> None:
-        """Add what else belongs to the model."""
+        """Write the model's other files."""
         self._files.finish()
 
 

@@ -1,4 +1,4 @@
-"""Block reconstruction: after masking, tune what is left of a block until it gives what the dense block gave.
+"""Block reconstruction: tune the remaining weights of a pruned block towards the outputs of the dense block.
 
 With x the hidden states that enter the block in the pruned model, x' those in the dense model, and theta the surviving
 weights (or the A and B of SPP):
@@ -6,13 +6,13 @@ weights (or the A and B of SPP):
     minimize over theta   sum over calibration batches of ||block(x; theta) - block(x'; dense)||^2
 
 (after arXiv 2510.14444, which fits attention and MLP one by one, each to the dense one on the same inputs). The targets
-are what enters the next block in the dense model, so that a block also mends what those before it did. Zeros stay +0.0.
+are the inputs of the next block in the dense model, so a block also corrects the blocks before it. Zeros stay +0.0.
 
-Memory, beyond the block and both streams of hidden states: the activations of one batch in the block, and for each
-tuned weight its value as computed with and, in fp32, a copy, its gradient and Adam's two moments. SPP has the latter of
-A and B only, but keeps a few fp32 tensors of the weights' size from a step's forward to its backward.
+Memory besides the block and both streams of hidden states: the activations of one batch in the block, and for each
+tuned weight its value in the dtype to compute in and, in fp32, a copy, its gradient and Adam's two moments. With SPP,
+the fp32 tensors are those of A and B only, but a few fp32 tensors of the weights' size live from forward to backward.
 
-Shapes: O output features, I input features, R row groups.
+Shapes: O output features, I input features, R row groups, K directions.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from spp.errors import SppError
 from spp.models.architecture import Matrix, is_transposed
-from spp.ops.reference import merged_weight
+from spp.ops.reference import fitting_groups, merged_weight
 from spp.ops.zero_proof import lost_zeros
 from spp.ops.zeros import canonical_zeros
 from spp.pruning.options import BlockPart
 
 Run = Callable[[Callable[..., Any], int], Tensor]
-"""(block or what stands for it, batch) -> its output on the hidden states that enter it in the pruned model."""
+"""(block or a function in its place, batch) -> its output for its input states in the pruned model."""
 Targets = Callable[[int], Tensor]
-"""batch -> what the block ought to give, on the same device."""
+"""batch -> the target output of the block, on the same device."""
 Weights = Mapping[str, Tensor]
 """Name of a parameter in the block -> its value."""
 
@@ -48,15 +48,19 @@ Weights = Mapping[str, Tensor]
 class Reconstruction:
     """What to tune, and how.
 
+    A and B have the shape, scale and start of the published SPP, whatever the adapter of a later training run has:
+    they are merged here, and the learning rate was chosen for them.
+
     Attributes:
         parts: what is tuned at once, one after the other: all of the block; or its attention, or its MLP, in less
             memory. Each is tuned for the output of the whole block.
-        parameters: "weights" tunes every surviving weight; "spp" the A and B of W' = W + s * W * A[g] * B, which is
+        parameters: "weights" tunes every surviving weight; "spp" the A and B of W' = W + s * W * (A[g] B), which is
             merged at the end.
         epochs: passes over the calibration batches, with a step of Adam on each batch.
         learning_rate: of the first step; it falls linearly to 0. For weights it is relative to the root mean square
             of a parameter's survivors, for A and B absolute. None takes the default of `parameters`.
-        rank: row groups R (spp).
+        r: row groups R, at most a matrix's output features (spp).
+        directions: K rows of A for each row group (spp).
         scale: s (spp).
         seed: of A's initial values (spp).
     """
@@ -65,7 +69,8 @@ class Reconstruction:
     parameters: Literal["weights", "spp"] = "weights"
     epochs: int = 8
     learning_rate: float | None = None
-    rank: int = 16
+    r: int = 16
+    directions: int = 1
     scale: float = 2.0
     seed: int = 0
 
@@ -101,7 +106,7 @@ def reconstruct(
     matrices: Sequence[Matrix],
     settings: Reconstruction,
 ) -> dict[BlockPart, Fit]:
-    """Tune the pruned matrices of a block in place; a part that does not get better stays as it was.
+    """Tune the pruned matrices of a block in place; a part that does not improve is left unchanged.
 
     The same arguments give the same bits on a CPU.
 
@@ -109,9 +114,9 @@ def reconstruct(
         name: the block's full name (`model.layers.0`).
         block: pruned, in eval mode, in any float dtype; weights are tuned in fp32 and rounded at the end.
         run: runs it, or a function in its place, on a calibration batch.
-        targets: the outputs that it ought to give: those of the dense model's block, for dense inputs.
+        targets: the target outputs: those of the dense model's block, for dense inputs.
         batches: numbers of the calibration batches, in the order of the steps.
-        matrices: those of `block` to tune. SPP leaves experts that lie in one parameter as they are.
+        matrices: matrices of `block` to tune. SPP does not tune experts that are stored in one parameter.
         settings: what to tune, and how.
 
     Returns:
@@ -141,7 +146,7 @@ def _is_tuned(matrix: Matrix, settings: Reconstruction) -> bool:
 
 
 class _Objective:
-    """How far the block is from the targets, with some of its parameters replaced.
+    """The block's distance to the targets, with some of its parameters replaced.
 
     Args:
         title: what is tuned, for errors.
@@ -159,7 +164,7 @@ class _Objective:
     def loss(self, weights: Weights, batch: int) -> Tensor:
         """Squared error of a batch over the targets' mean square, a scalar.
 
-        So it is of a size that leaves gradients within fp16's range, and far above Adam's epsilon.
+        This scale keeps gradients within fp16's range, and far above Adam's epsilon.
         """
         return self._squared_error(weights, batch) * (self._entries / self._norm)
 
@@ -180,7 +185,7 @@ class _Objective:
 
 
 class _Tuned(Protocol):
-    """What is tuned, and the weights that follow from it."""
+    """The tuned tensors, and the weights that they determine."""
 
     def rates(self) -> Iterable[tuple[Tensor, float]]:
         """Every tensor that is tuned, fp32, and what to multiply the learning rate by for it."""
@@ -217,17 +222,17 @@ class _Survivors:
 
 
 class _SppFactors:
-    """A (R, I) ~ U(-1/sqrt(I), 1/sqrt(I)) and B (O, 1) = 0 for every matrix, so that W' = W at first.
+    """A (R K, I) and B (O, K) of every matrix.
 
     Args:
         block: holds the parameters.
         matrices: linear layers' only.
-        settings: rank, scale and seed.
+        settings: r, directions, scale and seed.
     """
 
     def __init__(self, block: nn.Module, matrices: Sequence[Matrix], settings: Reconstruction) -> None:
         self._matrices = dict(zip(_parameter_names(block, matrices), matrices, strict=True))
-        self._factors = {name: _initial_factors(matrix, settings) for name, matrix in self._matrices.items()}
+        self._factors = {name: _published_start(matrix, settings) for name, matrix in self._matrices.items()}
         self._scale = settings.scale
 
     def rates(self) -> Iterable[tuple[Tensor, float]]:
@@ -235,7 +240,7 @@ class _SppFactors:
         return [(factor, 1.0) for factors in self._factors.values() for factor in factors]
 
     def weights(self) -> dict[str, Tensor]:
-        """W' = W + s * W * A[g] * B, rounded once."""
+        """W' = W + s * W * (A[g] B), rounded once."""
         return {name: self._merged(matrix, *self._factors[name]) for name, matrix in self._matrices.items()}
 
     def _merged(self, matrix: Matrix, A: Tensor, B: Tensor) -> Tensor:
@@ -255,19 +260,23 @@ def _root_mean_square(weight: Tensor) -> float:
     return math.sqrt(float(weight.square().sum()) / max(int(weight.count_nonzero()), 1))
 
 
-def _initial_factors(matrix: Matrix, settings: Reconstruction) -> tuple[Tensor, Tensor]:
-    """A and B, fp32. A depends on the seed, the matrix's name and its shape alone."""
+def _published_start(matrix: Matrix, settings: Reconstruction) -> tuple[Tensor, Tensor]:
+    """A ~ U(-1/sqrt(I), 1/sqrt(I)) and B = 0, fp32, so that W' = W.
+
+    A depends on the seed, the matrix's name and its shape alone.
+    """
     out_features, in_features = matrix.weight.shape
+    groups, directions = fitting_groups(out_features, settings.r, settings.directions)
     chance = torch.Generator().manual_seed(zlib.crc32(f"{settings.seed} {matrix.name}".encode()))
     bound = 1 / math.sqrt(in_features)
-    A = torch.empty(min(settings.rank, out_features), in_features).uniform_(-bound, bound, generator=chance)
-    B = torch.zeros(out_features, 1)
+    A = torch.empty(groups * directions, in_features).uniform_(-bound, bound, generator=chance)
+    B = torch.zeros(out_features, directions)
     device = matrix.weight.device
     return A.to(device).requires_grad_(), B.to(device).requires_grad_()
 
 
 def _tune(name: str, block: nn.Module, objective: _Objective, tuned: _Tuned, settings: Reconstruction) -> Fit:
-    """Tune, and write the weights into the block where they are better than what is there."""
+    """Tune, and write the weights into the block if they are better than before."""
     before = objective.error({})
     if not before:
         return Fit(before=0.0, after=0.0)
@@ -284,7 +293,7 @@ def _tune(name: str, block: nn.Module, objective: _Objective, tuned: _Tuned, set
 
 
 def _minimize(objective: _Objective, tuned: _Tuned, settings: Reconstruction) -> None:
-    """Adam, a step a batch, at a learning rate that falls linearly from step to step and would be 0 after the last."""
+    """Adam with one step per batch; the learning rate falls linearly, to 0 after the last step."""
     groups = [{"params": [tensor], "lr": settings.first_rate * factor} for tensor, factor in tuned.rates()]
     tensors = [tensor for tensor, _ in tuned.rates()]
     optimizer = Adam(groups)

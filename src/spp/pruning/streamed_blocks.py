@@ -1,4 +1,4 @@
-"""Decoder blocks of a model that stays in its files: read when it is their turn, handed over when done."""
+"""The decoder blocks of a model that stays in its files: each is read when it is needed, and passed on when done."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class StreamedBlocks:
 
     Args:
         model: without weights: its parameters are on the meta device, its buffers real.
-        checkpoint: where the weights are.
-        device: where to compute.
-        keep: takes the tensors of a block that is finished, and returns what is to be noted of it.
+        checkpoint: the files with the weights.
+        device: device to compute on.
+        keep: called with the tensors of a finished block; returns facts about them, as JSON values.
 
     Raises:
         SppError: the checkpoint lacks weights, or holds them in another layout.
@@ -53,7 +53,7 @@ class StreamedBlocks:
 
     @contextmanager
     def surroundings(self) -> Iterator[None]:
-        """Context manager: a module outside of the blocks gets its weights when it is first called."""
+        """Context manager in which modules outside of the blocks read their weights when they are first called."""
         inside = {id(module) for block in self._blocks for module in block.modules()}
         outside = [(name, one) for name, one in self.model.named_modules() if id(one) not in inside]
         hooks = [
@@ -74,7 +74,7 @@ class StreamedBlocks:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
-        """Context manager: a block has the weights that its files have."""
+        """Context manager that yields block `index` with the weights from its files."""
         block = self._blocks[index]
         for name, module in block.named_modules(prefix=f"{self._prefix}.{index}"):
             self._fill(name, module)
@@ -86,7 +86,7 @@ class StreamedBlocks:
             return_freed_memory()  # or each block would find less room than the one before it
 
     def keep(self, index: int) -> Any:
-        """Hand over the tensors of a block."""
+        """Pass the tensors of a block to the function `keep`."""
         block = self._blocks[index]
         tensors = dict(block.named_parameters(prefix=f"{self._prefix}.{index}"))
         tensors |= dict(block.named_buffers(prefix=f"{self._prefix}.{index}"))

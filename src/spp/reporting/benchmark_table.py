@@ -1,4 +1,4 @@
-"""Benchmark rows as a table: what all rows share is said once, numbers of a column are written alike."""
+"""Benchmark rows as a table: values that all rows share appear once, and a column has one number format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spp.reporting.units import size
 
 
 def benchmark_table(benchmark: Benchmark) -> dict[str, Any]:
-    """The name, the facts that hold for all rows, and the columns that differ: headings, which are numbers, entries."""
+    """The benchmark's name, the values that all rows share, and all other columns: heading, if numeric, entries."""
     columns = {name: [row[name] for row in benchmark.rows] for name in benchmark.rows[0]}
     same = {name: values[0] for name, values in columns.items() if len(set(values)) == 1}
     varying = {name: _entries(name, values) for name, values in columns.items() if name not in same}
@@ -25,7 +25,7 @@ def benchmark_table(benchmark: Benchmark) -> dict[str, Any]:
 
 
 def _words(column: str) -> str:
-    """`median_ms` -> `median, ms`; bytes are written with their unit."""
+    """The heading of a column: `median_ms` -> `median, ms`; bytes get no unit here, as their values have one."""
     name = column.removesuffix("_bytes")
     return (f"{name[:-3]}, ms" if name.endswith("_ms") else name).replace("_", " ")
 
@@ -33,7 +33,7 @@ def _words(column: str) -> str:
 def _entries(column: str, values: Sequence[str]) -> list[Entry]:
     numbers = [_number(value) for value in values]
     known = [number for number in numbers if number is not None]
-    if not known or len(known) < sum(bool(value) for value in values):  # words, one of them at least
+    if not known or len(known) < sum(bool(value) for value in values):  # one of them at least is not a number
         return [Entry(value, None) for value in values]
     write = size if column.endswith("_bytes") else _writer(known)
     return [Entry("", "") if number is None else Entry(write(number), repr(number)) for number in numbers]
@@ -47,7 +47,7 @@ def _number(text: str) -> float | None:
 
 
 def _writer(numbers: Sequence[float]) -> Callable[[float], str]:
-    """One number of decimals for a column: none for counts, else so many that its smallest value keeps three digits."""
+    """The number format of a column: no decimals for counts, else enough for three digits of its smallest value."""
     if all(number.is_integer() for number in numbers):
         return "{:,.0f}".format
     sizes = [abs(number) for number in numbers if number and math.isfinite(number)]

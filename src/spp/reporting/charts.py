@@ -1,4 +1,4 @@
-"""Charts as inline SVG: pure functions from numbers to markup, no script, no fonts, nothing to fetch.
+"""Charts as inline SVG: pure functions from numbers to markup, without scripts, fonts or external resources.
 
 Colours are CSS classes of the page, so that charts follow its light and dark themes. Every chart has a title and a
 description in words for screen readers. All text goes through `Markup.format`, which escapes it.
@@ -15,7 +15,7 @@ from markupsafe import Markup
 WIDTH = 520
 _BAR_ROW, _BAR_HEIGHT = 50, 12
 _HEAT_ROW, _WIDE_CELL, _NARROW_CELL = 26, 44, 12
-# Of a chart by itself; in a page, the page's own style sheet has the colours.
+# Style of a standalone chart; in a page, the page's own style sheet has the colours.
 _STYLE = """
 svg { background: #fff; padding: 12px; font: 14px system-ui, sans-serif; }
 text { fill: #1e1d1a; } .strong { font-weight: 600; } .track { fill: #efebe3; } .accent { fill: #0e6a68; }
@@ -33,7 +33,7 @@ class Axis:
     end: float
 
     def at(self, value: float) -> float:
-        """The pixel of a value; the middle where the axis has no extent."""
+        """The pixel of a value; the middle if `low` equals `high`."""
         if self.high == self.low:
             return (self.start + self.end) / 2
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
@@ -73,10 +73,10 @@ def bar_chart(name: str, title: str, bars: Sequence[Bar], full: float = 0) -> Ma
     """Horizontal bars from zero, each under a line with its label and its text.
 
     Args:
-        name: unique in the page, for ids.
-        title: what is shown.
+        name: prefix of ids, unique in the page.
+        title: title of the chart.
         bars: finite values are drawn to scale, an infinite one at full length; a NaN has no bar.
-        full: the value of the full length, unless one is larger.
+        full: the value of a bar of full length, unless a bar's value is larger.
     """
     finite = [bar.value for bar in bars if math.isfinite(bar.value)]
     axis = Axis(0, max([full, *finite]) or 1, 0, WIDTH)
@@ -106,7 +106,7 @@ def bar_chart(name: str, title: str, bars: Sequence[Bar], full: float = 0) -> Ma
 
 
 def standalone(chart: Markup) -> str:
-    """A chart as an SVG file of its own, with its colours."""
+    """The text of a standalone SVG file of a chart, with its colours."""
     name_space = Markup('<svg xmlns="http://www.w3.org/2000/svg" ')
     head, body = chart.replace(Markup("<svg "), name_space, 1).split(Markup(">"), 1)
     return f"{head}><style>{_STYLE}</style>{body}\n"
@@ -122,11 +122,11 @@ def heat_map(
     """A grid of shades from 0 (pale) to `high` (full).
 
     Args:
-        name: unique in the page, for ids.
-        title: what is shown.
+        name: prefix of ids, unique in the page.
+        title: title of the chart.
         cells: (row, column) -> cell; a missing one stays empty, an infinite or NaN value gets the full shade.
         high: the value of the full shade.
-        column_label: what the columns are.
+        column_label: label of the column axis.
     """
     rows = list(dict.fromkeys(row for row, _ in cells))
     columns = sorted({column for _, column in cells})
@@ -161,7 +161,7 @@ def heat_map(
 
 
 def shade(value: float, high: float) -> float:
-    """Opacity of a cell: 0.06 for 0, so that it is seen, to 1 for `high` and what is above it or not a number."""
+    """Opacity of a cell: from 0.06 for 0, so that it is visible, to 1 for `high`, values above it, and NaN."""
     share = value / high if high > 0 else 0.0
     return 1.0 if math.isnan(share) else 0.06 + 0.94 * min(max(share, 0.0), 1.0)
 

@@ -1,4 +1,4 @@
-"""What a report is made from: results.json files of runs and rows of benchmarks, checked before anything is drawn."""
+"""Read the inputs of a report, results.json files of runs and rows of benchmarks, and check them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spp.errors import SppError, UsageError
 from spp.reporting.results import RunResults
 
 RESULTS, RECORDS = "results.json", "stages"
-"""Names in the folder of a run: its results, and the folder with a record of every finished stage."""
+"""Names in the folder of a run: its results, and the folder with the records of finished stages."""
 
 _REQUIRED_COLUMNS = ("date", "device", "hardware")
 _WRONG_SHOWN = 5
@@ -24,7 +24,7 @@ _WRONG_SHOWN = 5
 
 @dataclass(frozen=True)
 class Run:
-    """A run: the name that tells it from the others, and what its results.json holds."""
+    """A run: a name that is unique in the report, and the content of its results.json."""
 
     name: str
     results: RunResults
@@ -39,15 +39,15 @@ class Benchmark:
 
 
 def results_path(path: Path) -> Path:
-    """The results.json of a run that is named by its folder or by that file."""
+    """The results.json of a run, given its folder or that file."""
     return path / RESULTS if path.is_dir() else path
 
 
 def read_results(path: Path) -> RunResults:
-    """Read what `spp run` left in a folder or a results.json.
+    """Read the results of `spp run` from its folder or its results.json.
 
     Raises:
-        UsageError: there is nothing, the run is unfinished, or the file holds something else.
+        UsageError: there are none, the run is unfinished, or the file holds something else.
         SppError: it is not JSON.
     """
     if not path.exists():
@@ -83,7 +83,7 @@ def _describe(problem: Any) -> str:
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of paths that tell them apart: a folder's name, with its parents where two have the same.
+    """The shortest unique ends of paths: a folder's name, with parent folders if two runs have the same name.
 
     Raises:
         UsageError: a run is given twice.

@@ -1,4 +1,4 @@
-"""Any nested mapping as rows of label and text, so that a key which is new or gone is no problem."""
+"""Nested mappings as rows of label and text, whatever their keys: added or missing keys are no error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LABELS = {
 def facts(
     values: Mapping[str, Any], *, skip: Collection[str] = (), missing: str = "none", prefix: str = ""
 ) -> Iterator[tuple[str, str]]:
-    """Label and text of every value that is not in `skip`; nested ones have their parent's name in front."""
+    """Label and text of every value whose key is not in `skip`; labels of nested values start with the outer key."""
     for key, value in values.items():
         if key in skip:
             continue

@@ -1,4 +1,4 @@
-"""Lines over steps as inline SVG. They differ by dash and marker as well as by colour, and are named at their ends."""
+"""Lines over steps as inline SVG. Lines differ in dash and marker as well as in colour, with labels at their ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """A line: what is written at its end, its finite points in the order of x, and whether their mean is drawn."""
+    """A line: the label at its end, its finite points in the order of x, and whether their running mean is drawn."""
 
     label: str
     points: Sequence[Point]
@@ -30,7 +30,7 @@ class Line:
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean of each value and its neighbours, `width` (odd) of them where the ends do not cut some off."""
+    """Mean of each value and its neighbours: `width` (odd) values, fewer at the ends."""
     half = width // 2
     windows = (values[max(index - half, 0) : index + half + 1] for index in range(len(values)))
     return [sum(window) / len(window) for window in windows]
@@ -39,14 +39,14 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
 def line_chart(name: str, title: str, lines: Sequence[Line], x_label: str, y_label: str) -> Markup:
     """Lines over a count, each as the running mean of its points where there are many.
 
-    One line stands for itself, with the points behind it; several have markers, and labels at their ends.
+    A single line is drawn over its points; several lines have markers, and labels at their ends.
 
     Args:
-        name: unique in the page, for ids.
-        title: what is shown.
-        lines: each with one point at least; looks repeat after 30 of them.
+        name: prefix of ids, unique in the page.
+        title: title of the chart.
+        lines: each with at least one point; styles repeat after 30 lines.
         x_label: what is counted.
-        y_label: what is drawn, and its unit.
+        y_label: the quantity and its unit.
     """
     drawn = [list(_smoothed(line)) for line in lines]
     smooth = [line for line in lines if line.smooth]
@@ -71,7 +71,7 @@ def line_chart(name: str, title: str, lines: Sequence[Line], x_label: str, y_lab
 
 
 def swatch(index: int) -> Markup:
-    """A short piece of the line with this index, for legends."""
+    """A short line in the style of the line with this index, for legends."""
     line = Markup(
         '<svg class="swatch" viewBox="0 0 44 14" width="44" height="14" aria-hidden="true">'
         '<line class="line look-{}" x1="1" x2="43" y1="7" y2="7" stroke-dasharray="{}"/>{}</svg>'
@@ -80,7 +80,7 @@ def swatch(index: int) -> Markup:
 
 
 def _width(line: Line) -> int:
-    """How many neighbouring points a point of the drawn line is the mean of."""
+    """Width of the running mean that is drawn, in points."""
     return int(len(line.points) * _SMOOTHING_SHARE) | 1 if line.smooth else 1
 
 
@@ -108,7 +108,7 @@ def _polyline(kind: str, index: int, x_axis: Axis, y_axis: Axis, points: Sequenc
 
 
 def _marked(points: Sequence[Point], index: int) -> list[Point]:
-    """A few points of a line, the last among them; those of the next line are elsewhere, so that both are seen."""
+    """The points of a line that get a marker, the last among them; offset from the next line's, so both are visible."""
     shift = (index % len(_MARKERS)) / len(_MARKERS)
     places = [(number + shift) / _MARKERS_ON_LINE for number in range(_MARKERS_ON_LINE)]
     chosen = {round(place * (len(points) - 1)) for place in places} | {len(points) - 1}
@@ -122,7 +122,7 @@ def _marker(index: int, x: float, y: float) -> Markup:
 
 
 def _end_labels(labels: Sequence[str], ends: Sequence[tuple[float, float]]) -> list[Markup]:
-    """Each label at its line's end, moved down or up where another one is in the way."""
+    """Labels at the ends of their lines, moved up or down so that they do not overlap."""
     placed: list[tuple[float, float]] = []
     texts = []
     template = Markup('<text class="label strong" x="{:.1f}" y="{:.1f}">{}</text>')

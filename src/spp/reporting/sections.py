@@ -1,4 +1,4 @@
-"""What the report shows of one run, as text and charts. A part that an older file lacks is left out."""
+"""The sections of the report on one run, as text and charts. A section that an older file lacks is left out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LAYER = re.compile(r"^(?:.*?\.)?(\d+)\.(.+?)(?:\.weight)?$")
 
 
 def run_sections(run: Run, prefix: str) -> dict[str, Any]:
-    """Everything that the template shows of a run; `prefix` makes its ids unique in the page."""
+    """The template's variables for one run; `prefix` makes its ids unique in the page."""
     results = run.results
     return {
         "name": run.name,
@@ -90,10 +90,10 @@ def _loss_note(recorded: int, drawn: int) -> str:
 
 
 def _layer_charts(results: RunResults, prefix: str) -> list[dict[str, Any]]:
-    """Heat maps of layers by kinds of matrices: sparsity, and the largest relative change."""
+    """Heat maps over layers and kinds of matrices: sparsity, and the largest relative change."""
     pruned, compared = results.sparsity.tensors, results.verification.tensors
     sparsities = {name: one.sparsity for name, one in pruned.items()}
-    shown = [name for name in pruned or compared if name in compared]  # rows in one order in both charts
+    shown = [name for name in pruned or compared if name in compared]  # the same order of rows in both charts
     changes = {name: compared[name].largest_relative_change for name in shown}
     charts = []
     for name, title, values, ceiling in (
@@ -111,7 +111,7 @@ def _layer_charts(results: RunResults, prefix: str) -> list[dict[str, Any]]:
 
 
 def _cells(values: Mapping[str, float | None]) -> dict[tuple[str, int], Cell]:
-    """Cells by (kind, layer) of tensors with a layer number in their names; experts share one: the largest of them."""
+    """(kind, layer) -> cell, of tensors with a layer number in their names; experts share the cell of the largest."""
     largest: dict[tuple[str, int], float] = {}
     for name, value in values.items():
         if value is not None and (found := _LAYER.match(name)):
@@ -124,7 +124,7 @@ def _cells(values: Mapping[str, float | None]) -> dict[tuple[str, int], Cell]:
 
 
 def _percent(value: float) -> str:
-    """A percentage that fits a cell."""
+    """A percentage short enough for a cell."""
     if not math.isfinite(value):
         return "!"
     return f"{value * 100:.0f}" if value < 9.995 else f"{value * 100:.0e}".replace("e+0", "e")

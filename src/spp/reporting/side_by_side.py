@@ -1,4 +1,4 @@
-"""Several runs side by side: their figures, their loss curves, and in what they were done differently."""
+"""Several runs side by side: their figures, their loss curves, and the differences in their protocols."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spp.reporting.units import duration, figure, share, size
 
 _MISSING = "none"
 _LABEL = 40
-"""Characters of a label that a bar has room for on a phone."""
+"""Most characters of a bar's label that fit on a phone."""
 _PROVED = {"good": "yes", "bad": "FAILED", "unknown": "no proof"}
 _QUALITY = (
     "Model", "Pattern", "Criterion", "Sparsity", "Dense", "Pruned", "SPP", "Gap closed", "Trainable", "Time",
@@ -30,7 +30,7 @@ _CURVES = ("Steps", "Tokens", "First loss", "Last loss", "Tokens/s", "Peak memor
 
 
 def overall_verdict(runs: Sequence[Run]) -> dict[str, Any]:
-    """The verdict on all runs, which is that of the worst one; its problems are the names of those that failed."""
+    """The verdict on all runs: that of the worst run; its problems are the names of the failed runs."""
     states = [verdict(run.results)["state"] for run in runs]
     failed = [run.name for run, state in zip(runs, states, strict=True) if state == "bad"]
     unknown = [run.name for run, state in zip(runs, states, strict=True) if state == "unknown"]
@@ -54,7 +54,7 @@ def overall_verdict(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def quality_table(runs: Sequence[Run]) -> dict[str, Any]:
-    """Headings, and a row of entries for every run."""
+    """The headings, and the entries of a row for each run."""
     return {"headings": _QUALITY, "rows": [_quality(run.results) for run in runs]}
 
 
@@ -78,7 +78,7 @@ def _entry(value: Any, write: Any) -> Entry:
 
 
 def curves(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """All loss curves in one chart, and a table that is their legend: number, name and figures of each."""
+    """All loss curves in one chart, with a table as their legend: number, name and figures of each run."""
     lines, rows = [], []
     for number, run in enumerate(runs, 1):
         training = run.results.training
@@ -105,7 +105,7 @@ def _curve(training: Training, points: Sequence[tuple[float, float]]) -> list[En
 
 
 def protocols(runs: Sequence[Run]) -> dict[str, Any]:
-    """How the runs were done: `same` for all, `differing`, and `warnings`, which keep perplexities from comparing."""
+    """The runs' protocols: `same` for all, `differing`, and `warnings` that perplexities cannot be compared."""
     found = [run.results.protocol for run in runs]
     compared = side_by_side([facts(_evaluation(protocol)) for protocol in found])
     rest = side_by_side([facts(protocol.plain(), skip={"evaluation", "criterion_title"}) for protocol in found])
@@ -117,15 +117,15 @@ def protocols(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _evaluation(protocol: Protocol) -> dict[str, Any]:
-    """How perplexity was measured, without how long that took."""
+    """How perplexity was measured, without the time that it took."""
     return {key: value for key, value in protocol.evaluation.items() if key != "seconds"}
 
 
 def side_by_side(columns: Sequence[Iterable[tuple[str, str]]]) -> dict[str, Any]:
-    """Facts of several runs: `differing` ones as label and text of each run, `same` ones as label and text."""
+    """Facts of several runs: `differing` ones as label and the text of each run, `same` ones as label and text."""
     runs = [dict(column) for column in columns]
     found = list(dict.fromkeys(label for run in runs for label in run))
-    # Where one run has a part of several facts, another that has "none" in its place lacks each of them.
+    # If one run has several facts under a label, a run that has "none" there lacks each of them.
     labels = [label for label in found if not any(other.startswith(f"{label}: ") for other in found)]
     rows = [(label, [run.get(label, _MISSING) for run in runs]) for label in labels]
     return {
@@ -135,7 +135,7 @@ def side_by_side(columns: Sequence[Iterable[tuple[str, str]]]) -> dict[str, Any]
 
 
 def grouped(rows: Sequence[tuple[str, str]], plain: str = "Run") -> list[tuple[str, list[tuple[str, str]]]]:
-    """Caption and rows of one table for the `plain` facts, and of one for each part that labels begin with."""
+    """Caption and rows of a table for facts without a prefix, named `plain`, and of one for each prefix of labels."""
     tables: dict[str, list[tuple[str, str]]] = {}
     for label, text in rows:
         part, colon, rest = label.partition(": ")
@@ -145,7 +145,7 @@ def grouped(rows: Sequence[tuple[str, str]], plain: str = "Run") -> list[tuple[s
 
 
 def gap_chart(runs: Sequence[Run]) -> Markup:
-    """A bar for the gap that each run closed; one that is not defined has none."""
+    """A bar for the gap that each run closed, if it is defined."""
     bars = []
     for number, run in enumerate(runs, 1):
         closed = gap_value(run.results)

@@ -1,4 +1,4 @@
-"""What came out of a run in a few words and figures: for the top of the report, and for the terminal."""
+"""The results of a run in a few words and figures, for the top of the report and for the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PROBLEMS_SHOWN = 20
 
 
 def summary_table(results: RunResults) -> Table:
-    """What came out, in a few rows."""
+    """The results of a run as a table of a few rows."""
     table = Table(show_header=False, box=None)
     rows = [(f"{MODELS[name]} perplexity", figure(value)) for name, value in perplexities(results).items()]
     rows.append(("verified", verdict(results)["sentence"]))
@@ -29,7 +29,7 @@ def summary_table(results: RunResults) -> Table:
 
 
 def verdict(results: RunResults) -> dict[str, Any]:
-    """Whether the zeros were kept: state (`good`, `bad`, `unknown`), title, sentence, and the first of the problems."""
+    """Whether the zeros were kept: state (`good`, `bad`, `unknown`), title, sentence, and the first few problems."""
     verification = results.verification
     verified = verification.verified if results.verified is None else results.verified
     problems = verification.problems
@@ -54,7 +54,7 @@ def verdict(results: RunResults) -> dict[str, Any]:
 
 
 def subject(results: RunResults) -> dict[str, str | None]:
-    """What the run was about: model, pattern, and criterion in the field's spelling."""
+    """The run's model and pattern, and the name of its criterion as in papers."""
     protocol = results.protocol
     return {
         "model": _short(protocol.model or "a model"),
@@ -64,18 +64,18 @@ def subject(results: RunResults) -> dict[str, str | None]:
 
 
 def _short(model: str) -> str:
-    """A folder by its last name alone; a hub id as it is."""
+    """The last part of a folder's path; a hub id as it is."""
     return Path(model).name or model if model.startswith(("/", ".", "~")) or model.count("/") > 1 else model
 
 
 def perplexities(results: RunResults) -> dict[str, float]:
-    """Those that are known of the dense, the pruned and the fine-tuned model."""
+    """The known perplexities of the dense, the pruned and the fine-tuned model."""
     found = {name: results.perplexity.get(name) for name in MODELS}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def headline(results: RunResults) -> list[tuple[str, str, str]]:
-    """The figures that people ask for first: label, value, and what it means."""
+    """The most important figures: label, value, and meaning."""
     rows = [("Gap closed", *gap(results))]
     sparsity = results.sparsity
     if sparsity.overall is not None:
@@ -89,7 +89,7 @@ def headline(results: RunResults) -> list[tuple[str, str, str]]:
 
 
 def gap(results: RunResults) -> tuple[str, str]:
-    """The gap closed, or that it is not defined, and what that means."""
+    """The gap closed as text, or "not defined", and its meaning."""
     value = gap_value(results)
     if value is None:
         return "not defined", _why_no_gap(perplexities(results))
@@ -99,7 +99,7 @@ def gap(results: RunResults) -> tuple[str, str]:
 
 
 def gap_value(results: RunResults) -> float | None:
-    """The gap closed, where it is defined."""
+    """The gap closed; None if it is not defined."""
     value = results.gap_closed
     return value if value is not None and math.isfinite(value) else None
 

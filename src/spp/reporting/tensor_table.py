@@ -1,4 +1,4 @@
-"""The report's table of tensors: what pruning and fine-tuning did to each, with totals."""
+"""The report's table of tensors: how pruning and fine-tuning changed each of them, with totals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spp.reporting.units import share
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its heading, how it follows from a tensor (None: unknown), and how it is written."""
+    """A column: its heading, a tensor's value in it (None: unknown), and the format of that value."""
 
     heading: str
     value: Callable[[PrunedTensor, ComparedTensor], float | None]
@@ -21,7 +21,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell: its text, and the number that it is sorted by: empty where that is not known, None where it is words."""
+    """A cell: its text, and the number to sort by: empty if that is unknown, None if the cell is text."""
 
     text: str
     key: str | None
@@ -29,7 +29,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor; `failed` where its zeros were not kept."""
+    """The row of one tensor; `failed` if its zeros were not kept."""
 
     name: str
     failed: bool
@@ -58,7 +58,7 @@ COLUMNS = (
 
 
 def tensor_table(results: RunResults) -> dict[str, Any] | None:
-    """Headings, a row for every tensor that was pruned or compared, and the totals of compared ones."""
+    """Headings, a row for every tensor that was pruned or compared, and the totals of the compared ones."""
     pruned, compared = results.sparsity.tensors, results.verification.tensors
     names = list(dict.fromkeys([*pruned, *compared]))
     if not names:
@@ -83,7 +83,7 @@ def _entries(pruned: PrunedTensor, compared: ComparedTensor) -> list[Entry]:
 
 
 def _total(tensors: Sequence[ComparedTensor]) -> ComparedTensor:
-    """All tensors as one: sums of what is known of their counts, and the largest of their changes."""
+    """All tensors as one: the sums of their known counts, and the largest of their changes."""
 
     def total(value: Callable[[ComparedTensor], int | None]) -> int | None:
         known = [count for count in map(value, tensors) if count is not None]

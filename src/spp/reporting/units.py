@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers as text for people."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def share(value: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that people read."""
+    """A number of bytes in B, KiB, MiB or GiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"
@@ -28,7 +28,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0.42 s`, `59.9 s`, `3 min 20 s`, `2 h 05 min`."""
+    """A time as `0.42 s`, `59.9 s`, `3 min 20 s` or `2 h 05 min`."""
     if not math.isfinite(seconds):
         return figure(seconds)
     if seconds < 10:

@@ -1,1 +1,1 @@
-"""The machine under the work: devices, processes, memory, progress."""
+"""Devices, processes, memory and progress bars."""

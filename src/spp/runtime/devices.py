@@ -9,12 +9,12 @@ from spp.runtime import distributed
 
 
 def pick_device(device: str) -> torch.device:
-    """The device that `auto` or a name stands for: an accelerator where there is one, else the CPU.
+    """The torch device for `auto` (an accelerator if there is one, else the CPU) or for a name.
 
-    Of several processes that torchrun started on a machine, each gets an accelerator of its own.
+    Under torchrun, each process on a machine gets an accelerator of its own.
 
     Raises:
-        UsageError: the device is unknown or not on this machine, or one and the same for several processes.
+        UsageError: the device is unknown or not on this machine, or several processes would share it.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
@@ -34,7 +34,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def compute_dtype(asked: str, device: torch.device) -> str | torch.dtype:
-    """What transformers gets as `dtype`: the asked one; for `auto` fp32 on a CPU, else the checkpoint's own.
+    """The `dtype` argument for transformers: `asked`; for `auto` fp32 on a CPU, else the checkpoint's own.
 
     Every bf16 and fp16 weight is exact in fp32, and most CPUs multiply fp32 several times faster.
     """

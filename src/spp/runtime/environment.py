@@ -1,4 +1,4 @@
-"""What this installation runs on: versions and hardware, in words that may be shared."""
+"""Versions and hardware of this installation, without anything private."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from spp._version import __version__
 
 Value = TypeVar("Value")
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
-# Package -> extra of spp that brings it.
+# Package -> the extra of spp that installs it.
 OPTIONAL = {"trl": "trl", "lm_eval": "eval", "deepspeed": "deepspeed", "bitsandbytes": "quant"}
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of spp, Python and every package that matters, without importing any; None where one is missing."""
+    """Versions of spp, Python and every relevant package, without importing them; None for a missing package."""
     return {
         "spp": __version__,
         "python": platform.python_version(),
@@ -31,17 +31,17 @@ def versions() -> dict[str, str | None]:
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
-    except Exception:  # missing, or with metadata that cannot be read
+    except Exception:  # missing, or its metadata cannot be read
         return None
 
 
 def environment() -> dict[str, Any]:
-    """The hardware, in words and numbers that may be shared: no user, host or folder names.
+    """The hardware, without user, host or folder names.
 
     Returns:
         system, cpu (model name), cpu_instructions (widest set that torch uses), cores (that this process may use),
         threads (torch's), memory_bytes, and accelerators: a list of name and memory_bytes (None for shared memory).
-        A value is None where it cannot be found out.
+        A value that cannot be determined is None.
     """
     facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
@@ -55,7 +55,7 @@ def environment() -> dict[str, Any]:
 
 
 def _or_none(measure: Callable[[], Value]) -> Value | None:
-    """What can be measured here; anything can fail in any way."""
+    """The result of `measure`; None if it fails, in whatever way."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""What a memory estimate is made of: bytes by part, and what is free on the device."""
+"""The form of a memory estimate, bytes by part, and the free memory of a device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import import_module
 import psutil
 import torch
 
-_CUBLAS = 32 * 2**20  # its workspace on Hopper, which torch counts as a tensor; less elsewhere
+_CUBLAS = 32 * 2**20  # cuBLAS's workspace on Hopper, which torch counts as a tensor; smaller on other GPUs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +16,8 @@ class MemoryPrediction:
     """The predicted peak of a run on one device, in bytes by part.
 
     Attributes:
-        parts: what -> bytes.
-        available: free on the device now.
+        parts: name of the part -> bytes.
+        available: bytes that are free on the device now.
     """
 
     parts: dict[str, int]
@@ -26,12 +26,12 @@ class MemoryPrediction:
 
     @property
     def total(self) -> int:
-        """Bytes of all parts."""
+        """Sum of all parts, in bytes."""
         return sum(self.parts.values())
 
 
 def libraries(module: str, device: torch.device) -> dict[str, int]:
-    """Bytes of Python and of all that a module imports, or of what they take on a GPU."""
+    """Bytes of Python and everything that a module imports; for a GPU, bytes that libraries take there."""
     import_module(module)
     if device.type == "cpu":
         return {"Python and libraries": psutil.Process().memory_info().rss}
@@ -39,7 +39,7 @@ def libraries(module: str, device: torch.device) -> dict[str, int]:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of the device."""
+    """Free memory of the device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available

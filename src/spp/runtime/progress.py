@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar on a terminal, nothing elsewhere."""
+"""Progress bars on standard error, if that is a terminal."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Item = TypeVar("Item")
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Yield `items`, showing how many are done; `total` is needed where `items` has no length."""
+    """Yield `items`, and show how many are done; `total` is needed if `items` has no length."""
     with _bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         yield from progress.track(items, description=description, total=total)
 
 
 @contextmanager
 def track_bytes(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show how many of `total` bytes are done, and how many a second; yields what adds to them."""
+    """Context manager: shows how many of `total` bytes are done, and the rate; yields a function that adds bytes."""
     with _bar(DownloadColumn(), TransferSpeedColumn()) as progress:
         task = progress.add_task(description, total=total, completed=done)
         yield lambda count: progress.advance(task, count)

@@ -1,4 +1,4 @@
-"""Count the bytes of tensors that are alive, op by op; on fake tensors, without computing or allocating anything."""
+"""Count the bytes of live tensors, op by op; with fake tensors, nothing is computed or allocated."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, counts the storages that ops make, until the last tensor on each is gone.
+    """While active, counts the storages that ops allocate, each until its last tensor is freed.
 
     Attributes:
-        now: bytes alive, of those made while this was active.
-        peak: most of them at once.
+        now: bytes of live storages that were allocated while this was active.
+        peak: largest value of `now`.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class LiveBytes(TorchDispatchMode):
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in _storages((args, kwargs))}  # a view of what was there is nothing new
+        given = {storage._cdata for storage in _storages((args, kwargs))}  # a view of an argument allocates nothing
         for storage in _storages(result):
             if storage._cdata not in given:
                 self._count(storage)
@@ -55,7 +55,7 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 
 def make_fake(model: nn.Module, device: torch.device) -> None:
-    """Replace a model's parameters and buffers by fake ones on a device; within a FakeTensorMode."""
+    """Replace a model's parameters and buffers by fake ones on a device; call it in a FakeTensorMode."""
     for module in model.modules():
         for name, held in module._parameters.items():
             if held is not None:
@@ -67,14 +67,14 @@ def make_fake(model: nn.Module, device: torch.device) -> None:
 
 
 def peak_of_a_step(model: nn.Module, batch: dict[str, torch.Size], device: torch.device) -> int:
-    """Most bytes that the forward and the backward pass of a training step hold besides the parameters.
+    """Peak bytes of the forward and backward pass of a training step, besides the parameters.
 
-    Nothing is computed: the parameters and buffers are replaced by fake ones, so that `model` is of no use afterwards.
+    Nothing is computed: parameters and buffers are replaced by fake ones, so `model` cannot be used afterwards.
 
     Args:
-        model: on any device, the meta device among them; gives `loss` and `logits`, and is in training mode.
+        model: in training mode, on any device, also the meta device; its output has `loss` and `logits`.
         batch: name -> shape of its integer inputs.
-        device: where the step would run; kernels differ in what they keep.
+        device: device that the step would run on; kernels of devices differ in what they save.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         make_fake(model, device)
@@ -82,6 +82,6 @@ def peak_of_a_step(model: nn.Module, batch: dict[str, torch.Size], device: torch
         with LiveBytes() as live:
             output = model(**inputs)
             loss = output.loss
-            del output  # and the logits with it, as in training
+            del output  # and with it the logits, as in training
             loss.backward()
     return live.peak

@@ -1,4 +1,4 @@
-"""The best adapter of a training run, by its loss on examples that were held out."""
+"""The best adapter of a training run, by its loss on held-out examples."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _WEIGHTS, _RECORD = "adapter.safetensors", "best.json"
 
 
 class BestAdapter(TrainerCallback):
-    """Keeps the adapter of the lowest validation loss, apart from the checkpoints to resume from.
+    """Saves the adapter with the lowest validation loss, separate from the checkpoints to resume from.
 
     Args:
-        folder: where; the best of an earlier part of the same run is found again.
-        tensors: the adapter's, as they are now.
+        folder: folder to save it to; after a resume, the best adapter there is used.
+        tensors: function that returns the adapter's present tensors.
 
     Attributes:
-        loss: of the best so far, in nats per token.
-        step: after which it was.
+        loss: loss of the best adapter so far, in nats per token.
+        step: the step that it is from.
     """
 
     def __init__(self, folder: Path, tensors: Callable[[], dict[str, Tensor]]) -> None:
@@ -54,5 +54,5 @@ class BestAdapter(TrainerCallback):
                 write_json(partial / _RECORD, {"loss": loss, "step": state.global_step})
 
     def tensors(self) -> dict[str, Tensor]:
-        """The best adapter's."""
+        """The tensors of the best adapter."""
         return load_file(self._folder / _WEIGHTS)

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run that can be killed at any moment: which of them are complete."""
+"""The checkpoints of a training run, and which of them are complete: the run may be killed at any time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _COMPLETE = "complete.json"
 
 
 class Checkpoints(TrainerCallback):
-    """The checkpoints of a run; as a callback, it marks each one once all of it is on disk.
+    """The checkpoints of a run; as a callback, it marks each one when it is completely on disk.
 
     Args:
-        folder: where they are.
+        folder: folder of the checkpoints.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,7 +51,7 @@ class Checkpoints(TrainerCallback):
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
-    """Size in bytes of every file but the mark itself."""
+    """Size in bytes of every file except the mark itself."""
     files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != _COMPLETE]
     return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
 

@@ -1,4 +1,4 @@
-"""What can be refused before a model is loaded: settings that do not go together, and libraries that are not there."""
+"""Checks before a model is loaded: incompatible settings and missing libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spp.training.trainer_arguments import batching, reports
 
 
 def check_settings(settings: TrainingSettings) -> None:
-    """Refuse what these processes with these libraries cannot do.
+    """Refuse settings that these processes and the installed libraries do not support.
 
     Raises:
         UsageError: a batch that does not divide, or a library that is not installed; lists every problem.

@@ -1,6 +1,6 @@
-"""How far a model's next-token distributions are from a teacher's, known whole or by its likeliest tokens only.
+"""Divergence of a model's next-token distributions from a teacher's full distributions, or from its likeliest tokens.
 
-Shapes: N predicted tokens, V vocabulary, K tokens known of each of the teacher's distributions.
+Shapes: N predicted tokens, V vocabulary, K stored tokens of each of the teacher's distributions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def divergence_of_top(logits: Tensor, tokens: Tensor, log_probabilities: Tensor, temperature: float) -> Tensor:
-    """The same of a teacher known by K tokens: all others count as one, so that it is a lower bound of `divergence`.
+    """`divergence` from K stored tokens of the teacher; all others count as one token, so it is a lower bound.
 
     Args:
         logits: (N, V).

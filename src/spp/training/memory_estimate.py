@@ -1,7 +1,7 @@
-"""How much memory a training run will need, before it is started: what `spp train --dry-run` prints.
+"""Predict the memory of a training run, for `spp train --dry-run`.
 
-Weights are counted in the files. A training step is run on tensors without contents, so that whatever the model's code
-keeps for backward is counted as it is, with no formula for any architecture.
+Weights are counted from the files. A training step is traced on fake tensors, so that everything that the model saves
+for backward is counted, without formulas for architectures.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 
 from spp.checkpoints.checkpoint import Checkpoint
 from spp.checkpoints.hub import resolve_model
-from spp.checkpoints.rewrite import tensor_name
-from spp.errors import UsageError
 from spp.models.architecture import prunable_linears, shape_oi, weight_oi
 from spp.models.loading import context_window, kind_of, load_config
+from spp.models.weight_map import known_parts
 from spp.ops import packs_well
 from spp.ops.autograd import scratch_bytes
-from spp.ops.packed import WORTH_PACKING, packed_bytes, zero_share
+from spp.ops.packed import WORTH_PACKING, packed_bytes
 from spp.runtime.devices import compute_dtype, pick_device
 from spp.runtime.memory_estimate import MemoryPrediction, available_bytes, libraries
 from spp.runtime.progress import track
@@ -44,12 +43,12 @@ _HEAP_SLACK = 0.42
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPrediction(MemoryPrediction):
-    """That of a training run.
+    """The predicted memory of a training run.
 
     Attributes:
         gradient_checkpointing: whether the run would use it.
-        packed: layers whose weights would be packed.
-        sequences, tokens: of a batch on the device, and of a sequence in it.
+        packed: number of layers whose weights would be packed.
+        sequences, tokens: sequences of a batch on the device, and tokens of a sequence.
     """
 
     gradient_checkpointing: bool
@@ -99,7 +98,7 @@ def predict_training(options: TrainOptions) -> TrainingPrediction:
 
 
 def _teacher(options: TrainOptions, config: Any, batch: torch.Size, device: torch.device) -> dict[str, int]:
-    """Bytes by part of a model that is learned from."""
+    """Bytes of the teacher, by part."""
     if options.teacher is None:
         return {}
     predictions = {"comparing predictions": _COMPARED * 4 * batch.numel() * config.get_text_config().vocab_size}
@@ -111,7 +110,7 @@ def _teacher(options: TrainOptions, config: Any, batch: torch.Size, device: torc
 
 
 def needs_checkpointing(options: TrainOptions, model: PreTrainedModel, batch: torch.Size, device: torch.device) -> bool:
-    """Whether a model that is loaded can be trained on batches of this shape only with gradient checkpointing.
+    """Whether a loaded model needs gradient checkpointing to be trained on batches of this shape.
 
     Args:
         options: of the run; what they say about checkpointing is followed.
@@ -156,7 +155,7 @@ def needs_of_a_step(
 
 
 def _skeleton(options: TrainOptions, config: Any, device: torch.device) -> PreTrainedModel:
-    """The model without memory, in the dtype that it would compute in."""
+    """The model on the meta device, in the dtype that it would compute in."""
     dtype = compute_dtype(options.dtype, device)
     dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
     with torch.device("meta"):
@@ -175,20 +174,18 @@ def _weights(
     pack = (packs_well(device) if options.pack is None else options.pack) or (
         bool(checkpoint.packed) and options.pack is not False
     )
+    parts = known_parts(model, checkpoint) if pack else {}
     kinds = {"packed weights": 0, "dense weights": 0}
     packed = 0
     for name, layer in track(linears.items(), "counting weights", total=len(linears)):
-        stored = tensor_name(checkpoint, name)
-        if stored is None:
-            raise UsageError(f"model {options.model!r} lacks the weight of {name}, or it is stored under another name")
-        dense = layer.get_parameter("weight").nbytes
-        tensor = checkpoint.tensor(stored) if pack else None
-        if tensor is not None and zero_share(tensor) >= WORTH_PACKING:
-            rows, columns = weight_oi(layer).shape
-            kinds["packed weights"] += packed_bytes(int(tensor.count_nonzero()), rows, columns, tensor.dtype)
+        tensors = [checkpoint.tensor(stored) for stored in parts.get(f"{name}.weight", {})]
+        values = sum(int(tensor.count_nonzero()) for tensor in tensors)
+        rows, columns = weight_oi(layer).shape
+        if tensors and 1 - values / (rows * columns) >= WORTH_PACKING:
+            kinds["packed weights"] += packed_bytes(values, rows, columns, tensors[0].dtype)
             packed += 1
         else:
-            kinds["dense weights"] += dense
+            kinds["dense weights"] += layer.get_parameter("weight").nbytes
     return {**kinds, **_other_weights(model, linears)}, packed
 
 

@@ -1,4 +1,4 @@
-"""Which layers of a model get an SPP adapter, and how it is put there, from the options of a training run."""
+"""Add a new SPP adapter to the layers of a model that the options of a training run select."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def target_layers(model: PreTrainedModel, names: str) -> dict[str, nn.Module]:
 
 
 def with_new_adapter(model: PreTrainedModel, targets: Mapping[str, nn.Module], options: AdapterSettings) -> PeftModel:
-    """The model, changed in place, with a new adapter on these layers."""
+    """Add a new adapter to these layers, in place; returns the model."""
     settings = options.model_dump(include=set(AdapterSettings.model_fields) - {"target_modules"})
     config = SppConfig(**settings, target_modules=list(targets), task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)

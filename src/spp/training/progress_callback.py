@@ -1,7 +1,8 @@
-"""What a person sees of a training run while it goes on, and the stop where it has gone wrong."""
+"""Progress of a training run on the terminal, and an error if its loss is not finite."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from typing import Any
@@ -12,16 +13,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from spp.errors import SppError
 
+logger = logging.getLogger("spp")
+
+_RISEN = 1.25  # times the loss at first; means of 16 sequences differ by a few percent
+_FEWEST, _SEQUENCES = 3, 16
+
 
 class LossNotFinite(SppError):
-    """Training has gone wrong."""
+    """The loss of a step is NaN or infinite."""
 
 
 class TrainingProgress(TrainerCallback):
-    """A bar with the loss on a terminal, nothing elsewhere; the clock; an error where the loss is not finite.
+    """Shows a bar with the loss on terminals, measures time, and raises an error if the loss is not finite.
 
     Attributes:
-        seconds: time in training so far; before a resume, what had passed at its checkpoint.
+        seconds: time in training so far, including the time before a resume.
     """
 
     def __init__(self) -> None:
@@ -38,6 +44,8 @@ class TrainingProgress(TrainerCallback):
             transient=True,
         )
         self.seconds = 0.0
+        self._losses: list[float] = []
+        self._warned = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -66,9 +74,26 @@ class TrainingProgress(TrainerCallback):
                 f"the loss is {logs['loss']} at step {state.global_step}; nothing was written. Try a lower "
                 "--learning-rate, --dtype float32, or check the data and the model."
             )
+        self._watch(logs["loss"], args, state)
         rate = int(state.num_input_tokens_seen) / self.seconds
         self._bar.update(self._task, completed=state.global_step, loss=logs["loss"], rate=rate)
 
+    def _watch(self, loss: float, args: TrainingArguments, state: TrainerState) -> None:
+        """Warn, once, where the loss has risen out of the range that it began in."""
+        self._losses.append(loss)
+        sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        count = max(_FEWEST, math.ceil(_SEQUENCES / sequences))  # steps to take the mean of, as batches differ
+        if self._warned or len(self._losses) < 2 * count or not state.is_world_process_zero:
+            return
+        first, last = (sum(part) / count for part in (self._losses[:count], self._losses[-count:]))
+        if last > _RISEN * first:
+            self._warned = True
+            logger.warning(
+                "the loss was %.2f at first and is %.2f after %d steps: the learning rate %g is probably too high for "
+                "this model; stop, and try --learning-rate %.1g",
+                first, last, state.global_step, args.learning_rate, args.learning_rate / 3,
+            )  # fmt: skip
+
     def close(self) -> None:
-        """Take the bar away, however training ended."""
+        """Remove the bar, however training ended."""
         self._bar.stop()

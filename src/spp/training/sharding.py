@@ -1,6 +1,6 @@
-"""A model of which several processes hold a share each: how the Trainer is asked for it, and factors made whole again.
+"""Sharding the model over several processes: the Trainer's arguments for it, and gathering the factors.
 
-FSDP is torch's second one (`fully_shard`), and ZeRO-3 is DeepSpeed's.
+FSDP is torch's FSDP2 (`fully_shard`); ZeRO-3 is DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from spp.training.options import TrainingSettings
 
 
 def require_sharding(settings: TrainingSettings) -> None:
-    """Check that the model can be divided as it is asked for.
+    """Check that the requested sharding is possible.
 
     Raises:
-        UsageError: there is nobody to divide it with, or DeepSpeed is not installed.
+        UsageError: there is only one process, or DeepSpeed is not installed.
     """
     if settings.sharding == "none":
         return
@@ -40,11 +40,11 @@ def require_sharding(settings: TrainingSettings) -> None:
 
 
 def sharding_arguments(settings: TrainingSettings, dtype: torch.dtype) -> dict[str, Any]:
-    """What TrainingArguments gets for it.
+    """The arguments of TrainingArguments for sharding.
 
     Args:
-        settings: `sharding`.
-        dtype: that the model computes in.
+        settings: its `sharding` is used.
+        dtype: dtype that the model computes in.
     """
     if settings.sharding == "fsdp":
         # Factors are small, so that a checkpoint holds them whole, and may be resumed by any number of processes.
@@ -69,11 +69,11 @@ def _zero3(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def divide(model: PreTrainedModel, device: torch.device) -> None:
-    """Leave each process a share of a model that is only read, in place; blocks are gathered when needed (FSDP2).
+    """Shard a frozen model over the processes, in place; its blocks are gathered when they are needed (FSDP2).
 
     Args:
-        model: in the CPU's memory.
-        device: of this process, where its share goes.
+        model: in CPU memory.
+        device: this process's device, for its shard.
     """
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     for block in decoder_blocks(model)[1]:
@@ -82,12 +82,12 @@ def divide(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def whole_factors(adapted: PeftModel) -> dict[str, Tensor]:
-    """Name of every trained parameter -> a copy of all of it. Every process must call it, and gets the same."""
+    """Name of every trained parameter -> a full copy. All processes must call it, and all get the same."""
     return {name: _whole(parameter) for name, parameter in adapted.named_parameters() if parameter.requires_grad}
 
 
 def set_factors(adapted: PeftModel, factors: dict[str, Tensor]) -> None:
-    """Give trained parameters, which must not be divided, the values of `whole_factors`."""
+    """Set the trained parameters, which must not be sharded, to the values of `whole_factors`."""
     parameters = dict(adapted.named_parameters())
     with torch.no_grad():
         for name, value in factors.items():

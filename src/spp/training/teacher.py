@@ -1,4 +1,4 @@
-"""Teachers: what a batch ought to be predicted like, from a dense model or from what one has been asked before."""
+"""Teachers for distillation: a dense model, or its stored predictions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _KINDS = ("tokens", "log_probabilities")
 
 @dataclass(frozen=True)
 class TeacherBatch:
-    """What a teacher has to say of a batch.
+    """A teacher's part in the loss of a batch.
 
     Attributes:
         divergence: the student's logits of all predicted tokens, (N, V) -> the sum of their divergences, a scalar.
@@ -46,14 +46,14 @@ class TeacherBatch:
 
 
 class Teacher(Protocol):
-    """Where lessons come from."""
+    """A source of `TeacherBatch`es."""
 
     def teacher_batch(self, batch: dict[str, Any], examples: Sequence[int]) -> TeacherBatch:
-        """What to learn from a batch.
+        """The teacher's part in the loss of a batch.
 
         Args:
             batch: input_ids, attention_mask and labels, (N, T) each.
-            examples: numbers of its examples among all, (N,).
+            examples: indices of the batch's examples in the data, (N,).
         """
         ...
 
@@ -68,15 +68,15 @@ class LiveTeacher:
 
     Args:
         model: in eval mode, on the student's device, or on the CPU until `divide` is called.
-        temperature: of both distributions.
-        features: whether outputs of its blocks are wanted.
+        temperature: temperature of both distributions.
+        features: whether the outputs of its blocks are needed.
     """
 
     def __init__(self, model: PreTrainedModel, temperature: float, *, features: bool) -> None:
         self._model, self._temperature, self._features = model, temperature, features
 
     def divide(self, device: torch.device) -> None:
-        """Leave each of several processes a share of the model, as FSDP does with the student's."""
+        """Shard the model over the processes, as FSDP does with the student."""
         divide(self._model, device)
 
     @torch.no_grad()
@@ -90,12 +90,12 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """What `spp cache-teacher` wrote.
+    """A teacher from the cache that `spp cache-teacher` wrote.
 
     Args:
-        folder: of the cache.
-        temperature: that the teacher was asked at.
-        examples: all that it was asked about.
+        folder: the cache's folder.
+        temperature: temperature of the stored distributions.
+        examples: all examples in the cache.
     """
 
     def __init__(self, folder: Path, temperature: float, examples: Sequence[Example]) -> None:
@@ -132,10 +132,10 @@ def open_teacher(
     """The teacher that the options name, if they name one.
 
     Args:
-        options: of the training run.
-        examples: all that there are, also those that are held out.
-        vocabulary: the student's.
-        device: where a model is put.
+        options: options of the training run.
+        examples: all examples, including those held out.
+        vocabulary: size of the student's vocabulary.
+        device: device for a model.
 
     Raises:
         UsageError: the teacher has another vocabulary, or its cache was made for other examples or settings.
@@ -176,13 +176,13 @@ def teacher_digest(options: TrainOptions) -> str | None:
 
 
 def teacher_dtype(asked: str, device: torch.device) -> torch.dtype:
-    """What a teacher computes in: what is asked for; for `auto` fp32 on a CPU, else bf16."""
+    """The dtype that a teacher computes in: `asked`; for `auto` fp32 on a CPU, else bf16."""
     dtype = compute_dtype(asked, device)
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 
 def cache_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a cache says of itself; None for any other folder."""
+    """The manifest of a cache; None for any other folder."""
     manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     return manifest if manifest.get("kind") == CACHE_KIND else None
 

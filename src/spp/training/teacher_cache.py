@@ -1,4 +1,4 @@
-"""Ask a dense model once what it would predict, so that training holds one model only."""
+"""`spp cache-teacher`: store a dense model's predictions, so that training needs only one model in memory."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class CacheTeacherReport:
     """The result of `cache_teacher`.
 
     Attributes:
-        examples: that the teacher was asked about.
-        tokens: that it predicted.
-        top_k: how many of each distribution are kept.
-        kept: mean share of the probability that these have.
-        bytes: of the cache.
+        examples: number of examples.
+        tokens: number of predicted tokens.
+        top_k: tokens stored for each prediction.
+        kept: mean probability mass of the stored tokens.
+        bytes: size of the cache.
     """
 
     out: Path
@@ -55,7 +55,7 @@ class CacheTeacherReport:
 
 
 def cache_teacher(options: CacheTeacherOptions) -> CacheTeacherReport:
-    """Write `options.out`: a dense model's likeliest tokens, and their log-probabilities, for all training examples.
+    """Write a dense model's likeliest tokens and their log-probabilities for all training examples to `options.out`.
 
     Raises:
         UsageError: a missing model or file, a full output folder, no example in the data.
@@ -90,7 +90,7 @@ def cache_teacher(options: CacheTeacherOptions) -> CacheTeacherReport:
 def _write_answers(
     path: Path, model: torch.nn.Module, examples: Sequence[Example], options: CacheTeacherOptions
 ) -> float:
-    """Ask about all examples, and write the answers part by part; the sum of the probability that is kept."""
+    """Write the predictions for all examples, part by part; return the summed probability of the stored tokens."""
     parts = [examples[first : first + CACHED_TOGETHER] for first in range(0, len(examples), CACHED_TOGETHER)]
     file = TensorFile(path, _layouts(parts, options.top_k))
     kept = 0.0
@@ -145,7 +145,7 @@ def _layouts(parts: Sequence[Sequence[Example]], top_k: int) -> dict[str, Layout
 
 @torch.no_grad()
 def _logits(model: torch.nn.Module, examples: Sequence[Example]) -> Tensor:
-    """Those of all predicted tokens (N, V), example by example."""
+    """The logits of all predicted tokens (N, V), example by example."""
     batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in collate(examples).items()}
     rows = predicted(batch.pop("labels"))
     return model(**batch, use_cache=False).logits[:, :-1][rows]

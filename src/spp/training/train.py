@@ -54,11 +54,11 @@ class TrainReport:
         seconds: time in training, without loading; like `tokens` it includes what was done before a resume.
         trainable_parameters: entries of A and B.
         sparsity: share of zeros in the adapted weights.
-        packed: how many of them are packed.
-        peak_memory_bytes: on the device where it is CUDA, else of the process.
+        packed: number of adapted layers that are packed.
+        peak_memory_bytes: peak on a CUDA device; elsewhere the peak of the process.
         losses: (step, mean loss of its batch in nats per token), for every step.
         validation: (step, mean loss on the examples that were held out in nats per token), for every evaluation.
-        best_step: after which the adapter was as it was written; None where nothing was held out.
+        best_step: step whose adapter was written; None if no examples were held out.
     """
 
     out: Path
@@ -82,9 +82,9 @@ class TrainReport:
 
 
 def train(options: TrainOptions) -> TrainReport:
-    """Write `options.out`: an SPP adapter for a sparse model. A killed run with the same options is resumed.
+    """Train an SPP adapter for a sparse model and write it to `options.out`; a killed run is resumed.
 
-    Checkpoints lie in a hidden folder beside `out`, `.<out>.work`, until the adapter is written.
+    Checkpoints are in a hidden folder beside `out`, `.<out>.work`, until the adapter is written.
 
     Raises:
         UsageError: a wrong option, a missing model or file, a full output folder, modules that the model lacks.
@@ -126,9 +126,9 @@ def train(options: TrainOptions) -> TrainReport:
 
 @contextmanager
 def _output(options: TrainOptions, request: Request | None) -> Iterator[tuple[Path, Path]]:
-    """The folders for the adapter and for checkpoints. The first of several processes, which has a request, makes them.
+    """The folders for the adapter and for checkpoints; the first process, which has a request, makes them.
 
-    The others find them made: they wait for the first one when the Trainer joins them.
+    The others wait for it when the Trainer starts, so the folders exist before they use them.
     """
     if request is not None:
         with resumable_folder(options.out, request, overwrite=options.overwrite, keep_after_failure=True) as folders:
@@ -139,7 +139,7 @@ def _output(options: TrainOptions, request: Request | None) -> Iterator[tuple[Pa
 
 @dataclass(frozen=True)
 class _Data:
-    """What there is to train on and to hold out, the most tokens of an example, and whether documents were joined."""
+    """Training and held-out examples, the most tokens of an example, and whether documents were joined."""
 
     examples: list[Example]
     window: int
@@ -147,7 +147,7 @@ class _Data:
 
 
 def _check(options: TrainOptions, folder: Path) -> None:
-    """Refuse what cannot be done before anything is loaded."""
+    """Check the request before anything is loaded."""
     source = Checkpoint.open(folder)
     check_output(options.out, options.overwrite, inputs=(folder,))
     source.require_unquantized("give the sparse model as it was before quantization")
@@ -172,7 +172,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _warn_of_unsuitable(model: PreTrainedModel, name: str, share_of_zeros: float) -> None:
-    """Warn where SPP has little to do: no zeros to keep, or weights that it does not reach."""
+    """Warn if the model has no zeros to keep, or weights that get no adapter."""
     if share_of_zeros < _DENSE_BELOW:
         logger.warning(
             "%s IS DENSE: %.2f %% of its weights are zero. SPP keeps zeros, and there are none to keep; "
@@ -181,13 +181,13 @@ def _warn_of_unsuitable(model: PreTrainedModel, name: str, share_of_zeros: float
             100 * share_of_zeros,
         )
     if unreached := stacked_weights(model):
-        logger.warning("%d weights are no linear layers and get no adapter, e.g. %s", len(unreached), unreached[0])
+        logger.warning("%d weights are not linear layers and get no adapter, e.g. %s", len(unreached), unreached[0])
 
 
 def _use_checkpointing(
     options: TrainOptions, model: PreTrainedModel, examples: Sequence[Example], device: torch.device
 ) -> bool:
-    """Whether to recompute activations in backward; where it is on a CPU, freed memory is given back from now on."""
+    """Whether to recompute activations in backward; if so on a CPU, freed memory is returned from now on."""
     sequences, _ = batching(options)
     batch = torch.Size((sequences, max(len(one.input_ids) for one in examples)))
     checkpointing = needs_checkpointing(options, model, batch, device)
@@ -234,7 +234,7 @@ def _write(
 
 
 def _request(options: TrainOptions, inputs: dict[str, str], examples: list[Example]) -> Request:
-    """All that the adapter depends on; a checkpoint made for anything else is not resumed."""
+    """Everything that the adapter depends on; only checkpoints of the same request are resumed."""
     circumstances: dict[str, Any] = {"spp": __version__}
     if options.sharding == "zero3":
         circumstances["processes"] = distributed.launched_world_size()  # DeepSpeed's checkpoints are of that number

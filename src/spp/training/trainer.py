@@ -1,4 +1,4 @@
-"""transformers' Trainer with our batches, the loss of a teacher, and a validation loss."""
+"""transformers' Trainer with our batches, a distillation loss, and a validation loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spp.training.options import TrainingSettings
 from spp.training.teacher import LiveTeacher, Teacher, TeacherBatch, predicted
 
 Item = tuple[int, Example]
-"""An example and its number among all."""
+"""An example, and its index in the data."""
 
 _NUMBERS = "examples"
 
@@ -30,10 +30,10 @@ class SppTrainer(Trainer):
     where the last is the mean over blocks of |h - h_teacher|^2 / |h_teacher|^2.
 
     Args:
-        items: to train on.
-        held_out: to evaluate on; may be empty.
-        teacher: to distil from, or None.
-        settings: w and f.
+        items: examples to train on, with their indices.
+        held_out: examples to evaluate on; may be empty.
+        teacher: teacher to distil from, or None.
+        settings: teacher_weight (w) and teacher_features (f).
         arguments: the Trainer's own.
     """
 
@@ -61,11 +61,11 @@ class SppTrainer(Trainer):
 
     @property
     def examples_of_the_step(self) -> list[int]:
-        """Numbers of the examples of the last step on this process, in order."""
+        """Indices of the examples of the last step on this process, in order."""
         return [number for numbers in self._last for number in numbers.tolist()]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer does it; the teacher sees the batch first."""
+        """As in the Trainer, but the teacher gets the batch first."""
         self._last.append(inputs.pop(_NUMBERS))
         if self._teacher is not None:
             self._teacher_batch = self._teacher.teacher_batch(inputs, self._last[-1].tolist())
@@ -86,7 +86,7 @@ class SppTrainer(Trainer):
         return total / count
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The loss on the held-out examples, in nats per token; without a teacher's share."""
+        """The loss on the held-out examples, in nats per token, without the teacher's part."""
         metrics = {"eval_loss": self._validation_loss()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -94,7 +94,7 @@ class SppTrainer(Trainer):
 
     @torch.no_grad()
     def _validation_loss(self) -> float:
-        """The same number in every process, each of which computes some of the batches."""
+        """The validation loss; each process computes some of the batches, and all get the same result."""
         model: Any = self.model_wrapped
         size = self.args.per_device_train_batch_size
         batches = [self._held_out[first : first + size] for first in range(0, len(self._held_out), size)]

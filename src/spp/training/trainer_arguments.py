@@ -1,4 +1,4 @@
-"""Our training options as the arguments of transformers' Trainer."""
+"""Arguments of transformers' Trainer from the options of `spp train`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 
 
 def batching(options: TrainingSettings) -> tuple[int, int]:
-    """Sequences at once on a device, and how many such batches make a step.
+    """Sequences computed at once on a device, and the number of such batches per step.
 
     Raises:
         UsageError: the batch does not divide.
@@ -43,7 +43,7 @@ def batching(options: TrainingSettings) -> tuple[int, int]:
 
 
 def reports(options: TrainingSettings) -> list[str]:
-    """Where to log to besides the report.
+    """Names of the loggers to use.
 
     Raises:
         UsageError: a name is not known, or its library is not installed.
@@ -52,16 +52,16 @@ def reports(options: TrainingSettings) -> list[str]:
     available = get_available_reporting_integrations()
     if missing := [name for name in wanted if name not in available]:
         raise UsageError(
-            f"report-to: {', '.join(missing)} cannot be used here, because it is not installed or not known to "
+            f"report-to: {', '.join(missing)} cannot be used here, because it is not installed or not supported by "
             f"transformers; available: {', '.join(available) or 'none'}"
         )
     return wanted
 
 
 def smaller_batch(options: TrainingSettings, sequences: int) -> int | None:
-    """The next smaller number of sequences at once that gives the same steps, where the user leaves it to us.
+    """The next smaller number of sequences at once that gives the same steps; None if it is fixed by the user.
 
-    Several processes could not agree on it, since only one of them may be out of memory.
+    Also None for several processes, which could not agree on it: only one of them may be out of memory.
     """
     if options.device_batch_size is not None or distributed.launched_world_size() > 1:
         return None
@@ -81,10 +81,10 @@ def training_arguments(
 
     Args:
         options: ours.
-        folder: where checkpoints go.
-        dtype: that the model computes in.
-        device: to train on.
-        sequences: at once on a device.
+        folder: folder for checkpoints.
+        dtype: dtype that the model computes in.
+        device: device to train on.
+        sequences: sequences computed at once on a device.
         gradient_checkpointing: whether to recompute activations in backward.
     """
     arguments = TrainingArguments(
@@ -104,7 +104,7 @@ def training_arguments(
 
 
 def _optimization(options: TrainingSettings, sequences: int) -> dict[str, Any]:
-    """Arguments for what a step is, how many there are, and the learning rate in each."""
+    """Arguments for batches, the number of steps, and the learning rate."""
     return {
         "per_device_train_batch_size": sequences,
         "gradient_accumulation_steps": _share(options) // sequences,
@@ -118,7 +118,7 @@ def _optimization(options: TrainingSettings, sequences: int) -> dict[str, Any]:
 
 
 def _records(options: TrainingSettings) -> dict[str, Any]:
-    """Arguments for what is saved, evaluated and logged, and when."""
+    """Arguments for saving, evaluating and logging."""
     return {
         "save_strategy": "steps",
         "save_steps": options.save_steps,
@@ -134,10 +134,10 @@ def _records(options: TrainingSettings) -> dict[str, Any]:
 
 
 def _choose_device(arguments: TrainingArguments, device: torch.device) -> None:
-    """Replace the device that the arguments found for themselves, where that would be another.
+    """Make the arguments use `device`, if they would choose another.
 
-    A single process would take the first GPU, whatever was asked for, and spread its batches over all that it sees.
-    One of several on a CPU would take "cpu:0", which optimizer states cannot be loaded to.
+    A single process would use the first GPU, whatever was asked for, and spread its batches over all GPUs. One of
+    several on a CPU would use "cpu:0", to which optimizer states cannot be loaded.
     """
     cache = arguments.__dict__  # behind `arguments.device`
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""What a training run is trained on."""
+"""The examples of a training run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _READ_AT_ONCE = 1000
 
 
 def training_examples(options: ExampleSource, folder: Path, window: int, vocabulary: int) -> tuple[list[Example], bool]:
-    """What to train the model in a folder on, and whether documents were joined and cut into full windows."""
+    """The training examples for the model in `folder`, and whether documents were joined and cut into windows."""
     tokenizer = load_tokenizer(folder, options)
     whole = _whole_documents(options, tokenizer)
     joined = options.join_documents
@@ -40,7 +40,7 @@ def training_examples(options: ExampleSource, folder: Path, window: int, vocabul
 
 
 def _whole_documents(options: ExampleSource, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Each document in full length; with `max_tokens`, as many as have that many tokens, the last one cut off there."""
+    """Every document in full length; with `max_tokens`, only the first ones, with that many tokens in total."""
     if options.max_tokens is None:
         return whole_examples(load_records(options.data), tokenizer, completion_only=options.completion_only)
     examples: list[Example] = []
@@ -53,7 +53,7 @@ def _whole_documents(options: ExampleSource, tokenizer: PreTrainedTokenizerBase)
 
 
 def hold_out(examples: Sequence[Example], options: TrainOptions) -> tuple[list[tuple[int, Example]], list[Example]]:
-    """Examples to train on, with their numbers among all, and those to evaluate on, drawn by the seed.
+    """Examples to train on, with their indices in the data, and random examples to evaluate on (`seed`).
 
     Raises:
         UsageError: nothing would be left to train on.

@@ -1,4 +1,4 @@
-"""Train the factors of a model with transformers' Trainer: resumed, in batches that fit, ending with the best ones."""
+"""Train the factors with transformers' Trainer: resume, find a batch size that fits, and return the best factors."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ logger = logging.getLogger("spp")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """How training went.
+    """The result of a training run.
 
     Attributes:
-        factors: name of every trained parameter -> its value in the end, the best or the last one.
+        factors: name of every trained parameter -> its best value if examples were held out, else its last one.
         steps: optimizer steps.
-        tokens: trained on, without padding; like `seconds` it includes what was done before a resume.
-        seconds: in training.
+        tokens: tokens trained on, without padding; like `seconds`, it includes the time before a resume.
+        seconds: time in training.
         losses: (step, loss), for every step.
-        validation: (step, loss on what was held out), for every evaluation.
-        best_step: after which the adapter was as it is now; None where nothing was held out.
-        device: that it was on.
-        is_first: whether this is the process that writes.
+        validation: (step, loss on the held-out examples), for every evaluation.
+        best_step: the step that `factors` are from; None if no examples were held out.
+        device: device of the training.
+        is_first: whether this process writes the adapter.
     """
 
     factors: dict[str, Tensor]
@@ -59,16 +59,16 @@ class TrainingResult:
 
 
 class TrainingRun:
-    """A training run, which may have to be tried with fewer sequences at once.
+    """A training run; it is tried again with fewer sequences at once if memory does not suffice.
 
     Args:
         adapted: the model with a new adapter, which is trained in place.
-        items: what to train on.
-        held_out: what to evaluate on; may be empty.
-        teacher: to distil from, or None.
-        options: of the run.
-        folder: of its checkpoints.
-        device: to train on.
+        items: examples to train on, with their indices.
+        held_out: examples to evaluate on; may be empty.
+        teacher: teacher to distil from, or None.
+        options: options of the run.
+        folder: folder of its checkpoints.
+        device: device to train on.
         gradient_checkpointing: whether to recompute activations in backward.
     """
 
@@ -113,7 +113,7 @@ class TrainingRun:
         )
 
     def _trainer(self, sequences: int) -> tuple[SppTrainer, TrainingProgress, Path | None]:
-        """The Trainer, and the checkpoint to go on from."""
+        """The Trainer, and the checkpoint to resume from."""
         options = self._options
         set_seed(options.seed)
         if options.report_to != "none":
@@ -144,7 +144,7 @@ class TrainingRun:
         return trainer, watch, latest
 
     def _runs_through(self, trainer: SppTrainer, watch: TrainingProgress, latest: Path | None) -> bool:
-        """Train; False where memory did not suffice."""
+        """Train; False if memory does not suffice."""
         if latest is not None:
             logger.info("resuming from %s", latest)
         try:
@@ -177,7 +177,7 @@ class TrainingRun:
             trainer.accelerator.wait_for_everyone()  # for the one that writes it
             best = self._best()
             if not math.isfinite(best.loss):
-                raise SppError("the loss on held-out examples never was finite; nothing was written; check the data")
+                raise SppError("the loss on held-out examples was never finite; nothing was written; check the data")
             best_step, factors = best.step, best.tensors()
         else:
             factors = whole_factors(self._adapted)
@@ -204,6 +204,6 @@ def _disk_is_full(error: BaseException) -> bool:
 
 
 def _require_finite(factors: dict[str, Tensor]) -> None:
-    """The last step's update is seen by no loss."""
+    """Check the factors after the last step, whose update no loss depends on."""
     if not all(map(all_finite, factors.values())):
         raise SppError("the last step made the adapter NaN or infinite; nothing was written. Lower --learning-rate")

@@ -1,10 +1,10 @@
-"""C++ kernels through ctypes: expand a packed weight, scale it, reduce gradients, multiply by a few tokens.
+"""C++ kernels, called through ctypes: expand packed weights, form W', reduce gradients, multiply few tokens.
 
-The library is optional: it is built when spp is installed, where there is a C++ compiler. It is plain C to Python,
-knows nothing of torch, and uses the threads of the OpenMP runtime that torch has loaded. It picks AVX-512 (VBMI2), AVX2
-or portable code for the CPU it finds.
+The library is optional: it is built when spp is installed, if there is a C++ compiler. It has a plain C interface, does
+not depend on torch, and uses the threads of the OpenMP runtime that torch has loaded. When it runs, it picks AVX-512
+(VBMI2), AVX2 or portable code for the CPU.
 
-Every function here has the signature and the result of the one in `spp.ops.torch_kernels`.
+Functions that are also in `spp.ops.torch_kernels` have the same signature and result here.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from spp.ops.reference import MOST_DIRECTIONS
 logger = logging.getLogger("spp")
 
 ABI = 1
-"""The number of the interface that is repeated here: `kAbi` in kernels.h. It rises with every change to one of them."""
+"""Version of the interface between this file and kernels.h, there `kAbi`; raise both with every change to it."""
 
 _BEST = -1
 _BLOCK_ROWS = 32
-_MOST_COMPARED = 2**16  # entries in one of compare's blocks
+_MOST_COMPARED = 2**16  # entries in a block of compare
 
 
 class _Weight(ctypes.Structure):
@@ -69,10 +69,10 @@ class _Comparison(ctypes.Structure):
 
 
 def _torch_openmp() -> tuple[ctypes.c_void_p, ...] | None:
-    """Where torch's own OpenMP runtime starts a team, numbers a thread and tells the team's size; None if unknown."""
+    """torch's OpenMP functions that start a team, return a thread's number, and the team's size; None if unknown."""
     found = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_global_deps.*"))
     try:
-        runtime = ctypes.CDLL(str(found[0]))  # symbols are looked up in what it depends on, too
+        runtime = ctypes.CDLL(str(found[0]))  # its dependencies are searched for symbols, too
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         return tuple(ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in names)
     except (IndexError, OSError, AttributeError):
@@ -80,7 +80,7 @@ def _torch_openmp() -> tuple[ctypes.c_void_p, ...] | None:
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, with torch's threads; or None, and why there is none."""
+    """The library, set up with torch's threads, and None; or None, and why there is no library."""
     path = Path(__file__).with_name("_kernels" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
     if not path.is_file():
         return None, "it was not built when spp was installed"
@@ -99,10 +99,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def stale(library: Any) -> str | None:
-    """Why a library must not be called: it was built from other sources than this file; None where it fits."""
+    """Why a library must not be called: it was built from other sources than this file's; None if it may."""
     try:
         abi = library.spp_abi()
-    except AttributeError:  # older than the number itself
+    except AttributeError:  # older than the number
         abi = None
     if abi == ABI:
         return None
@@ -110,11 +110,11 @@ def stale(library: Any) -> str | None:
 
 
 _LIBRARY, why_not_loaded = _load()
-"""The library, and beside it why there is none."""
+"""The library, or None and why there is none."""
 
 
 def instructions(level: int = _BEST) -> str | None:
-    """The instruction set that is used: avx512_bf16, avx512, avx2 or portable; None where the library is not there.
+    """The instruction set that is used: avx512_bf16, avx512, avx2 or portable; None without the library.
 
     Args:
         level: 0 is portable, 1 to 3 are those above it; None is returned for one that this machine lacks.
@@ -124,12 +124,12 @@ def instructions(level: int = _BEST) -> str | None:
 
 
 def multithreaded() -> bool:
-    """Whether torch's threads were found; without them the kernels run on one."""
+    """Whether torch's threads were found; without them the kernels use a single one."""
     return _torch_openmp() is not None
 
 
 def why_not(weight: Weight, *others: Tensor) -> str | None:
-    """Why the kernels cannot take this weight, with these tensors to compute with, in words; None where they can."""
+    """Why the kernels cannot compute with this weight and these other tensors, as a phrase; None if they can."""
     if _LIBRARY is None:
         return why_not_loaded
     for tensor in (weight, *others):
@@ -138,7 +138,7 @@ def why_not(weight: Weight, *others: Tensor) -> str | None:
         if tensor.dtype not in KERNEL_DTYPES:
             return f"it computes in bfloat16, float16 and float32, and a tensor is {tensor.dtype}"
     if isinstance(weight, Tensor) and weight.stride(-1) != 1 and weight.shape[-1] > 1:
-        return "it wants rows that lie in one piece, and the weight is transposed"
+        return "it needs rows that are contiguous, and the weight is transposed"
     return None
 
 
@@ -308,7 +308,7 @@ def compare(base: Tensor, other: Tensor, *, level: int = _BEST) -> dict[str, int
 
 
 def _described(weight: Weight, level: int) -> tuple[ctypes.CDLL, _Weight]:
-    """The library, and the weight as it takes it. Lengths are checked here, once for all; rows are checked in C++."""
+    """The library, and the weight as its argument. Lengths are checked here, for all functions; rows in C++."""
     if reason := why_not(weight):
         raise ValueError(f"the back-end native cannot be used: {reason}")
     if instructions(level) is None:
@@ -331,7 +331,7 @@ def _described(weight: Weight, level: int) -> tuple[ctypes.CDLL, _Weight]:
 
 
 def _factors(weight: Weight, A: Tensor | None, B: Tensor | None) -> tuple[_Factors, list[Tensor]]:
-    """The factors as the library takes them, and what must live as long as they are in use."""
+    """The factors as the library's arguments, and the tensors that must be kept alive while they are used."""
     if A is None or B is None:
         return _Factors(), []
     out_features, in_features = weight.shape

@@ -1,7 +1,8 @@
-// What Python calls, through ctypes: choose the instruction set, and share rows among the threads of torch's OpenMP.
+// The functions that Python calls through ctypes: they choose the instruction set, and divide rows among the threads of
+// torch's OpenMP.
 //
-// The library is linked against no OpenMP: a second runtime in the process would bring a second set of threads, and the
-// two would fight for the cores. Python hands over the entry points of the one that torch has loaded.
+// The library is not linked against OpenMP: a second runtime in the process would start a second set of threads, which
+// would compete for the cores. Python passes the entry points of the runtime that torch has loaded.
 
 #include "kernels.h"
 

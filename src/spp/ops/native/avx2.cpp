@@ -58,7 +58,7 @@ inline V widen(const T* p) {
   return {from_words(words(p), T{}), from_words(words(p + 8), T{})};
 }
 
-// To the nearest, ties to even.
+// Rounds to nearest, ties to even.
 inline __m256i bf16_bits(__m256 v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -67,7 +67,7 @@ inline __m256i bf16_bits(__m256 v) {
   return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
 }
 inline void narrow(bf16* out, const V& v) {
-  // The pack works on 128-bit halves, and leaves the four quarters in the order 0, 2, 1, 3.
+  // The instruction packs each 128-bit half by itself, which leaves the four quarters in the order 0, 2, 1, 3.
   const __m256i packed = _mm256_packus_epi32(bf16_bits(v.low), bf16_bits(v.high));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(packed, 0xd8));
 }

@@ -36,7 +36,7 @@ inline V widen(const float* p) { return load(p); }
 inline V widen(const bf16* p) { return from_bf16(words(p)); }
 inline V widen(const fp16* p) { return from_fp16(words(p)); }
 
-// To the nearest, ties to even. Not VCVTNEPS2BF16, which takes denormals for zeros.
+// Rounds to nearest, ties to even. Not VCVTNEPS2BF16, which treats denormals as zeros.
 inline void narrow(bf16* out, V v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -82,7 +82,7 @@ inline __m256i expand_words(uint32_t mask, __m256i words) {
   return words;
 }
 
-// 16 entries at p where there are so many, else those before `end`.
+// 16 entries at p, or fewer: none from `end` on.
 inline __m256i some_words(const void* p, const void* end) {
   const int64_t there = static_cast<const uint16_t*>(end) - static_cast<const uint16_t*>(p);
   return there >= 16 ? words(p) : _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << there) - 1u), p);

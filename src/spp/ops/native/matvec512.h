@@ -15,8 +15,8 @@ namespace {
 // How 32 weights are multiplied by 32 entries of x, an X, which is made of Entry. There are two sums, so that additions
 // need not wait for each other: one for each half of a chunk, or one for each of two chunks; `odd` is the second.
 
-// bf16 by bf16, in VDPBF16PS: for CPUs with AVX512_BF16, and one token; matmul512.h has more. It takes denormals for
-// zeros, in the sums, too. As assembly, so that nothing else in this file is compiled for such a CPU.
+// bf16 by bf16, in VDPBF16PS: for CPUs with AVX512_BF16, and one token; matmul512.h is for more. It treats denormals as
+// zeros, also in the sums. As assembly, so that nothing else in this file is compiled for such a CPU.
 struct MultiplyPairs {
   using Weights = bf16;
   using Entry = uint16_t;
@@ -60,7 +60,7 @@ struct MultiplyFloats {
   }
 };
 
-// The next 32 entries where there are so many, else those before `end`.
+// The next 32 entries, or fewer: none from `end` on.
 template <class T>
 inline __m512i next_words(const T* at, const T* end) {
   const int64_t there = end - at;
@@ -128,7 +128,7 @@ bool matvec_packed(const Weight& weight, const float* x, const float* bias, Y* y
   Rows rows[2] = {Rows(weight), Rows(weight)};
   const int64_t half = (last - first + 1) / 2;
   for (int64_t row = first; row < first + half; ++row) {
-    // An odd number leaves one row, paired with one that is done twice.
+    // With an odd number of rows, the last one is paired with a row that is computed twice.
     const int64_t both[2] = {row, row + half < last ? row + half : last - 1};
     if (!rows[0].start(both[0]) || !rows[1].start(both[1])) return false;
     float totals[2][tokens];
@@ -152,7 +152,7 @@ bool matvec_packed_tokens(const Weight& w, const float* x, int64_t tokens, const
   }
 }
 
-// Whether MultiplyPairs serves a call on a CPU that has it.
+// Whether a call can use MultiplyPairs, on a CPU that supports it.
 inline bool in_pairs(const Weight& w, Dtype dtype) {
   return w.bitmask && w.dtype == Dtype::bf16 && dtype == Dtype::bf16;
 }

@@ -1,4 +1,4 @@
-// Plain C++: for every CPU, and the plainest statement of what the faster files do.
+// Plain C++ for every CPU, and the readable reference for the faster files.
 
 #include "kernels.h"
 

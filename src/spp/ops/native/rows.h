@@ -12,7 +12,7 @@ using namespace spp;
 
 inline uint32_t low_bits(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1u; }
 
-// Up to 32 entries, padded with zeros: a row's last columns in the form that whole chunks have.
+// Up to 32 entries, padded with zeros: the last columns of a row as a whole chunk.
 template <class T>
 struct Padded {
   T entries[kChunk];
@@ -92,7 +92,7 @@ inline V mixed(const Mixed& by, const float* a, int64_t stride) {
   return total;
 }
 
-// How a row mixes its directions: `fixed` of them, or as many as there are where that is 0.
+// How a row combines its directions: `fixed` of them; if that is 0, the number given at run time.
 template <int fixed>
 struct Mix {
   const int64_t given;
@@ -171,7 +171,7 @@ bool convert_rows(const Weight& weight, Out* out, int64_t first, int64_t last) {
   return true;
 }
 
-// W itself, packed, in its own dtype: bits, whatever they mean.
+// W itself, packed, in its own dtype: its bits are copied, whatever they mean.
 template <class T>
 bool expand_rows(const Weight& weight, T* out, int64_t first, int64_t last) {
   PackedRows<T> rows(weight);
@@ -214,7 +214,7 @@ bool reduce_rows(const Weight& weight, const Factors& factors, const G* gradient
     for (int64_t k = 0; k < directions; ++k) sums[k] = zero();
     for (int64_t j = 0; j < whole; j += kChunk) {
       rows.next(low, high);
-      // A zero of W takes no part, even where G is not finite.
+      // Zeros of W contribute nothing, even where G is not finite.
       const V p_low = where_nonzero(low, mul(low, widen(g + j)));
       const V p_high = where_nonzero(high, mul(high, widen(g + j + 16)));
       for (int64_t k = 0; k < directions; ++k) {

@@ -1,4 +1,4 @@
-// From dtypes at run time to the templates of rows.h: the functions that go into an instruction set's table.
+// Selects the templates of rows.h by the dtypes given at run time: the functions of an instruction set's table.
 
 namespace {
 
@@ -165,7 +165,7 @@ inline void count_lanes(Counters& c, const float* base, const float* other) {
     c.lanes[4][i] += (zero ^ 1u) & same;
     c.lanes[5][i] += comparable & (other_zero ^ 1u) & flipped;
     c.lanes[6][i] += finite & (other_finite ^ 1u);
-    // Sizes that are no NaN are in the order of their bits.
+    // Absolute values other than NaN are ordered as their bits are.
     const uint32_t change = to_bits((other[i] - base[i]) / base[i]) & ~sign & (0u - comparable);
     c.lanes[7][i] = c.lanes[7][i] > change ? c.lanes[7][i] : change;
   }

@@ -1,4 +1,4 @@
-"""Options in a YAML file, named as on the command line; the shipped ones are here."""
+"""Recipes: options in a YAML file, with the names of the command line; those that come with spp are here."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def shipped_recipes() -> list[str]:
 def load_recipe(recipe: str, options: type[Options] = RunOptions) -> dict[str, Any]:
     """Read a recipe for a command: a YAML file, or the name of a shipped one.
 
-    A recipe is written for `spp run`; `spp train` takes from it what concerns training.
+    A recipe is written for `spp run`; `spp train` uses only its options of training.
 
     Raises:
-        UsageError: no such recipe, not a mapping, or a name that is no option.
+        UsageError: there is no such recipe, it is not a mapping, or it has an unknown option.
     """
     path = Path(recipe)
     if not path.is_file():

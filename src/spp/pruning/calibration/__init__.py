@@ -1,1 +1,1 @@
-"""What pruning learns from text: the inputs of each layer, and their statistics."""
+"""Calibration: run the blocks on text, and collect statistics of each layer's inputs."""

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from spp.errors import SppError
 from spp.pruning.calibration.hidden_states import States
 
-# One call computes at most so many tokens at once, or one window where that is longer.
+# Most tokens that one call computes, unless a single window is longer.
 _TOKENS_PER_CALL = 2048
 
 
 def batched(windows: Tensor) -> list[Tensor]:
-    """Calibration windows (samples, window) in batches of as many as are computed at once."""
+    """Calibration windows (samples, window), divided into batches that are computed at once."""
     return list(windows.split(max(_TOKENS_PER_CALL // windows.shape[1], 1)))
 
 
@@ -40,7 +40,7 @@ class BlockCalls:
         self.kwargs[batch] = _shared(kwargs, next(iter(self.kwargs.values()), None))
 
     def run(self, block: Callable[..., Any], batch: int, hidden: Tensor) -> Tensor:
-        """The output of a block, or what stands for it, for a batch of hidden states (samples, window, features)."""
+        """The output of a block, or of a function in its place, for hidden states (samples, window, features)."""
         # A copy, because a block may add to its input in place, and `hidden` is needed again.
         output = block(hidden.clone(), *self.args[batch], **self.kwargs[batch])
         return output[0] if isinstance(output, tuple) else output
@@ -49,7 +49,7 @@ class BlockCalls:
 def capture(
     model: PreTrainedModel, blocks: list[nn.Module], batches: Mapping[int, Tensor], hidden: States | None
 ) -> list[BlockCalls]:
-    """How the model calls each block, and what enters the first one.
+    """Record how the model calls each block, and the input of the first one.
 
     The model runs its own forward, with every block replaced by a recorder: so masks, positions and whatever else the
     blocks get are right even where they differ between blocks (sliding and full attention in one model). One batch
@@ -60,7 +60,7 @@ def capture(
         model: a causal LM; whatever runs before its blocks has its weights, and so does the first block.
         blocks: its decoder blocks.
         batches: number -> (windows, tokens) int64 token ids, on the device of the model.
-        hidden: takes the hidden states that enter the first block, if they are wanted.
+        hidden: stores the hidden states that enter the first block; None discards them.
 
     Raises:
         SppError: the model does not call its blocks one after the other.
@@ -82,10 +82,10 @@ class _Recorded(Exception):
 
 
 class _Recorders:
-    """What stands for the blocks while the model runs.
+    """Replacements for the blocks while the model runs.
 
     Attributes:
-        calls: what they have seen, by block.
+        calls: the recorded calls of each block.
         batch: number of the batch that is running.
     """
 
@@ -97,7 +97,7 @@ class _Recorders:
         self._items: int | None = None  # in the tuple that a block returns, hidden states first; 0 where it is none
 
     def forward(self, index: int) -> Callable[..., Any]:
-        """What to call instead of block `index`."""
+        """The function to call instead of block `index`."""
 
         def record(*args: Any, **kwargs: Any) -> Any:
             states, args, kwargs = _take_hidden_states(args, kwargs)
@@ -116,7 +116,7 @@ class _Recorders:
 
 @contextmanager
 def _replaced_forwards(modules: list[nn.Module], forwards: list[Callable[..., Any]]) -> Iterator[None]:
-    """Call `forwards` instead of the modules' own inside; afterwards everything is as it was."""
+    """Context manager in which `forwards` replace the modules' own."""
     before = [module.__dict__.get("forward") for module in modules]
     try:
         for module, forward in zip(modules, forwards, strict=True):

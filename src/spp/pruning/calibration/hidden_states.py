@@ -1,4 +1,4 @@
-"""Where the hidden states between two blocks are kept: one tensor a batch of calibration windows."""
+"""Storage for the hidden states between two blocks: one tensor for each batch of calibration windows."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class States(Protocol):
     """Hidden states (windows, tokens, features) by batch number."""
 
     def __getitem__(self, batch: int, /) -> Tensor:
-        """Those of one batch; not to be changed in place."""
+        """The states of one batch; do not change them in place."""
         ...
 
     def __setitem__(self, batch: int, hidden: Tensor, /) -> None:
-        """Keep those of one batch."""
+        """Store the states of one batch."""
         ...
 
 
 class StatesWriter:
-    """Writes files of states, those that come from a GPU while that goes on computing, and removes them."""
+    """Writes and deletes files of states; states from a GPU are written while it continues computing."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS)
@@ -54,17 +54,17 @@ class StatesWriter:
         self._waiting[path] = self._threads.submit(work)
 
     def wait_for(self, path: Path) -> None:
-        """Until what was to be done with a path is done. What went wrong is raised here."""
+        """Wait until all work on a path is done; its errors are raised here."""
         if work := self._waiting.pop(path, None):
             work.result()
 
     def wait(self) -> None:
-        """Until everything is done, as `wait_for`."""
+        """Wait until all work is done, as `wait_for`."""
         for path in list(self._waiting):
             self.wait_for(path)
 
     def close(self) -> None:
-        """Until everything is done, whatever went wrong; nothing can be written after it."""
+        """Wait until all work is done, ignoring errors; nothing can be written afterwards."""
         self._threads.shutdown()
 
 
@@ -79,11 +79,11 @@ def _save_later(copied: torch.cuda.Event, hidden: Tensor, path: Path) -> None:
 
 
 class FolderStates:
-    """States on disk, one file a batch, so that few batches are in memory, and a killed run finds them again.
+    """States on disk, one file per batch, so that few batches are in memory, and a killed run can resume.
 
     Args:
-        folder: made if it is not there.
-        writer: shared by all.
+        folder: created if it does not exist.
+        writer: shared by all `FolderStates`.
     """
 
     def __init__(self, folder: Path, writer: StatesWriter) -> None:

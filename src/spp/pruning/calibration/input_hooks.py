@@ -1,6 +1,6 @@
-"""Hooks on the inputs of a block's matrices, which feed statistics while it runs.
+"""Hooks on the inputs of a block's matrices, which update statistics while it runs.
 
-Matrices that get the very same tensor (query, key and value; gate and up) share one statistic, so that a Gram matrix,
+Matrices that get the same tensor (query, key and value; gate and up) share one statistic, so that a Gram matrix,
 and its inverse, is computed once for all of them.
 """
 
@@ -61,7 +61,7 @@ class _Inputs:
         self._last: dict[str, tuple[weakref.ref[Tensor], int]] = {}
 
     def see(self, name: str, inputs: Tensor) -> None:
-        """Take in a batch of inputs (..., I) of one matrix."""
+        """Add a batch of inputs (..., I) of one matrix to its statistics."""
         same = next((leader for leader, last in self._last.items() if _is_same(inputs, last)), None)
         if name in self._leaders:
             if same != self._leaders[name]:
@@ -75,7 +75,7 @@ class _Inputs:
             self._last[name] = weakref.ref(inputs), inputs._version
 
     def statistics(self) -> dict[str, Statistics]:
-        """By the matrix's name; who shares them is the same in all processes."""
+        """Statistics by the matrix's name; matrices that share them are the same in all processes."""
         for leaders in distributed.all_gather(self._leaders):
             self._leaders |= leaders
         return {name: self._own[self._leaders.get(name, name)] for name in self._own}
@@ -91,9 +91,9 @@ def _see_first(inputs: _Inputs, name: str, _: Any, args: tuple[Tensor, ...]) -> 
 
 
 class _ExpertInputs(TorchFunctionMode):
-    """While active, sees what experts are multiplied with whose weights are slices of one parameter.
+    """While active, records the inputs of experts whose weights are slices of one parameter.
 
-    They are no modules that could have a hook: transformers calls `linear(inputs, stack[expert])`.
+    These experts are not modules with hooks: transformers calls `linear(inputs, stack[expert])`.
     """
 
     def __init__(self, inputs: _Inputs, matrices: Sequence[Matrix]) -> None:

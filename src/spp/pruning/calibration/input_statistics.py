@@ -35,7 +35,7 @@ class Statistic(ABC):
         self._value: Any = None
 
     def update(self, inputs: Tensor) -> None:
-        """Take in a batch of layer inputs, (..., I) in any float dtype."""
+        """Add a batch of layer inputs, (..., I) in any float dtype."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if not len(rows):
             return
@@ -59,7 +59,7 @@ class Statistic(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes once it has seen an input."""
+        """Bytes that it takes after its first input."""
         return self._zeros(torch.device("meta")).nbytes
 
     def is_finite(self) -> bool:
@@ -67,7 +67,7 @@ class Statistic(ABC):
         return self._mean is None or all_finite(self._mean)
 
     def all_reduce(self) -> None:
-        """Take in what all other processes have seen; each of them ends up with the same."""
+        """Combine the statistics of all processes; all of them get the same result."""
         if distributed.world_size() == 1:
             return
         mean = self._zeros(distributed.device()) if self._mean is None else self._mean
@@ -112,7 +112,7 @@ class InputMoments:
 
 
 class Moments(Statistic):
-    """What DSnoT looks at: `InputMoments`."""
+    """The statistic of DSnoT: `InputMoments`."""
 
     def _zeros(self, device: torch.device) -> Tensor:
         return torch.zeros(2, self._features, device=device)
@@ -142,7 +142,7 @@ class Gram(Statistic):
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Multiply fp32 matrices in fp32: TF32 and bf16 shortcuts, if they are on, are off inside."""
+    """Context manager that turns TF32 and bf16 shortcuts off, so that fp32 matrices are multiplied in fp32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

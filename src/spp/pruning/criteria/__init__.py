@@ -1,1 +1,1 @@
-"""Which weights go: one file per criterion, and the table of them."""
+"""Pruning criteria: one file for each, and a table of all."""

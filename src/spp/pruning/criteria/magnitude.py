@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go. The baseline of every pruning paper.
+"""Magnitude pruning: remove the smallest weights. The baseline of every pruning paper.
 
 Shapes: O output features, I input features.
 """

@@ -1,7 +1,7 @@
-"""SparseGPT (arXiv 2301.00774, algorithm 1) as it is written: column by column, every later column updated at once.
+"""SparseGPT (arXiv 2301.00774, algorithm 1), literally: column by column, updating all later columns each time.
 
-The readable version of `spp.pruning.criteria.sparsegpt`, which settles columns by halves so that nearly all of the work
-is products of matrices. Slow: O(O I^2) in I steps.
+The readable version of `spp.pruning.criteria.sparsegpt`, which processes columns by halves, so that nearly all of the
+work is matrix products. Slow: O(O I^2) in I steps.
 
 Shapes: O output features, I input features.
 """
@@ -18,7 +18,7 @@ from spp.pruning.criteria.sparsegpt import Inverse, block_size
 
 
 def sparsegpt(weight: Tensor, inverse: Inverse, pattern: Pattern) -> Pruned:
-    """Remove the weights of least (W_j / U_jj)^2, and let those to the right make up: W_k -= W_j U_jk / U_jj.
+    """Remove the weights of least (W_j / U_jj)^2, and update those to the right: W_k -= W_j U_jk / U_jj.
 
     Args:
         weight: (O, I), any float dtype; weights that are zero stay zero.

@@ -1,4 +1,4 @@
-"""What every criterion returns.
+"""The result of a criterion.
 
 Shapes: O output features, I input features.
 """
@@ -21,8 +21,8 @@ class Pruned:
 
     Attributes:
         weight: (O, I); +0.0 wherever the mask is False.
-        mask: (O, I) bool, True for the survivors.
-        note: what the user should know about how it came out, or None.
+        mask: (O, I) bool, True for the kept weights.
+        note: a remark for the user, or None.
     """
 
     weight: Tensor
@@ -31,14 +31,14 @@ class Pruned:
 
 
 def lowest_where_zero(scores: Tensor, weight: Tensor) -> Tensor:
-    """Scores (O, I) under which weights that are zero already go first, so that a sparse model keeps its zeros."""
+    """Scores (O, I) changed so that weights that are already zero are removed first; a sparse model keeps its zeros."""
     return torch.where(weight == 0, -torch.inf, scores)
 
 
 def survivors(weight: Tensor, mask: Tensor) -> Pruned:
     """The weight (O, I) with everything outside of `mask` (O, I) set to +0.0; survivors keep their bits.
 
-    Zeros inside of the mask leave it. Never a product with the mask, which would write -0.0.
+    Zeros inside of the mask are taken out of it. Not computed as a product with the mask, which could give -0.0.
     """
     gone = (weight == 0) | ~mask
     return Pruned(weight.masked_fill(gone, 0), gone.logical_not_())
@@ -47,7 +47,7 @@ def survivors(weight: Tensor, mask: Tensor) -> Pruned:
 def prune_rows(weight: Tensor, pattern: Pattern, score: Callable[[Tensor], Tensor]) -> Pruned:
     """Remove the weights of least score, compared within each row or group; weights that are zero already go first.
 
-    Some rows at a time, so that beside the result there is little scratch, whatever the size of the matrix.
+    It processes some rows at a time, so that it needs little scratch memory, whatever the size of the matrix.
 
     Args:
         weight: (O, I), any float dtype.

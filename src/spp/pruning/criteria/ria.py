@@ -1,6 +1,6 @@
-"""RIA (ICLR 2024, "Plug-and-Play"): weights are scored by their share of their row and of their column.
+"""RIA (ICLR 2024, "Plug-and-Play"): a weight's score is its share in its row and its column, times input activity.
 
-So no input or output channel is pruned away as a whole, which Wanda may do to channels of small weights.
+So no input or output channel is removed completely, as Wanda may do with channels of small weights.
 
 Shapes: O output features, I input features.
 """

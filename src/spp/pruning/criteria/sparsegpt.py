@@ -1,14 +1,14 @@
-"""SparseGPT (arXiv 2301.00774): remove weights one column at a time and let the rest of the row make up for it.
+"""SparseGPT (arXiv 2301.00774): remove weights column by column, and update the rest of the row to compensate.
 
 Each row w minimizes the error of its outputs, (w' - w) H (w' - w)^T. With H^-1 = U^T U (U upper triangular), removing
-weight j after the columns before it are settled costs w_j^2 / U_jj^2 (up to 1/2) and is best made up for by
+weight j after the columns before it are settled costs w_j^2 / U_jj^2 (up to 1/2), and is compensated best by
 w_k -= w_j * U_jk / U_jj for all k > j (SparseGPT, eq. 2 to 4).
 
 Columns are settled in blocks of 128, and within a block by halves, so that nearly all compensation is products of
 matrices. Before a column is settled it has been updated for all columns to its left, as in the published loop.
 
-Shapes: O output features, I input features, C columns of a block. Weights are held transposed, (I, O), because the
-loop walks columns.
+Shapes: O output features, I input features, C columns of a block. Weights are stored transposed, (I, O), because the
+loop runs over columns.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Inverse:
         factor: (I, I) fp32, the rows of U divided by their diagonal entries, so that its own diagonal is one.
         scale: (I,) fp32, the diagonal of U.
         dead: (I,) bool, inputs that were zero in all of the calibration.
-        note: what the user should know about how it came out, or None.
+        note: a remark for the user, or None.
     """
 
     factor: Tensor
@@ -52,7 +52,7 @@ class Inverse:
 
 
 class InverseFactor(Gram):
-    """What SparseGPT needs of a layer's inputs: `Inverse`, once for all layers that share them.
+    """The statistic that SparseGPT needs: an `Inverse`, computed once for all layers with the same inputs.
 
     It holds two fp32 matrices (I, I), the Hessian and the factor. Making the factor takes three quarters of one more.
     """
@@ -196,7 +196,7 @@ class _Columns:
 
     Attributes:
         weights: (C, O).
-        errors: (C, O), what was removed of each settled column; zero for survivors.
+        errors: (C, O), the removed weights of each settled column; zero for kept weights.
         mask: (C, O) bool; before the choice, False for what must be zero in any case.
         unit: (C, C), the block's part of the `Inverse`'s factor.
         scale: (C, 1), that of its scale.
@@ -245,5 +245,5 @@ class _Columns:
         return scores.masked_fill_(~self.mask[start:end], -torch.inf)
 
     def clear(self) -> None:
-        """Set what was removed to +0.0; the errors have it."""
+        """Set the removed weights to +0.0; `errors` has their values."""
         self.weights.masked_fill_(~self.mask, 0)

@@ -1,4 +1,4 @@
-"""The table of criteria: all that the rest of the package knows of one."""
+"""The table of criteria, with everything that the rest of the package needs to know about each."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Method:
     """A criterion.
 
     Attributes:
-        title: what people call it.
-        statistic: what it needs of the layer's inputs; None where it needs no calibration.
+        title: its name in papers.
+        statistic: the statistic of a layer's inputs that it needs; None if it needs no calibration.
         prune: (weight (O, I), value of the statistic, pattern) -> Pruned.
-        changes_weights: whether survivors get other values, so that the mask cannot be refined afterwards.
-        squares: fp32 matrices (I, I) that it makes of one layer at most, beside the statistic.
+        changes_weights: whether kept weights get new values, so that the mask cannot be refined afterwards.
+        squares: number of fp32 matrices (I, I) that it allocates for a layer at most, besides the statistic.
     """
 
     title: str

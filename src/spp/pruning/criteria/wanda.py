@@ -1,4 +1,4 @@
-"""Wanda (arXiv 2306.11695): weights are scored by their size times the size of what they are multiplied with.
+"""Wanda (arXiv 2306.11695): a weight's score is its absolute value times the norm of its input.
 
 Shapes: O output features, I input features.
 """

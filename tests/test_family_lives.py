@@ -1,0 +1,73 @@
+"""Every family of docs/models.md from the dense model to the merged one, which loads without spp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, tiny_model_of
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from spp.adapters.attach import with_adapter
+from spp.adapters.merge import merge
+from spp.adapters.options import MergeOptions
+from spp.adapters.spp_format import read_adapter
+from spp.checkpoints.options import VerifyOptions
+from spp.checkpoints.verify import verify
+from spp.models.architecture import auto_class, prunable_linears
+from spp.models.loading import load_model
+from spp.options import LoadingOptions
+from spp.pruning.options import PruneOptions
+from spp.pruning.prune import prune
+from spp.training.options import TrainOptions
+from spp.training.train import train
+
+CPU = LoadingOptions(device="cpu")
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 83).view(2, 40), use_cache=False).logits
+
+
+def trained(pruned: Path, out: Path, stories: Path) -> Path:
+    """An adapter for all layers, after two steps at a rate that shows in every weight."""
+    data = {"data": str(stories), "window": 32, "max_steps": 2, "batch_size": 2, "learning_rate": 0.05}
+    train(TrainOptions.build({"model": str(pruned), "out": out, "device": "cpu", **data}))
+    return out
+
+
+def loaded_without_spp(folder: Path) -> PreTrainedModel:
+    kind = auto_class(AutoConfig.from_pretrained(folder))
+    assert kind is not None
+    return kind.from_pretrained(folder, dtype=torch.float32)
+
+
+def live(dense: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerFast, stories: Path) -> set[str]:
+    """Prune, train, merge and verify, and check what must be equal; returns the names of the adapted layers."""
+    before, pruned, merged = folder / "dense", folder / "pruned", folder / "merged"
+    dense.save_pretrained(before)
+    tokenizer.save_pretrained(before)
+    prune(PruneOptions.build({"model": str(before), "out": pruned, "criterion": "magnitude", "device": "cpu"}))
+    adapter = trained(pruned, folder / "adapter", stories)
+    factors = read_adapter(adapter)
+    report = merge(MergeOptions(model=str(pruned), adapter=adapter, out=merged))
+    assert len(report.tensors) == len(factors)
+    assert verify(VerifyOptions.build({"base": str(pruned), "other": str(merged), "pattern": "2:4"})).verified
+
+    stock = loaded_without_spp(merged)
+    adapted = logits(with_adapter(load_model(pruned, CPU), adapter))
+    torch.testing.assert_close(logits(stock), adapted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(adapted, logits(loaded_without_spp(pruned)), atol=1e-4)
+    assert not [name for name, one in factors.items() if not one.A.any()], "layers that were not trained"
+    assert set(factors) <= set(prunable_linears(stock))
+    return set(factors)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_pruned_trained_merged_and_verified(
+    family: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, stories: Path
+) -> None:
+    assert live(tiny_model_of(family), tmp_path, tiny_tokenizer, stories)
