@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from spp.models.architecture import auto_class
 
@@ -150,6 +150,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0,
         "vocab_size_per_layer_input": 96,
     },
+    "gemma4_text-shared": _GQA8
+    | {
+        "num_hidden_layers": 4,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 8,
+        "num_global_key_value_heads": 2,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": 96,
+        "use_double_wide_mlp": True,
+    },
     "qwen3_5_text": _GQA8 | _DELTA_NET,
     "lfm2": _GQA | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
     "mamba2": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, "state_size": 8, **_TOKENS}
@@ -213,6 +225,45 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    "kimi_linear": _DECODER
+    | {
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "num_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "linear_attn_config": {
+            "kda_layers": [1],
+            "full_attn_layers": [2],
+            "num_heads": 4,
+            "head_dim": 8,
+            "short_conv_kernel_size": 4,
+        },
+    },
+    "hy_v3": _GQA8
+    | {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "expert_hidden_dim": 24,
+        "num_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
+    "laguna": _GQA8
+    | {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "sliding_window": 16,
+    },
     "llava_next": {
         "text_config": {"model_type": "llama", **_GQA},
         "vision_config": {"model_type": "clip_vision_model", **_CLIP},
@@ -234,6 +285,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "llama", **_GQA},
         "vision_config": {"model_type": "clip_vision_model", **_CLIP},
         "image_token_id": 90,
+    },
+    "llava_onevision": {
+        "text_config": {"model_type": "qwen2", **_GQA},
+        "vision_config": {"model_type": "clip_vision_model", **_CLIP},
+        "image_token_index": 90,
+        "video_token_index": 91,
     },
     "gemma3": {
         "text_config": _SANDWICH | {"sliding_window_pattern": 2},
@@ -281,12 +338,141 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+OUTSIDE: dict[str, dict[str, Any]] = {
+    "mamba": {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 4, **_TOKENS},
+    "jamba": _GQA
+    | {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
+    "gemma3n_text": _GQA8
+    | {
+        "num_hidden_layers": 4,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 96,
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 4,
+        "intermediate_size": [48] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 16,
+    },
+    "deepseek_v4": _DECODER
+    | {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "qk_rope_head_dim": 4,
+        "q_lora_rank": 16,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_topk": 8,
+    },
+    "openai-gpt": _GPT2,
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, **_TOKENS},
+    "zamba2": _GQA
+    | {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"],
+        "mamba_d_state": 8,
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 4,
+        "num_mem_blocks": 1,
+        "adapter_rank": 4,
+    },
+    "idefics3": {
+        "text_config": {"model_type": "llama", **_GQA},
+        "vision_config": _CLIP,
+        "image_token_id": 90,
+        "scale_factor": 2,
+    },
+}
+"""Models with a layer, a block or a container that is not what it seems."""
+
+WHOLE_MODELS: dict[str, dict[str, Any]] = {
+    "qwen3_5": {"text_config": _GQA8 | _DELTA_NET | _MROPE, "vision_config": _QWEN3_VISION, **_IMAGE_TOKENS},
+    "llama4": {
+        "text_config": FAMILIES["llama4_text"],
+        "vision_config": {
+            **_CLIP,
+            "vision_output_dim": 16,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+        },
+        "image_token_index": 90,
+        "boi_token_index": 91,
+        "eoi_token_index": 92,
+    },
+    "mllama": {
+        "text_config": _GQA | {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 4,
+            "vision_output_dim": 32,
+            "intermediate_layers_indices": [0],
+        },
+    },
+    "emu3": {
+        "text_config": _GQA,
+        "vq_config": {
+            "codebook_size": 16,
+            "embed_dim": 4,
+            "latent_channels": 4,
+            "base_channels": 32,
+            "channel_multiplier": [1],
+            "num_res_blocks": 1,
+            "attn_resolutions": [],
+            "hidden_size": 16,
+            "num_attention_heads": 1,
+        },
+        "vocabulary_map": {"<image>": 90},
+    },
+    "minimax_m3_vl": {
+        "text_config": _MOE
+        | {"head_dim": 8, "dense_intermediate_size": 40, "moe_intermediate_size": 24}
+        | {"rotary_dim": 8},
+        "vision_config": _CLIP,
+        "image_token_id": 90,
+    },
+}
+"""Models that take images, as published: with all their weights, of which spp loads the language model alone from some.
+
+The files of the last one hold the gates and ups of an MLP apart, which the model has in one matrix.
+"""
+
+
 def tiny_model_of(name: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    """A tiny random model of a family in `FAMILIES`, in eval mode; the same weights for the same call."""
+    """A tiny random model of a family in `FAMILIES` or `OUTSIDE`, in eval mode; the same weights for the same call."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name.partition("-")[0], **(FAMILIES[name] | changes))
+    family, settings = (name, OUTSIDE[name]) if name in OUTSIDE else (name.partition("-")[0], FAMILIES[name])
+    config = AutoConfig.for_model(family, **(settings | changes))
     kind = auto_class(config)
     assert kind is not None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)  # while GPT-BigCode is imported
         return kind.from_config(config, dtype=dtype).eval()
+
+
+def whole_model_of(name: str, **changes: Any) -> PreTrainedModel:
+    """A tiny random model in `WHOLE_MODELS`, of the class that takes images; changes are of its language model."""
+    torch.manual_seed(0)
+    settings = WHOLE_MODELS[name]
+    config = AutoConfig.for_model(name, **settings | {"text_config": settings["text_config"] | changes})
+    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()

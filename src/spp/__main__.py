@@ -2,6 +2,6 @@
 
 import sys
 
-from spp.cli.entry_point import main
+from spp.cli.start import main
 
 sys.exit(main())

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from reprlib import Repr
+from typing import Any, ParamSpec, TypeVar
+
+_LONGEST_LINE = 400  # characters that are quoted of a library's message
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -53,4 +56,19 @@ def brief(error: BaseException) -> str:
     """A library's error in one line: the first line of its message, and the second if the first ends in a colon."""
     text = repr(error) if isinstance(error, KeyError) else str(error)  # a bare key explains nothing
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return line if len(line) <= _LONGEST_LINE else line[: _LONGEST_LINE - 3] + "..."
+
+
+_LONGEST = 60
+_PARTS = Repr()
+_PARTS.maxstring = _PARTS.maxother = _PARTS.maxlong = 2 * _LONGEST  # the message is cut once more, at its end
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it; a long or deep one is cut, before it is written out."""
+    try:
+        text = _PARTS.repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes
+        text = f"a very long {type(value).__name__}"
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."

@@ -8,13 +8,16 @@ problem.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, field_validator
 from pydantic.config import JsonDict
 
-from spp.errors import UsageError, raise_problems
+from spp.errors import UsageError, raise_problems, shown
+from spp.files import not_text, user_path
 from spp.patterns import Pattern, parse_pattern
 
 
@@ -33,6 +36,32 @@ PatternOption = Annotated[Pattern, PlainValidator(_as_pattern), PlainSerializer(
 RENAMED = {"packing": "join-documents"}
 """Old name of an option -> its present name."""
 
+OTHER_NAMES = {
+    "num-train-epochs": "epochs",
+    "num-epochs": "epochs",
+    "per-device-train-batch-size": "device-batch-size",
+    "micro-batch-size": "device-batch-size",
+    "max-length": "window",
+    "max-seq-length": "window",
+    "max-tokens": "max-new-tokens",
+    "lr": "learning-rate",
+    "lr-scheduler-type": "schedule",
+    "save-total-limit": "keep",
+    "completion-only-loss": "completion-only",
+    "lora-r": "r",
+    "lora-dropout": "dropout",
+    "lora-target-modules": "target-modules",
+    "torch-dtype": "dtype",
+    "nsamples": "samples",
+    "seqlen": "window",
+    "sparsity-type": "pattern",
+    "prune-method": "criterion",
+    "dataset-name": "data",
+    "model-name-or-path": "model",
+    "output-dir": "out",
+}
+"""Name of an option in transformers' Trainer, TRL, PEFT or published scripts of pruning -> the name that it has here."""
+
 _NOT_OF_THE_RESULT = "not_of_the_result"
 NOT_OF_THE_RESULT: JsonDict = {_NOT_OF_THE_RESULT: True}
 """Extra of a field: a result does not depend on the option itself; it says where or how, or names an input."""
@@ -41,9 +70,28 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Options(BaseModel):
-    """Base of all option sets: frozen, and an unknown name is an error."""
+    """Base of all option sets: frozen, and an unknown name, a number without a value or a string of no text is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, str | Path) and (problem := not_text(str(one))):
+                raise ValueError(f"{shown(str(one))}: {problem}")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _is_usable(cls, value: Any) -> Any:
+        """Home folders are looked up, and integers fit into 64 bits, which is what tensors and libraries have."""
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"input should fit into 64 bits, but it is {shown(value)}")
+        try:
+            return user_path(value) if isinstance(value, Path) else value
+        except UsageError as error:
+            raise ValueError(str(error)) from None
 
     def of_the_result(self) -> dict[str, Any]:
         """The options that a result depends on, as JSON values.
@@ -64,28 +112,40 @@ class Options(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            problems = [_describe(problem) for problem in error.errors()]
+            problems = [_describe(problem, cls.model_fields) for problem in error.errors(include_url=False)]
             raise_problems(problems)
             raise AssertionError("a validation error without a problem") from error
 
 
-def no_such_option(name: str) -> str:
-    """The message for an unknown option; it gives the present name of one that was renamed."""
-    new = RENAMED.get(name.replace("_", "-"))
-    return f"no such option; it is called {new} now" if new else "no such option"
+def no_such_option(name: str, known: Iterable[str] = ()) -> str:
+    """The message for an unknown option, with the name that was meant, as far as that can be guessed.
+
+    Args:
+        name: the unknown name, with hyphens or underscores.
+        known: the names that there are.
+    """
+    written = name.replace("_", "-")
+    if new := RENAMED.get(written):
+        return f"no such option; it is called {new} now"
+    names = [one.replace("_", "-") for one in known]
+    if (other := OTHER_NAMES.get(written)) in names:
+        return f"no such option; it is called {other} here"
+    close = difflib.get_close_matches(written, names, n=1)
+    return f"no such option; did you mean {close[0]}?" if close else "no such option"
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: Any, known: Iterable[str]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
+    name = name if len(name) < 80 else shown(name)
     if problem["type"] == "extra_forbidden":
-        return f"{name}: {no_such_option(name)}"
+        return f"{name}: {no_such_option(name, known)}"
     if problem["type"] == "missing":
         return f"{name}: is required"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":  # our own message, which already shows the value
         # A check over several options has an empty name.
         return message if message.startswith(name) else f"{name}: {message}"
-    return f"{name}: {message[0].lower()}{message[1:]}, but it is {problem['input']!r}"
+    return f"{name}: {message[0].lower()}{message[1:]}, but it is {shown(problem['input'])}"
 
 
 class LoadingOptions(Options):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import whole_model_of
 from killing import run_killed
 from merging import adapter_for, sparse_model
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,7 @@ from spp.checkpoints.options import VerifyOptions
 from spp.checkpoints.rewrite import Rewriting
 from spp.checkpoints.verify import verify
 from spp.errors import SppError, UsageError
+from spp.ops.reference import merged_weight
 from spp.pruning.options import PruneOptions
 from spp.pruning.prune import prune
 
@@ -405,12 +407,15 @@ def test_a_record_names_every_tensor_that_it_was_made_of(tmp_path, base, adapter
         assert record["sha256"][side] == digests
 
 
-def test_factors_for_one_weight_under_two_names_are_refused(tmp_path, base):
-    adapter = adapter_for(tmp_path / "adapter", base, ["model.layers.0.mlp.up_proj"])
+def test_factors_for_one_weight_under_two_names_are_refused(tmp_path, tiny_model):
+    """The files of a bare GPT-2 lack the prefix that its modules have, and some name modules by the files."""
+    base = tmp_path / "base"
+    tiny_model("gpt2").base_model.save_pretrained(base)
+    adapter = adapter_for(tmp_path / "adapter", base, ["h.0.mlp.c_fc"])
     tensors = load_file(adapter / "adapter_model.safetensors")
-    again = {name.replace("base_model.", "base_model.model."): value + 1 for name, value in tensors.items()}
+    again = {name.replace("model.h.0", "model.transformer.h.0"): value + 1 for name, value in tensors.items()}
     save_file(tensors | again, adapter / "adapter_model.safetensors")
-    with pytest.raises(SppError, match=r"model\.layers\.0\.mlp\.up_proj, and for another module as well"):
+    with pytest.raises(SppError, match=r"h\.0\.mlp\.c_fc\.weight for .*, and for another module as well"):
         merge(MergeOptions(model=str(base), adapter=adapter, out=tmp_path / "merged"))
 
 
@@ -455,3 +460,26 @@ def test_requests_that_cannot_be_met_are_refused(tmp_path, base, adapter):
     with pytest.raises(UsageError, match="quantized"):
         attempt()
     assert not out.exists()
+
+
+@pytest.mark.parametrize("rank", [4, 7, 40])
+def test_parts_of_a_weight_that_the_files_hold_by_themselves_get_its_factors(tmp_path, rank):
+    """MiniMax M3's files hold gates and ups apart; the row groups of the two need not end where the gates do."""
+    folder = tmp_path / "base"
+    model = whole_model_of("minimax_m3_vl", mlp_layer_types=["dense", "sparse"])
+    name = next(name for name, one in model.named_modules() if name.endswith("gate_up_proj") and hasattr(one, "weight"))
+    whole = model.get_parameter(f"{name}.weight").detach()
+    whole[:, ::2] = 0
+    model.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(rank * 2, whole.shape[1], generator=generator)
+    B = torch.randn(len(whole), 2, generator=generator)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    key = f"base_model.model.{name}"
+    save_file({f"{key}.spp_A.weight": A, f"{key}.spp_B.weight": B}, adapter / "adapter_model.safetensors")
+    write_json(adapter / "adapter_config.json", {"peft_type": "SPP", "r": rank, "scale": 2.0, "directions": 2})
+    report = merge(MergeOptions.build({"model": str(folder), "adapter": adapter, "out": tmp_path / "merged"}))
+    assert len(report.tensors) == 2
+    merged = type(model).from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert merged.get_parameter(f"{name}.weight").equal(merged_weight(whole, A, B, 2.0))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
+from families import tiny_model_of
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
@@ -424,3 +426,30 @@ def test_wrong_settings_are_named_together():
         SppConfig(target_modules="all-linear", layers_to_transform=[0])
     config = SppConfig(target_modules=["q_proj"], layers_to_transform=[0])
     assert config.target_modules == {"q_proj"}
+
+
+def test_all_linear_leaves_out_layers_whose_weight_the_model_reads_itself(tmp_path):
+    """An adapter there would do nothing in training with Mamba's kernels; one that exists is still loaded to be used."""
+    adapted = get_peft_model(tiny_model_of("bamba"), SppConfig(r=4, task_type="CAUSAL_LM", init_weights=False))
+    names = [name for name, module in adapted.named_modules() if isinstance(module, SppLinear)]
+    assert any(name.endswith("mamba.in_proj") for name in names)
+    assert not [name for name in names if name.endswith("mamba.out_proj")]
+    with pytest.raises(ValueError, match="mamba.out_proj: an adapter would have no effect: the model reads its weight"):
+        get_peft_model(tiny_model_of("bamba"), SppConfig(r=4, target_modules=["out_proj"]))
+
+    adapted.save_pretrained(str(tmp_path))
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    older = {**settings, "target_modules": ["in_proj", "out_proj"], "exclude_modules": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(older))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        loaded = PeftModel.from_pretrained(tiny_model_of("bamba"), str(tmp_path))
+    assert isinstance(loaded.get_submodule("base_model.model.model.layers.0.mamba.out_proj"), SppLinear)
+
+
+def test_a_linear_layer_that_computes_something_else_is_refused():
+    with pytest.raises(
+        ValueError, match="o_a_proj: an adapter would have no effect: its class, DeepseekV4GroupedLinear"
+    ):
+        get_peft_model(tiny_model_of("deepseek_v4"), SppConfig(r=4, target_modules=["o_a_proj"]))
+    assert get_peft_model(tiny_model_of("falcon"), SppConfig(r=4, target_modules=["query_key_value"]))

@@ -14,6 +14,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     T5Config,
+    XLNetConfig,
     T5ForConditionalGeneration,
 )
 
@@ -232,6 +233,11 @@ def test_a_window_beyond_the_context_is_refused():
 def test_nothing_bounds_the_window_of_a_model_without_positions():
     assert context_window(BloomConfig(), 100_000) == 100_000
     assert context_window(BloomConfig(), None) == 2048
+
+
+def test_a_context_of_minus_one_is_no_limit():
+    assert context_window(XLNetConfig(), 100_000) == 100_000
+    assert context_window(XLNetConfig(), None) == 2048
 
 
 @pytest.mark.parametrize("name", ["story", "stories260K", "shakespeare_opt"])

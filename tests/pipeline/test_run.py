@@ -156,3 +156,17 @@ def test_real_models(shared_data, tmp_path, model, pattern, train, evaluation, m
     assert results["verified"]
     assert results["perplexity"]["pruned"] > 1.05 * results["perplexity"]["dense"]
     assert results["gap_closed"] > 0.5
+
+
+def test_the_gap_is_counted_from_the_mask_alone(tmp_path, tiny_checkpoint, stories):
+    settings = {"reconstruct": "block", "reconstruct_epochs": 1, "max_steps": 2}
+    results = run(options(tiny_checkpoint, stories, tmp_path / "run", **settings)).plain()
+    plain = run(options(tiny_checkpoint, stories, tmp_path / "plain", max_steps=2)).plain()
+    perplexity = results["perplexity"]
+    assert list(perplexity) == ["dense", "pruned", "reconstructed", "spp"]
+    assert perplexity["pruned"] == plain["perplexity"]["pruned"] != perplexity["reconstructed"]
+    three = [perplexity[name] for name in ("dense", "pruned", "spp")]
+    assert results["gap_closed"] == (None if gap_closed(*three) is None else pytest.approx(gap_closed(*three)))
+    assert not (tmp_path / "run" / "one-shot").exists()
+    assert "pruned + reconstructed" in (tmp_path / "run" / "report.html").read_text()
+    assert "pruned + reconstructed" in (tmp_path / "run" / "merged" / "README.md").read_text()

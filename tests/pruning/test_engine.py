@@ -195,7 +195,7 @@ def test_batches_do_not_matter(
 
 def test_arguments_of_equal_batches_are_kept_once(tiny_model: MakeModel) -> None:
     model = tiny_model("llama")
-    hidden: dict[int, Tensor] = {}
+    hidden: dict[int, block_calls.State] = {}
     with torch.no_grad():
         calls = block_calls.capture(model, decoder_blocks(model)[1], dict(enumerate(windows().split(1))), hidden)
     assert len(hidden) == 12
@@ -378,12 +378,12 @@ def test_a_failed_capture_leaves_the_blocks_as_they_were(tiny_model: MakeModel) 
     assert blocks[1].__dict__["forward"] is own
 
 
-def test_a_model_that_skips_blocks_is_refused(tiny_model: MakeModel) -> None:
+def test_a_model_that_calls_a_block_twice_is_refused(tiny_model: MakeModel) -> None:
     model = tiny_model("llama")
     last = model.model.layers[1]
     model.model.layers = nn.ModuleList([model.model.layers[0], model.model.layers[0]])
     blocks = [model.model.layers[0], last]
-    with pytest.raises(SppError, match="does not run through all"), torch.no_grad():
+    with pytest.raises(SppError, match="calls its decoder block 0 after block 0"), torch.no_grad():
         block_calls.capture(model, blocks, {0: windows()}, None)
 
 

@@ -13,7 +13,15 @@ from realistic_results import failed, realistic
 from spp.checkpoints.verify import VerifyReport
 from spp.ops.zero_proof import TensorProof
 from spp.pruning.prune import TensorSparsity
-from spp.reporting.results import ComparedTensor, PrunedTensor, RunResults, Training, Verification, gap_closed
+from spp.reporting.results import (
+    ComparedTensor,
+    PrunedTensor,
+    RunResults,
+    Training,
+    Verification,
+    gap_closed,
+    warnings_about,
+)
 from spp.training.train import TrainReport
 
 
@@ -65,3 +73,22 @@ def test_gap_closed_gives_values_computed_by_hand():
     assert gap_closed(dense=10.0, pruned=20.0, spp=20.0) == 0
     assert gap_closed(dense=10.0, pruned=20.0, spp=10.0) == pytest.approx(1)
     assert gap_closed(dense=10.0, pruned=10.0, spp=9.0) is None
+
+
+def test_there_is_no_gap_where_pruning_cost_under_one_percent():
+    assert gap_closed(10.0, 10.05, 11.0) is None
+    assert gap_closed(10.0, 10.2, 10.1) == pytest.approx(0.4975, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "worse"),
+    [
+        ({"dense": 10.0, "pruned": 20.0, "spp": 15.0}, False),
+        ({"dense": 10.0, "pruned": 20.0, "spp": 21.0}, True),
+        ({"dense": 10.0, "pruned": 20.0, "reconstructed": 14.0, "spp": 15.0}, True),
+        ({"dense": 10.0, "pruned": 20.0, "spp": math.inf}, True),
+    ],
+)
+def test_fine_tuning_that_made_it_worse_is_said(perplexity, worse):
+    warnings = warnings_about(perplexity)
+    assert len(warnings) == worse and all("fine-tuning made the model worse" in one for one in warnings)

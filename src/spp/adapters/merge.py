@@ -244,7 +244,7 @@ def _misfit(base: Checkpoint, name: str, factors: Factors | None) -> str | None:
 
 
 def _of_part(factors: Factors, part: Part) -> Factors | None:
-    """The factors of a tensor in the files: all if it is a whole weight, else those of its rows; None if it has none."""
+    """The factors of a whole weight, or of rows of it that the files hold by themselves; None for other parts."""
     if not part.steps:
         return factors
     shape = factors.stored_shape(transposed=False)

@@ -127,7 +127,7 @@ class Checkpoint:
         Raises:
             UsageError: it is; the message ends with `remedy`.
         """
-        if "quantization_config" in self.config:
+        if not is_plain(self.config.get("quantization_config")):
             raise UsageError(f"{self.folder} is quantized; {remedy}")
 
     def transposed(self, name: str) -> bool:
@@ -186,6 +186,20 @@ class Checkpoint:
             return file.get_tensor(name)
         entry = self.packed[name]
         return packed_archive.dense(packed_archive.read_weight(file.get_tensor, name, entry), entry)
+
+
+def is_plain(quantization: Any) -> bool:
+    """Whether a `quantization_config` announces no quantization: there is none, or compressed-tensors' of plain floats.
+
+    llm-compressor writes the latter for a model that is only sparse, and stored without its sparse format.
+    """
+    if not quantization:
+        return True
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return False
+    sparsity = quantization.get("sparsity_config") or {}
+    sparse_format = sparsity.get("format", "dense") if isinstance(sparsity, dict) else None
+    return not quantization.get("config_groups") and sparse_format == "dense"
 
 
 def is_buffer(name: str) -> bool:

@@ -8,7 +8,17 @@ from spp.errors import UsageError
 
 # What a checkpoint needs, and what says under which licence it is; never pickles, never code that was not asked for.
 _HUB_CODE = ["*.py", "*.tiktoken"]
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[CS]E*", "NOTICE*"]
+_HUB_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.model.*",
+    "*.txt",
+    "*.jinja",
+    "README.md",
+    "LICEN[CS]E*",
+    "NOTICE*",
+]
 
 
 def resolve_model(model: str, *, code: bool = False) -> Path:

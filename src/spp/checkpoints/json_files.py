@@ -7,22 +7,27 @@ import os
 from pathlib import Path
 from typing import Any
 
-from spp.errors import SppError, UsageError
+from spp.errors import SppError
+from spp.files import reading, writing
+
+_MOST_DIGITS = 300
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UsageError: there is no such file.
-        SppError: it is not JSON.
+        UsageError: there is no such file, or it may not be read.
+        SppError: it is not JSON, or holds a number with more digits than any float can have.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:  # malformed JSON, malformed UTF-8, and brackets without end
-        raise SppError(f"{path}: not valid JSON ({error})") from error
+    with reading(path, "valid JSON"):
+        return json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:  # no float can hold it, so that arithmetic with it would fail somewhere
+        raise ValueError(f"it holds a number of {len(digits)} digits")
+    return int(digits)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -44,12 +49,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text beside `path` and rename it into place."""
+    """Write UTF-8 text beside `path` and rename it into place.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind, and a file that was there stays.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
+    try:
+        with writing(path):
+            partial.write_text(text, encoding="utf-8", errors="replace")  # names in a damaged file may be no text
+            sync(partial)
+            partial.replace(path)
+            sync(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -21,7 +21,7 @@ from spp.patterns import parse_pattern
 CARD = "README.md"
 _TEMPLATE = "model_card.md.j2"
 _OF_THE_BASE = ("license", "license_name", "license_link", "language")
-_MODELS = {"dense": "dense", "pruned": "pruned", "spp": "this model"}
+_MODELS = {"dense": "dense", "pruned": "pruned", "reconstructed": "pruned + reconstructed", "spp": "this model"}
 
 
 def write_model_card(folder: Path, figures: Mapping[str, Any] | None = None) -> None:

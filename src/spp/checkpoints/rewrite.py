@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.checkpoints.checkpoint import INDEX, MANIFEST, SINGLE, VERIFICATION, Checkpoint
+from spp.checkpoints.checkpoint import INDEX, MANIFEST, SINGLE, VERIFICATION, Checkpoint, is_plain
+from spp.checkpoints.companions import companions
 from spp.checkpoints.fingerprint import tensor_digest
 from spp.checkpoints.json_files import sync, write_json
 from spp.checkpoints.packed_archive import dense_name
@@ -23,9 +24,8 @@ from spp.ops.dtypes import dtype_name
 from spp.ops.zero_proof import may_hold_negative_zeros
 from spp.ops.zeros import canonical_zeros, is_float
 
-# What a model folder holds besides its weights and belongs to every model made from it.
-_COMPANIONS = {".json", ".model", ".txt", ".jinja", ".py", ".tiktoken"}
-_LEGAL = ("LICENSE", "LICENCE", "NOTICE")
+# Side files of ours are written anew, and an adapter that lies there is not of the new model.
+_NOT_COPIED = (MANIFEST, VERIFICATION, "adapter_config.json")
 # Engines refuse a model that announces a sparse format; ours are plain.
 _ANNOUNCEMENTS = {"sparsity_config", "compression_config"}
 
@@ -92,12 +92,15 @@ def write_companions(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | 
 
     In the configuration, a sparsity config is left out, and the dtype is replaced if `dtype` is given.
     """
-    for path in sorted(checkpoint.folder.iterdir()):
-        kept = path.suffix in _COMPANIONS or path.name.upper().startswith(_LEGAL)
-        of_others = path.name.endswith(".bin.index.json") or path.name == "adapter_config.json"
-        if path.is_file() and kept and path.name not in (MANIFEST, VERIFICATION, INDEX) and not of_others:
-            shutil.copyfile(path, folder / path.name)
-    config = {name: value for name, value in checkpoint.config.items() if name not in _ANNOUNCEMENTS}
+    for path in companions(checkpoint.folder):
+        if path.name not in _NOT_COPIED:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.folder / path, folder / path)
+    config = {
+        name: value
+        for name, value in checkpoint.config.items()
+        if name not in _ANNOUNCEMENTS and not (name == "quantization_config" and is_plain(value))
+    }
     if dtype is not None:
         config = _with_dtype(config, dtype_name(dtype))
     if config != checkpoint.config:

@@ -7,22 +7,24 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from spp.cli.commands import COMMANDS, Command
 from spp.cli.parser import build_parser
-from spp.errors import SppError
+from spp.cli.interrupts import INTERRUPTED, ends_at_once
+from spp.errors import SppError, brief
+from spp.files import is_disk_full
 from spp.options import Options
 from spp.pipeline.options import RunOptions
 from spp.pipeline.recipes import load_recipe
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0 for success, 1 for failure, 2 for a wrong request."""
+    """Run one command; see `spp.cli.start.main`."""
     arguments = vars(build_parser().parse_args(argv))
     name, as_json = arguments.pop("command"), arguments.pop("json")
     dry_run = arguments.pop("dry_run", False)
@@ -39,11 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return error.exit_code
     except OSError as error:  # a full disk, a folder without permission
-        _complain(str(error))
+        _complain(_of_the_system(error))
         return 1
     except KeyboardInterrupt:
         _complain("interrupted; finished work is kept, and the same command with the same output folder resumes it")
-        return _INTERRUPTED
+        return INTERRUPTED
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # also a panic of a library in Rust, which is no Exception
+        if os.environ.get("SPP_TRACEBACK"):
+            raise
+        _complain(_unexpected(error))
+        return 1
     return 0 if getattr(report, "verified", True) else 1
 
 
@@ -54,7 +63,8 @@ def _execute(command: Command, given: dict[str, Any], *, dry_run: bool) -> Any:
     values = {**load_recipe(recipe, command.options), **given} if recipe else given
     options = command.options.build(values)
     module, function = (command.dry_run if dry_run and command.dry_run else command.work).split(":")
-    work = getattr(importlib.import_module(module), function)
+    with ends_at_once():
+        work = getattr(importlib.import_module(module), function)
     return work() if command.options is Options else work(options)
 
 
@@ -103,6 +113,24 @@ def _show_messages() -> None:
 
 def _complain(message: str) -> None:
     sys.stderr.write(f"error: {message}\n")
+
+
+def _of_the_system(error: OSError) -> str:
+    if error.filename is None or error.strerror is None:
+        return brief(error)
+    place = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    remedy = "; make room, and repeat the command" if is_disk_full(error) else ""
+    return f"{place}: {error.strerror}{remedy}"
+
+
+def _unexpected(error: BaseException) -> str:
+    """An error that nothing else foresaw: what it is, where, and how to find out more."""
+    steps = [step for step in traceback.extract_tb(error.__traceback__) if f"{os.sep}spp{os.sep}" in step.filename]
+    where = f" in {Path(steps[-1].filename).name}, line {steps[-1].lineno}" if steps else ""
+    return (
+        f"{type(error).__name__}{where}: {brief(error)}. An input may be damaged in a way that spp does not know, or this "
+        "is a bug of spp; with SPP_TRACEBACK=1 in the environment, the same command shows where it happened"
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
+import sys
 import types
 import typing
 from pathlib import Path
@@ -13,21 +15,45 @@ from pydantic.fields import FieldInfo
 
 from spp._version import __version__
 from spp.cli.commands import COMMANDS, Command
+from spp.cli.other_flags import OtherFlags
 from spp.options import RENAMED, Options
 
 _DOCTOR_HELP = "Versions, devices and active back-ends of this installation."
 
 
 class _Parser(argparse.ArgumentParser):
-    """Accepts only whole names of flags; the error for an old flag names the new one."""
+    """Accepts only whole names of flags, ours or those of other tools; an error names what was meant, and the help."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # pyright: ignore
+        """Parse; a command's own parser, which has more than one word in its name, refuses what it does not know."""
+        words = list(sys.argv[1:] if args is None else args)
+        if " " not in self.prog:
+            return super().parse_known_args(words, namespace)
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        positional = [action.dest for action in self._actions if not action.option_strings]
+        others = OtherFlags(flags, positional, self.error)
+        parsed, unknown = super().parse_known_args(others.ours(words), namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{others.suggestions(unknown)}")
+        if others.notes:
+            sys.stderr.write(f"note: {'; '.join(others.notes)}\n")
+        return parsed, unknown
+
     def error(self, message: str) -> NoReturn:
         for old, new in RENAMED.items():
             message = re.sub(rf"--(no-)?{old}(?![\w-])", rf"\g<0> (it is called --\g<1>{new} now)", message)
-        super().error(message)
+        if found := re.match(r"argument COMMAND: invalid choice: '(.*?)' ", message):
+            close = difflib.get_close_matches(found[1], COMMANDS, n=1)
+            message = f"there is no command {found[1]!r}" + (f"; did you mean spp {close[0]}?" if close else "")
+        if " " in self.prog:
+            positional = [action.dest.upper() for action in self._actions if not action.option_strings]
+            usage, listed = " ".join([self.prog, *positional, "[OPTION ...]"]), "its options"
+        else:
+            usage, listed = f"{self.prog} COMMAND ...", "the commands"
+        self.exit(2, f"usage: {usage}\nerror: {message}\n`{self.prog} --help` lists {listed}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

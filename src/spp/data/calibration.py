@@ -23,9 +23,11 @@ from transformers import PreTrainedTokenizerBase
 
 from spp._version import __version__
 from spp.data.cache import cache_name, read_entry, write_entry
-from spp.data.records import STANDARD_LIBRARY, Record, data_suffix, holds_text, load_records
+from spp.data.record_kinds import Record, holds_text
+from spp.data.records import STANDARD_LIBRARY, data_suffix, load_records
 from spp.data.tokens import cut, documents, join
 from spp.errors import UsageError
+from spp.files import user_path
 
 logger = logging.getLogger("spp")
 
@@ -91,7 +93,7 @@ class _Text:
     @property
     def facts(self) -> list[Any]:
         """For a file its suffix, by which it is read, and its hash; for any other source the records themselves."""
-        path = Path(self.source).expanduser()
+        path = user_path(self.source)
         if self.source == STANDARD_LIBRARY or not path.is_file():
             return [self.records]
         with path.open("rb") as file:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from spp.data.records import Record
+from spp.data.record_kinds import Record
 from spp.data.tokens import cut, documents, encode, render, with_end
 from spp.errors import UsageError
 

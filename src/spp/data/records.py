@@ -15,26 +15,25 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-from spp.data.alpaca import alpaca_prompt
 from spp.data.python_source import Part, standard_library
-from spp.errors import UsageError, raise_problems
+from spp.data.record_kinds import FIELDS, Malformed, Record, holds_text, kind_of, record_of
+from spp.errors import UsageError, brief, raise_problems
+from spp.files import user_path
 
-_Rows = Callable[[str, str | None, str], Iterable[Any]]
-"""A function that reads a dataset, given its id, configuration and split."""
+Columns = Mapping[str, str]
+"""Field of a record -> the name that it has in a table; empty for tables with the names that are known."""
 
-Record = dict[str, Any]
-"""One of `{"text": str}`, `{"prompt": str, "completion": str}`, `{"messages": [{"role": str, "content": str}]}`."""
+_Rows = Callable[[str, str | None, str, Columns], Iterable[Any]]
+"""A function that reads a dataset, given its id, configuration, split and columns."""
 
 STANDARD_LIBRARY = "python-stdlib"
 
-_FIELDS = frozenset({"text", "prompt", "completion", "instruction", "input", "output", "messages"})
-_EXPECTED = "text, or prompt and completion, or instruction and output (Alpaca), or messages"
 _SHOWN_PROBLEMS = 10
 _CHECKED_AFTER_A_PROBLEM = 100_000
 # Name, configuration and split; a slice, in brackets, may hold a colon.
@@ -45,29 +44,23 @@ _STREAMED_ROWS = 16_384
 _STREAMED_CHARACTERS = 200_000_000  # the limit where rows are books
 
 
-class Malformed(ValueError):
-    """One record is malformed; the message says how, and the caller adds its position."""
-
-
-def load_records(source: str, part: Part = "train") -> list[Record]:
+def load_records(source: str, part: Part = "train", columns: Columns | None = None) -> list[Record]:
     """Read every record of a source, in order.
 
     Args:
         source: a file, a datasets id, or `python-stdlib`.
         part: which files of the standard library to read. Other sources have no parts, but of a dataset for
             `calibration` only the first 16,384 rows are read, as a stream, unless its split is a slice.
+        columns: see `Columns`.
 
     Raises:
         UsageError: there is no such source, it is empty, or records are malformed: the message lists where (file and
             line), what was expected, and what was found.
     """
-    records = list(_records(source, part, _first_rows if part == "calibration" else _all_rows))
-    if not any(map(holds_text, records)):
-        raise UsageError(f"data {source!r} is empty: there is no text in it")
-    return records
+    return list(_with_text(_records(source, part, _first_rows if part == "calibration" else _all_rows, columns), source))
 
 
-def stream_records(source: str) -> Iterator[Record]:
+def stream_records(source: str, columns: Columns | None = None) -> Iterator[Record]:
     """The records of a training source, each read on demand, so that the source may be larger than memory.
 
     That holds for JSON Lines, Parquet files and datasets ids; other files are read whole.
@@ -75,27 +68,35 @@ def stream_records(source: str) -> Iterator[Record]:
     Raises:
         UsageError: as `load_records`, when reading reaches the problem.
     """
-    return _records(source, "train", _stream)
+    return _with_text(_records(source, "train", _stream, columns), source)
 
 
-def _records(source: str, part: Part, rows: _Rows) -> Iterator[Record]:
+def _with_text(records: Iterator[Record], source: str) -> Iterator[Record]:
+    """The records; at their end, an error if none of them holds text. So what reads a part of them reads up to text."""
+    blank: list[Record] = []
+    for record in records:
+        blank.append(record)
+        if holds_text(record):
+            break
+    else:
+        raise UsageError(f"data {source!r} is empty: there is no text in it")
+    yield from blank
+    yield from records
+
+
+def _records(source: str, part: Part, rows: _Rows, columns: Columns | None) -> Iterator[Record]:
     """The records of a source; a datasets id is read by `rows`."""
-    path = Path(source).expanduser()
+    path, columns = user_path(source), columns or {}
     if source == STANDARD_LIBRARY:
         yield from ({"text": text} for text in standard_library(part))
     elif path.is_file():
-        yield from _read_file(path)
+        yield from _read_file(path, columns)
     elif path.is_dir():
         raise UsageError(f"data {source!r} is a folder; give a file ({', '.join(_READERS)}) or a datasets id")
     elif data_suffix(path) in _READERS or not _DATASET_ID.fullmatch(source):
         raise UsageError(f"data {source!r}: no such file")
     else:
-        yield from _normalize(_numbered(_read_dataset(source, rows), "row"), source)
-
-
-def holds_text(record: Record) -> bool:
-    """Whether a record holds more than white space."""
-    return any(value.strip() if isinstance(value, str) else value for value in record.values())
+        yield from _normalize(_numbered(_read_dataset(source, rows, columns), "row"), source, columns)
 
 
 def data_suffix(path: Path) -> str:
@@ -104,11 +105,11 @@ def data_suffix(path: Path) -> str:
     return "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
 
 
-def _read_file(path: Path) -> Iterator[Record]:
+def _read_file(path: Path, columns: Columns) -> Iterator[Record]:
     reader = _READERS.get(data_suffix(path))
     if reader is None:
         raise UsageError(f"data {str(path)!r}: the suffix must be one of {', '.join(_READERS)}")
-    return reader(path)
+    return reader(path, columns)
 
 
 @contextmanager
@@ -141,25 +142,25 @@ def _first_undecodable(path: Path) -> str:
     raise AssertionError("a file that is not UTF-8 as a whole is so line by line")
 
 
-def _read_txt(path: Path) -> Iterator[Record]:
+def _read_txt(path: Path, columns: Columns) -> Iterator[Record]:
     with open_text(path) as file:
         yield {"text": file.read()}
 
 
-def _read_json(path: Path) -> Iterator[Record]:
+def _read_json(path: Path, columns: Columns) -> Iterator[Record]:
     """A JSON array of records, or JSON Lines; the content decides which, not the suffix."""
     with open_text(path) as file:
         first = next((line for line in file if line.strip()), "")
         file.seek(0)
         if not first.lstrip().startswith("["):
-            yield from _normalize(json_lines(file), str(path))
+            yield from _normalize(json_lines(file), str(path), columns)
             return
         text = file.read()
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}, line {_line(error)}: expected a JSON array of records ({error})") from error
-    yield from _normalize(_numbered(items, "item"), str(path))
+    yield from _normalize(_numbered(items, "item"), str(path), columns)
 
 
 def json_lines(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -176,69 +177,68 @@ def _line(error: Exception) -> int:
     return getattr(error, "lineno", 1)
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
+def _read_parquet(path: Path, columns: Columns) -> Iterator[Record]:
     import pyarrow.parquet
 
     def rows() -> Iterator[Any]:
         try:
             file = pyarrow.parquet.ParquetFile(path)
-            for batch in file.iter_batches(columns=_known(file.schema_arrow.names)):
+            for batch in file.iter_batches(columns=_known(file.schema_arrow.names, columns)):
                 yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UsageError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+        except Exception as error:  # a damaged file raises whatever its parts do
+            raise UsageError(f"{path}: not a readable parquet file ({brief(error)})") from error
 
-    yield from _normalize(_numbered(rows(), "row"), str(path))
+    yield from _normalize(_numbered(rows(), "row"), str(path), columns)
 
 
-def _read_dataset(source: str, rows: _Rows) -> Iterator[Any]:
+def _read_dataset(source: str, rows: _Rows, columns: Columns) -> Iterator[Any]:
     found = _DATASET_ID.fullmatch(source)
     assert found, source
     name, config, split = found[1], found[2] or None, found[3] or "train"
     if config and "[" in config:
         raise UsageError(f"data {source!r}: a slice is of a split; write {name}::{config}, or {name}:CONFIG:{config}")
     try:
-        yield from (_all_rows if "[" in split else rows)(name, config, split)  # a stream has no slices
+        yield from (_all_rows if "[" in split else rows)(name, config, split, columns)  # a stream has no slices
     except Exception as error:  # network, hub, builder and file errors alike; the remedy is the same
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"data {source!r}: no such file, and not available as a dataset either ({reason}). Without a network, give "
+            f"data {source!r}: no such file, and not available as a dataset either ({brief(error)}). Without a network, give "
             f"a file ({', '.join(_READERS)}), or load the dataset once where there is one, copy the folder that "
             "HF_DATASETS_CACHE names, and set HF_HUB_OFFLINE=1. A datasets id is ID, ID:CONFIG or ID:CONFIG:SPLIT"
         ) from error
 
 
-def _all_rows(name: str, config: str | None, split: str) -> Iterable[Any]:
+def _all_rows(name: str, config: str | None, split: str, columns: Columns) -> Iterable[Any]:
     from datasets import load_dataset
 
     dataset = load_dataset(name, config, split=split)
-    return dataset.select_columns(_known(dataset.column_names))
+    return dataset.select_columns(_known(dataset.column_names, columns))
 
 
-def _stream(name: str, config: str | None, split: str) -> Iterable[Any]:
+def _stream(name: str, config: str | None, split: str, columns: Columns) -> Iterable[Any]:
     from datasets import load_dataset
 
     dataset = load_dataset(name, config, split=split, streaming=True)
     # A stream does not always know its columns.
-    return dataset.select_columns(_known(dataset.column_names)) if dataset.column_names else dataset
+    return dataset.select_columns(_known(dataset.column_names, columns)) if dataset.column_names else dataset
 
 
-def _first_rows(name: str, config: str | None, split: str) -> Iterator[Any]:
+def _first_rows(name: str, config: str | None, split: str, columns: Columns) -> Iterator[Any]:
     """The first rows of a dataset, without downloading the rest of it."""
     characters = 0
-    for row in islice(_stream(name, config, split), _STREAMED_ROWS):
+    for row in islice(_stream(name, config, split, columns), _STREAMED_ROWS):
         yield row
         characters += sum(len(value) for value in row.values() if isinstance(value, str))
         if characters >= _STREAMED_CHARACTERS:
             break
 
 
-def _known(columns: list[str]) -> list[str]:
+def _known(names: list[str], columns: Columns) -> list[str]:
     """The columns that records are made of; if there are none, all columns, which the error then names."""
-    return [name for name in columns if name in _FIELDS] or columns
+    chosen = [name for name in names if name in columns.values()]
+    return chosen or [name for name in names if name in FIELDS] or names
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[Path, Columns], Iterator[Record]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_json,
     ".json": _read_json,
@@ -253,7 +253,7 @@ def _numbered(items: Iterable[Any], word: str) -> Iterator[tuple[str, Any]]:
     return ((f"{word} {number}", item) for number, item in enumerate(items, 1))
 
 
-def _normalize(items: Iterable[tuple[str, Any]], source: str) -> Iterator[Record]:
+def _normalize(items: Iterable[tuple[str, Any]], source: str, columns: Columns) -> Iterator[Record]:
     """Turn every item into a `Record`; all items of a source must be of one kind.
 
     After the first problem no more records are yielded. Further items are only checked, a limited number of them, so
@@ -268,11 +268,11 @@ def _normalize(items: Iterable[tuple[str, Any]], source: str) -> Iterator[Record
             at_least = "at least "
             break
         try:
-            record = _record(item)
+            record = record_of(item, columns)
         except Malformed as error:
             problems.append(f"{source}, {where}: {error}")
             continue
-        kind = " and ".join(record)
+        kind = kind_of(record)
         first = first or f"{kind} in {where}"
         if not first.startswith(f"{kind} in "):
             problems.append(f"{source}, {where}: kinds are mixed: {kind} here, but {first}")
@@ -289,49 +289,3 @@ def raise_first_problems(problems: list[str], at_least: str = "") -> None:
         shown = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS])
         raise UsageError(f"{at_least}{len(problems)} problems, the first {_SHOWN_PROBLEMS} of them:\n{shown}")
     raise_problems(problems)
-
-
-def _record(item: Any) -> Record:
-    if isinstance(item, Malformed):
-        raise item
-    if not isinstance(item, dict):
-        raise Malformed(f"expected an object with {_EXPECTED}; found {show(item)}")
-    if {"instruction", "output"} <= item.keys():  # some Alpaca sets also have the rendered `text`
-        prompt = alpaca_prompt(_string(item, "instruction"), _string(item, "input", optional=True))
-        return {"prompt": prompt, "completion": _string(item, "output")}
-    kinds = [kind for kind in (("text",), ("prompt", "completion"), ("messages",)) if item.keys() >= set(kind)]
-    if len(kinds) != 1:
-        found = ", ".join(map(str, item)) or "no field"
-        several = " of one kind only" if kinds else ""
-        raise Malformed(f"expected {_EXPECTED}{several}; found {found}")
-    if kinds[0] == ("messages",):
-        return {"messages": _messages(item["messages"])}
-    return {name: _string(item, name) for name in kinds[0]}
-
-
-def _string(item: dict[str, Any], name: str, *, optional: bool = False) -> str:
-    value = item.get(name)
-    if value is None and optional:
-        return ""
-    if not isinstance(value, str):
-        raise Malformed(f"expected {name} to be a string; found {show(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise Malformed(f"{name} holds half of a surrogate pair at character {error.start}, which is no text") from None
-    return value
-
-
-def _messages(value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise Malformed(f"expected messages to be a list of objects with role and content; found {show(value)}")
-    for message in value:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise Malformed(f"expected every message to have role and content; found {show(message)}")
-    return [{name: _string(message, name) for name in ("role", "content")} for message in value]
-
-
-def show(value: Any) -> str:
-    """A value as an error message shows it; long ones are cut."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

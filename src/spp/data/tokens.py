@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from spp.data.records import Record
+from spp.data.record_kinds import Record
 from spp.errors import UsageError
 
 _AT_ONCE = 1000  # texts per call: the tokenizer's own threads are busy, and memory stays small
@@ -32,6 +32,11 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase, *, answering: boo
         raise UsageError(
             "the data has messages, but the model's tokenizer has no chat template; "
             "give data with text, or prompt and completion"
+        )
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise UsageError(
+            f"the data has messages, and of the tokenizer's chat templates ({', '.join(tokenizer.chat_template)}) none is "
+            "called default; copy the one to use to chat_template.jinja in the model's folder"
         )
     try:
         text = tokenizer.apply_chat_template(record["messages"], tokenize=False, add_generation_prompt=answering)

@@ -17,7 +17,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spp.data.records import STANDARD_LIBRARY, Record, data_suffix, load_records
+from spp.data.record_kinds import Record
+from spp.data.records import STANDARD_LIBRARY, data_suffix, load_records
 from spp.data.tokens import cut, documents, encode, render, require_known_ids
 from spp.errors import SppError, UsageError
 from spp.evaluation.options import EvalOptions

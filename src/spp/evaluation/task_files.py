@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spp.data.records import Malformed, json_lines, open_text, raise_first_problems, show
-from spp.errors import UsageError
+from spp.data.record_kinds import Malformed
+from spp.data.records import json_lines, open_text, raise_first_problems
+from spp.errors import UsageError, shown
 
 PAPER_TASKS = {
     "boolq": ("passage", "question", "label"),
@@ -180,10 +181,10 @@ def _ours(item: Any) -> dict[str, Any]:
     wrong = list(_wrong_texts(row, fields))
     several = isinstance(choices, list) and len(choices) > 1
     if not several or not all(isinstance(answer, str) and answer for answer in choices):
-        wrong.append(f"expected choices to be a list of two strings or more, none empty; found {show(choices)}")
+        wrong.append(f"expected choices to be a list of two strings or more, none empty; found {shown(choices)}")
     elif not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
         wrong.append(
-            f"expected label to be the index of the right choice, 0 to {len(choices) - 1}; found {show(label)}"
+            f"expected label to be the index of the right choice, 0 to {len(choices) - 1}; found {shown(label)}"
         )
     if wrong:
         raise Malformed("; ".join(wrong))
@@ -193,12 +194,12 @@ def _ours(item: Any) -> dict[str, Any]:
 def _wrong_texts(row: Mapping[str, Any], fields: tuple[str, ...]) -> Iterator[str]:
     for name in fields:
         if not isinstance(row[name], str) or not row[name].strip():
-            yield f"expected {name} to be a string that is not empty; found {show(row[name])}"
+            yield f"expected {name} to be a string that is not empty; found {shown(row[name])}"
 
 
 def _object(item: Any) -> dict[str, Any]:
     if isinstance(item, Malformed):
         raise item
     if not isinstance(item, dict):
-        raise Malformed(f"expected an object; found {show(item)}")
+        raise Malformed(f"expected an object; found {shown(item)}")
     return item

@@ -29,11 +29,15 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from spp.errors import UsageError
+from spp.models.bypassed import bypassed
 from spp.models.packed_linear import PackedLinear
 from spp.ops.dtypes import dtype_name
 from spp.ops.zeros import is_float
 
 AutoClass = type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]
+
+# Families whose causal LM is the language model alone, and does not read the files of the whole (transformers 5.17).
+_READ_AS_A_WHOLE = frozenset({"emu3"})
 
 
 def auto_class(config: Any) -> AutoClass | None:
@@ -42,7 +46,8 @@ def auto_class(config: Any) -> AutoClass | None:
     None if there is no such class.
     """
     own_code = getattr(config, "auto_map", None) or {}
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or AutoModelForCausalLM.__name__ in own_code:
+    as_a_whole = config.model_type in _READ_AS_A_WHOLE
+    if (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not as_a_whole) or AutoModelForCausalLM.__name__ in own_code:
         return AutoModelForCausalLM
     takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if (takes_images or AutoModelForImageTextToText.__name__ in own_code) and not config.is_encoder_decoder:
@@ -192,17 +197,18 @@ def _out_features(module: Any) -> int:
 def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Full module name -> linear layer (`nn.Linear`, GPT-2's `Conv1D`, `PackedLinear`) in the decoder blocks, in order.
 
-    Routers are left out, and so are experts that are stored in one parameter, which `prunable_matrices` returns.
+    These are the layers that can be packed and get adapters. Routers are left out, and what only `prunable_matrices`
+    returns: experts that are stored in one parameter, and the layers of `bypassed_linears`.
 
     Raises:
         UsageError: see `decoder_blocks`; or the weights are quantized.
     """
     prefix, blocks = decoder_blocks(model)
-    linears: dict[str, nn.Module] = {
-        f"{prefix}.{index}.{name}": module
-        for index, block in enumerate(blocks)
-        for module, name in _linears(block).items()
-    }
+    linears: dict[str, nn.Module] = {}
+    for index, block in enumerate(blocks):
+        reasons = bypassed(block)
+        found = _linears(block)
+        linears |= {f"{prefix}.{index}.{name}": module for module, name in found.items() if module not in reasons}
     for name, module in linears.items():
         if not isinstance(module, PackedLinear) and not is_float(weight_oi(module)):
             dtype = dtype_name(weight_oi(module).dtype)
@@ -210,6 +216,17 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     if not linears:
         raise UsageError(f"{type(model).__name__}: there is no linear layer in its decoder blocks")
     return linears
+
+
+def bypassed_linears(model: PreTrainedModel) -> dict[str, str]:
+    """Full name of each linear layer in the blocks that neither an adapter nor a packed weight suits -> why."""
+    prefix, blocks = decoder_blocks(model)
+    found: dict[str, str] = {}
+    for index, block in enumerate(blocks):
+        reasons = bypassed(block)
+        linears = _linears(block)
+        found |= {f"{prefix}.{index}.{name}": reasons[one] for one, name in linears.items() if one in reasons}
+    return found
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from spp.checkpoints.checkpoint import Checkpoint
+from spp.checkpoints.checkpoint import Checkpoint, is_plain
 from spp.errors import SppError, UsageError, brief
 from spp.models.architecture import AutoClass, auto_class
+from spp.models.completeness import check_size, require_used
 from spp.models.pack_model import pack_, unpack_
 from spp.models.packed_loading import load_packed, stored_dtype
 from spp.ops import packs_well
 from spp.options import LoadingOptions
 from spp.runtime.devices import compute_dtype, pick_device
+
+logger = logging.getLogger("spp")
 
 _DEFAULT_WINDOW = 2048
 
@@ -48,6 +52,7 @@ def load_model(
     checkpoint = Checkpoint.open(folder)  # its error names a truncated shard; transformers' does not
     target = pick_device(device or options.device)
     config = load_config(folder, options)
+    check_size(config, checkpoint)
     kind = kind_of(folder, config)
     wanted: dict[str, Any] = {
         "dtype": dtype or compute_dtype(options.dtype, target),
@@ -59,7 +64,7 @@ def load_model(
         loading: Any = (
             load_packed(kind, checkpoint, config, wanted, trust)
             if pack or checkpoint.packed
-            else kind.from_pretrained(folder, **wanted, **trust)
+            else kind.from_pretrained(folder, config=config, **wanted, **trust)
         )
     except SppError:
         raise
@@ -76,6 +81,7 @@ def load_model(
         raise SppError(
             f"model {str(folder)!r} lacks {len(missing)} weights, e.g. {missing[0]}; the checkpoint is incomplete"
         )
+    require_used(loaded, info["unexpected_keys"], checkpoint)
     return loaded.to(target).eval()
 
 
@@ -96,6 +102,7 @@ def skeleton(folder: Path, options: LoadingOptions, dtype: str | torch.dtype) ->
     """
     checkpoint = Checkpoint.open(folder)
     config = load_config(folder, options)
+    check_size(config, checkpoint)
     kind = kind_of(folder, config)
     wanted: dict[str, Any] = {
         "dtype": stored_dtype(checkpoint, config) if dtype == "auto" else dtype,
@@ -185,10 +192,16 @@ def load_config(folder: Path, options: LoadingOptions) -> Any:
         UsageError: there is none, or it cannot be read.
     """
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # families check their values, with various exceptions
         remedy = "; pass --trust-remote-code if you trust it" if "trust_remote_code" in str(error) else ""
         raise UsageError(f"model {str(folder)!r} has no usable config.json: {brief(error)}{remedy}") from error
+    announced = getattr(config, "quantization_config", None)
+    if hasattr(config, "quantization_config") and is_plain(announced):
+        delattr(config, "quantization_config")  # or transformers would ask for the library that it names
+        if announced:
+            logger.info("the quantization_config in config.json quantizes nothing, and is ignored")
+    return config
 
 
 def context_window(config: Any, asked: int | None) -> int:
@@ -198,6 +211,8 @@ def context_window(config: Any, asked: int | None) -> int:
         UsageError: `asked` is above the number of the model's positions.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        positions = None  # XLNet says -1: it has no limit
     if asked is not None and positions is not None and asked > positions:
         raise UsageError(f"window {asked} is longer than the model's context of {positions} tokens; pass --window")
     return asked or min(_DEFAULT_WINDOW, positions or _DEFAULT_WINDOW)

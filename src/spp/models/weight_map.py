@@ -52,7 +52,7 @@ class Part:
         return reduce(lambda tensor, step: step(tensor), self.steps, parameter)
 
     def rows(self, shape: tuple[int, int]) -> Tensor | None:
-        """Which rows of a matrix of this shape the part consists of, in order; None if it is anything but whole rows."""
+        """The rows of a matrix of this shape that the part consists of, in order; None if it is not whole rows."""
         seen = self.view(torch.arange(shape[0])[:, None].expand(shape))
         if seen.ndim != 2 or seen.shape[1] != shape[1] or not seen.eq(seen[:, :1]).all():
             return None

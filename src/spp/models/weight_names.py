@@ -32,7 +32,7 @@ def weights_in_files(checkpoint: Checkpoint) -> dict[str, dict[str, Part]]:
 def _known_to_its_class(checkpoint: Checkpoint) -> dict[str, dict[str, Part]]:
     """`known_parts` of the model that spp would load; empty if there is no such class."""
     try:
-        config = load_config(checkpoint.folder, LoadingOptions())
+        config = load_config(checkpoint.folder, LoadingOptions.build({}))
         kind = kind_of(checkpoint.folder, config)
     except SppError:
         return {}

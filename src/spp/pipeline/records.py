@@ -52,7 +52,8 @@ class StageRecords:
             return False
         if stage.out and not (stage.out.is_dir() and folder_digest(stage.out) == written):
             raise UsageError(
-                f"{stage.out} was changed after this run had written it; restore it, or pass --overwrite to start the run over"
+                f"{stage.out} was changed after this run had written it; restore it, or pass --overwrite to start the run "
+                "over"
             )
         return True
 

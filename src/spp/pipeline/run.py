@@ -24,11 +24,19 @@ from spp.pipeline.bundled import bundled_model
 from spp.pipeline.checks import check_run
 from spp.pipeline.options import RunOptions
 from spp.pipeline.records import StageRecords
-from spp.pipeline.stages import ADAPTER, MERGED, PRUNED, Stages
+from spp.pipeline.stages import ADAPTER, MERGED, ONE_SHOT, PRUNED, Stages
 from spp.pruning.criteria.table import CRITERIA
 from spp.reporting.inputs import RECORDS, RESULTS, Run
 from spp.reporting.report import write_report
-from spp.reporting.results import Protocol, RunResults, Sparsity, Training, Verification, gap_closed
+from spp.reporting.results import (
+    Protocol,
+    RunResults,
+    Sparsity,
+    Training,
+    Verification,
+    gap_closed,
+    warnings_about,
+)
 from spp.runtime.environment import environment, versions
 from spp.training.options import TrainOptions
 from spp.training.teacher import teacher_digest
@@ -36,7 +44,7 @@ from spp.training.teacher import teacher_digest
 logger = logging.getLogger("spp")
 
 _RUN, _REPORT = "run.json", "report.html"
-_WRITTEN = (PRUNED, ADAPTER, MERGED, RECORDS, _RUN, RESULTS, _REPORT)
+_WRITTEN = (ONE_SHOT, PRUNED, ADAPTER, MERGED, RECORDS, _RUN, RESULTS, _REPORT)
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,8 @@ def run(options: RunOptions) -> RunReport:
         results = _results(options, records, read_object(stages.pruned / MANIFEST))
         write_json(out / RESULTS, results.plain())
         figures = {"perplexity": results.perplexity, "evaluation": results.protocol.evaluation}
+        for warning in results.warnings:
+            logger.warning("%s", warning)
         write_model_card(stages.merged, figures)
         write_report([Run(out.name, results)], out / _REPORT)
     return RunReport(out, results)
@@ -120,12 +130,13 @@ def _open_run(out: Path, options: RunOptions, request: Request) -> None:
 
 
 def _results(options: RunOptions, records: StageRecords, manifest: dict[str, Any]) -> RunResults:
-    scores = {name: records.report(f"evaluate_{name}") for name in ("dense", "pruned", "spp")}
+    models = ["dense", "pruned", *(["reconstructed"] if options.reconstruct else []), "spp"]
+    scores = {name: records.report(f"evaluate_{name}") for name in models}
     perplexity = {name: score["perplexity"] for name, score in scores.items()}
     verification = Verification.model_validate(records.report("verify"))
     return RunResults(
         perplexity=perplexity,
-        gap_closed=gap_closed(**perplexity),
+        gap_closed=gap_closed(*(perplexity[name] for name in ("dense", "pruned", "spp"))),
         verified=verification.verified,
         seconds=records.every("seconds"),
         peak_rss_bytes=max(records.every("peak_rss_bytes").values()),
@@ -137,6 +148,7 @@ def _results(options: RunOptions, records: StageRecords, manifest: dict[str, Any
         training=Training.model_validate(records.report("train")),
         sparsity=Sparsity(overall=manifest["sparsity"], tensors=manifest["tensors"], skipped=manifest["skipped"]),
         verification=verification,
+        warnings=warnings_about(perplexity),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from spp.pruning.prune import prune
 from spp.training.options import TrainOptions
 from spp.training.train import train
 
-PRUNED, ADAPTER, MERGED = "pruned", "adapter", "merged"
+ONE_SHOT, PRUNED, ADAPTER, MERGED = "one-shot", "pruned", "adapter", "merged"
 
 StageOptions = TypeVar("StageOptions", bound=Options)
 
@@ -58,6 +59,7 @@ class Stages:
     def __init__(self, options: RunOptions, model: str, out: Path) -> None:
         self._options, self._model = options, model
         self.pruned, self.adapter, self.merged = out / PRUNED, out / ADAPTER, out / MERGED
+        self._one_shot = out / ONE_SHOT
 
     @cached_property
     def training(self) -> TrainOptions:
@@ -69,8 +71,11 @@ class Stages:
     def in_order(self) -> Iterator[Stage]:
         """The stages; each is created after the ones before it have finished."""
         yield Stage("evaluate_dense", lambda: self._evaluate(self._model))
-        yield Stage("prune", self._prune, self.pruned)
-        yield Stage("evaluate_pruned", lambda: self._evaluate(str(self.pruned)))
+        if self._options.reconstruct:
+            yield Stage("evaluate_pruned", self._evaluate_one_shot)
+        yield Stage("prune", lambda: self._prune(self.pruned), self.pruned)
+        name = "evaluate_reconstructed" if self._options.reconstruct else "evaluate_pruned"
+        yield Stage(name, lambda: self._evaluate(str(self.pruned)))
         yield Stage("train", lambda: train(self.training), self.adapter)
         yield Stage("merge", self._merge, self.merged)
         yield Stage("verify", self._verify)
@@ -83,11 +88,18 @@ class Stages:
 
     # The folder of a stage without a record can only be what a killed run left behind, so a stage may replace it.
 
-    def _prune(self) -> Any:
+    def _prune(self, out: Path, **values: Any) -> Any:
         calibration = self._options.calibration or self._options.train
         return prune(
-            self._of(PruneOptions, model=self._model, out=self.pruned, calibration=calibration, overwrite=True)
+            self._of(PruneOptions, model=self._model, out=out, calibration=calibration, overwrite=True, **values)
         )
+
+    def _evaluate_one_shot(self) -> Any:
+        """The perplexity from which the gap is counted: that of the mask alone, before blocks are reconstructed."""
+        self._prune(self._one_shot, reconstruct=None)
+        report = self._evaluate(str(self._one_shot))
+        shutil.rmtree(self._one_shot)
+        return report
 
     def _merge(self) -> Any:
         # A run's dtype is what it computes in; what it writes keeps the model's own.

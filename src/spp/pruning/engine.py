@@ -8,6 +8,7 @@ so that all of them get the same blocks.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -32,6 +33,8 @@ from spp.pruning.prune_block import BlockPruner, BlockResult, Runs, all_reduce_s
 from spp.runtime import distributed
 from spp.runtime.progress import track
 
+logger = logging.getLogger("spp")
+
 
 class Blocks(Protocol):
     """The decoder blocks of a model, of which as few as possible are in memory.
@@ -39,10 +42,12 @@ class Blocks(Protocol):
     Attributes:
         model: the model.
         device: the device that blocks are loaded to.
+        untouched: names of parameters that pruning turns out to leave as they are; it adds them before `keep`.
     """
 
     model: PreTrainedModel
     device: torch.device
+    untouched: set[str]
 
     def surroundings(self) -> AbstractContextManager[None]:
         """Context manager in which all modules that run before the blocks have their weights."""
@@ -68,7 +73,7 @@ def prune_blocks(
     if pruner.calibrates:
         batches = _my_batches(windows, settings, blocks)
     with torch.no_grad():
-        walk = _Walk(blocks, batches, journal)
+        walk = _Walk(blocks, batches, journal, calibrates=pruner.calibrates)
         ratios = _survey(walk, pruner, settings) if settings.allocation == "owl" else None
         walk.start("prune")
         for index in walk.unfinished("pruning"):
@@ -76,12 +81,26 @@ def prune_blocks(
             with blocks.loaded(index) as block:
                 if settings.reconstruct:
                     walk.propagate(index, block, "dense")
-                result = pruner.prune(walk.name(index), block, pattern, walk.runs(index), walk.targets(index))
+                result = pruner.prune(
+                    walk.name(index),
+                    block,
+                    pattern,
+                    walk.runs(index),
+                    walk.targets(index),
+                    reached=walk.reaches(index),
+                )
+                if result.left:
+                    blocks.untouched |= pruned_parameters(blocks.model, result.left.keys())
                 kept = blocks.keep(index)
                 if not walk.is_last(index):
                     walk.propagate(index, block)
             walk.finish({**asdict(result), "kept": kept})
-    return [BlockResult.of(block) for block in journal.results("prune")]
+    results = [BlockResult.of(block) for block in journal.results("prune")]
+    left = {name: why for block in results for name, why in block.left.items()}
+    if left and distributed.rank() == 0:
+        name, why = next(iter(left.items()))
+        logger.warning("%d matrices stay dense, e.g. %s: %s", len(left), name, why)
+    return results
 
 
 def needs_calibration(settings: PruningSettings) -> bool:
@@ -137,8 +156,12 @@ def _my_batches(windows: Tensor | None, settings: PruningSettings, blocks: Block
 class _Walk:
     """One pass over the blocks in order, in which hidden states go from each to the next."""
 
-    def __init__(self, blocks: Blocks, batches: Mapping[int, Tensor], journal: Journal) -> None:
+    def __init__(
+        self, blocks: Blocks, batches: Mapping[int, Tensor], journal: Journal, *, calibrates: bool = True
+    ) -> None:
         self.source, self._batches, self._journal = blocks, batches, journal
+        self._calibrates = calibrates
+        self._reached: set[int] = set()
         self._prefix, self._blocks = decoder_blocks(blocks.model)
         self._calls: list[BlockCalls] = []
         self._walk = ""
@@ -151,6 +174,12 @@ class _Walk:
             hidden = None if done else self._journal.states(walk, 0)
             with self.source.surroundings(), self.source.loaded(0):
                 self._calls = capture(self.source.model, self._blocks, self._batches, hidden)
+        mine = [index for index, calls in enumerate(self._calls) if not calls.skipped]
+        self._reached = {index for one in distributed.all_gather(mine) for index in one}
+
+    def reaches(self, index: int) -> bool:
+        """Whether calibration text goes through a block, which the model may skip; True without calibration."""
+        return not self._calibrates or index in self._reached
 
     def unfinished(self, description: str) -> Iterator[int]:
         """The blocks that are left, with a bar."""
@@ -166,20 +195,21 @@ class _Walk:
         states, calls = self._journal.states(self._walk, index, stream if index else "main"), self._calls
 
         def run(batch: int, block: Callable[..., Any]) -> Tensor:
-            return calls[index].run(block, batch, states[batch].to(self.source.device))
+            return calls[index].run(block, batch, states[batch].to(self.source.device)).hidden
 
         return {batch: partial(run, batch) for batch in self._batches}
 
     def propagate(self, index: int, block: nn.Module, stream: str = "main") -> None:
         """Run a block, and store the input states of the next one in a stream."""
+        states = self._journal.states(self._walk, index, stream if index else "main")
         following = self._journal.states(self._walk, index + 1, stream)
-        for batch, run in self.runs(index, stream).items():
-            following[batch] = run(block)
+        for batch in self._batches:
+            following[batch] = self._calls[index].run(block, batch, states[batch].to(self.source.device))
 
     def targets(self, index: int) -> Callable[[int], Tensor]:
         """Batch -> the output of a block in the dense model, if it was stored."""
         states = self._journal.states(self._walk, index + 1, "dense")
-        return lambda batch: states[batch].to(self.source.device)
+        return lambda batch: states[batch].hidden.to(self.source.device)
 
     def is_last(self, index: int) -> bool:
         """Whether it is the last block."""

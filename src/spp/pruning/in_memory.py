@@ -22,6 +22,7 @@ class LoadedBlocks:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.device = model, model.device
+        self.untouched: set[str] = set()
         self._blocks = decoder_blocks(model)[1]
 
     @contextmanager

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from spp.checkpoints.checkpoint import Checkpoint
 from spp.checkpoints.hub import resolve_model
 from spp.models.architecture import Matrix, decoder_blocks, prunable_matrices
+from spp.models.completeness import require_whole
 from spp.models.loading import context_window, skeleton
-from spp.pruning.calibration.block_calls import batched, capture
+from spp.pruning.calibration.block_calls import BlockCalls, batched, capture
+from spp.pruning.calibration.hidden_states import State
 from spp.pruning.calibration.input_hooks import collect_statistics
 from spp.pruning.criteria.table import method_of
 from spp.pruning.engine import matrices_to_prune
@@ -60,6 +62,7 @@ def predict_pruning(options: PruneOptions) -> PruningPrediction:
     source.require_unquantized("give the model as it was before quantization")
     device = pick_device(options.device)
     model = skeleton(source.folder, options, compute_dtype(options.dtype, device))
+    require_whole(model, source)
     pruner = BlockPruner(options, matrices_to_prune(model, options)[0])
     prefix, blocks = decoder_blocks(model)
     heaviest = max(range(len(blocks)), key=lambda index: _nbytes(blocks[index].parameters()))
@@ -128,19 +131,22 @@ class _Traced:
         self.outside = _nbytes(model.get_input_embeddings().parameters())
         experts = [one for one in prunable_matrices(f"{prefix}.{index}", blocks[index]) if one.expert is not None]
         of_experts = sum(pruner.statistic_bytes(matrix) for matrix in experts)
-        for owner in {matrix.owner for matrix in experts}:
+        for owner in _owners_of_experts(prefix, blocks):
             owner.forward = _stand_in  # where tokens go depends on numbers, which fake tensors have not
         tokens = torch.zeros(options.samples, window, dtype=torch.int64)
         with FakeTensorMode(allow_non_fake_inputs=True):
             make_fake(model, device)
             batch = torch.zeros(batched(tokens)[0].shape, dtype=torch.int64, device=device)
-            hidden: dict[int, Tensor] = {}
+            hidden: dict[int, State] = {}
             with torch.no_grad(), LiveBytes() as live:
-                calls = capture(model, blocks, {0: batch}, hidden)[index]
+                calls = capture(model, blocks, {0: batch}, hidden)
+            index = index if not calls[index].skipped else next(at for at, one in enumerate(calls) if not one.skipped)
+            with torch.no_grad():
+                state = _entering(index, blocks, calls, hidden[0])
             self.capture = {"hidden states of a batch": live.peak}
 
             def run() -> Tensor:
-                return calls.run(blocks[index], 0, hidden[0])
+                return calls[index].run(blocks[index], 0, state).hidden
 
             linears = [one for one in pruner.matrices(f"{prefix}.{index}", blocks[index]) if one.expert is None]
             with torch.no_grad(), LiveBytes() as live:
@@ -149,6 +155,21 @@ class _Traced:
             self.statistics = live.now + of_experts
             del kept
             self.reconstruction = _reconstruction(linears, run) if options.reconstruct else {}
+
+
+def _owners_of_experts(prefix: str, blocks: Sequence[nn.Module]) -> set[nn.Module]:
+    matrices = (one for number, block in enumerate(blocks) for one in prunable_matrices(f"{prefix}.{number}", block))
+    return {matrix.owner for matrix in matrices if matrix.expert is not None}
+
+
+def _entering(index: int, blocks: Sequence[nn.Module], calls: Sequence[BlockCalls], first: State) -> State:
+    """What can enter a block, from what enters the first; others only run if they may leave something for it."""
+    if not calls[index].shares:
+        return first
+    state = first
+    for block, call in zip(blocks[:index], calls[:index], strict=True):
+        state = call.run(block, 0, state)
+    return state
 
 
 def _stand_in(hidden: Tensor, *_: Any, **__: Any) -> Tensor:

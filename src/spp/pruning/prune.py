@@ -31,6 +31,7 @@ from spp.checkpoints.request import Request
 from spp.data.calibration import Calibration, calibration_windows
 from spp.errors import SppError, UsageError
 from spp.models.architecture import unreached_weights
+from spp.models.completeness import require_whole
 from spp.models.loading import context_window, load_tokenizer, skeleton
 from spp.models.weight_map import Part
 from spp.patterns import Unstructured
@@ -136,6 +137,7 @@ def _prune(options: PruneOptions, device: torch.device) -> PruneReport:
     check_output(options.out, options.overwrite, inputs=(source.folder,))
     source.require_unquantized("give the model as it was before quantization")
     model = skeleton(source.folder, options, compute_dtype(options.dtype, device))
+    require_whole(model, source)
     names, skipped = matrices_to_prune(model, options)
     windows, calibration = _calibrate(options, source.folder, model)
     with (

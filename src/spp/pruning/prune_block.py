@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spp.errors import SppError, raise_problems
 from spp.models.architecture import Matrix, prunable_matrices
+from spp.models.bypassed import computes_otherwise, read_directly
 from spp.ops.dtypes import dtype_name
 from spp.ops.zeros import all_finite
 from spp.patterns import Pattern
@@ -55,19 +56,20 @@ class BlockResult:
         name: name of the block.
         matrices: results of the pruned matrices, in order.
         fits: reconstructed part -> its errors before and after.
+        left: matrices that stay as they were, because calibration does not see what they are multiplied with -> why.
     """
 
     name: str
     matrices: list[MatrixResult]
     fits: dict[BlockPart, Fit]
+    left: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> BlockResult:
         """From what `dataclasses.asdict` made of it, and JSON."""
         matrices = [MatrixResult(**matrix) for matrix in values["matrices"]]
-        return cls(
-            name=values["name"], matrices=matrices, fits={part: Fit(**fit) for part, fit in values["fits"].items()}
-        )
+        fits: dict[BlockPart, Fit] = {part: Fit(**fit) for part, fit in values["fits"].items()}
+        return cls(name=values["name"], matrices=matrices, fits=fits, left=values.get("left", {}))
 
 
 class BlockPruner:
@@ -110,7 +112,9 @@ class BlockPruner:
         """Those of a block that are to be pruned."""
         return [matrix for matrix in prunable_matrices(name, block) if matrix.name in self._names]
 
-    def prune(self, name: str, block: nn.Module, pattern: Pattern, runs: Runs, targets: Targets) -> BlockResult:
+    def prune(
+        self, name: str, block: nn.Module, pattern: Pattern, runs: Runs, targets: Targets, *, reached: bool = True
+    ) -> BlockResult:
         """Prune a block in place.
 
         Args:
@@ -119,6 +123,7 @@ class BlockPruner:
             pattern: what to keep.
             runs: this process's share of the calibration; empty where there is none.
             targets: the target outputs of the block for each batch, for reconstruction.
+            reached: whether the model calls the block on text.
 
         Raises:
             SppError: see `spp.pruning.in_memory.prune_model`.
@@ -126,12 +131,14 @@ class BlockPruner:
         matrices = self.matrices(name, block)
         _check_weights(matrices)
         statistics: dict[str, Statistics] = {}
-        if self.kinds:
+        if self.kinds and reached:
             statistics = collect_statistics(matrices, self.kinds, partial(_run_all, runs, block))
             all_reduce_statistics(statistics)
+        left = _without_inputs(block, matrices, statistics) if self.kinds else {}
+        matrices = [matrix for matrix in matrices if matrix.name not in left]
         results = self._share_out(matrices, statistics, pattern)
-        fits = self._reconstruct(name, block, matrices, runs, targets)
-        return BlockResult(name=name, matrices=results, fits=fits)
+        fits = self._reconstruct(name, block, matrices, runs, targets) if reached else {}
+        return BlockResult(name=name, matrices=results, fits=fits, left=left)
 
     def _reconstruct(
         self, name: str, block: nn.Module, matrices: list[Matrix], runs: Runs, targets: Targets
@@ -206,6 +213,23 @@ def all_reduce_statistics(statistics: Mapping[str, Statistics]) -> None:
     distinct = {id(one): one for kinds in statistics.values() for one in kinds.values()}
     for statistic in distinct.values():
         statistic.all_reduce()
+
+
+def _without_inputs(
+    block: nn.Module, matrices: Sequence[Matrix], statistics: Mapping[str, Statistics]
+) -> dict[str, str]:
+    """Name of each matrix whose inputs calibration does not see, however long it is -> why."""
+    if not statistics:
+        return {matrix.name: "the model does not call its block on text" for matrix in matrices}
+    left: dict[str, str] = {}
+    read = read_directly(block)
+    for matrix in matrices:
+        tokens = max(statistic.tokens for statistic in statistics[matrix.name].values())
+        if computes_otherwise(matrix.owner):
+            left[matrix.name] = f"its class, {type(matrix.owner).__name__}, has a forward of its own"
+        elif matrix.owner in read and not tokens:
+            left[matrix.name] = "the model reads its weight without calling it"
+    return left
 
 
 def _check_weights(matrices: list[Matrix]) -> None:

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spp.checkpoints.checkpoint import Checkpoint
+from spp.errors import UsageError
 from spp.models.architecture import decoder_blocks
 from spp.models.weight_map import Part, require_filled, weight_map
 from spp.runtime.memory import return_freed_memory
 
-Keep = Callable[[dict[str, tuple[Part, Tensor]]], Any]
-"""What to do with a finished block: name in the file -> which part of which parameter it is, and that part's values."""
+Keep = Callable[[dict[str, tuple[Part, Tensor]]], dict[str, Any]]
+"""What to do with a finished block: name in the file -> which part of which parameter it is, and that part's values.
+
+It returns facts of those that were pruned, by name.
+"""
 
 
 class StreamedBlocks:
@@ -29,13 +33,16 @@ class StreamedBlocks:
         keep: called with the tensors of a finished block; returns facts about them, as JSON values.
 
     Raises:
+        UsageError: blocks share weights.
         SppError: the checkpoint lacks weights, or holds them in another layout.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device, keep: Keep) -> None:
         self.model, self.device = model, device
+        self.untouched: set[str] = set()
         self._checkpoint, self._keep = checkpoint, keep
         self._prefix, self._blocks = decoder_blocks(model)
+        _require_own_weights(self._prefix, self._blocks)
         parts = weight_map(model, checkpoint)
         self._parts: dict[str, dict[str, Part]] = {}
         for name, part in parts.items():
@@ -61,9 +68,9 @@ class StreamedBlocks:
             for name, module in outside
         ]
         try:
-            embeddings = self.model.get_input_embeddings()
+            asked = self._asked_where_they_are()
             for name, module in outside:
-                if module is embeddings:  # some models send token ids to where its weight is
+                if id(module) in asked:
                     self._fill(name, module)
             yield
         finally:
@@ -71,6 +78,17 @@ class StreamedBlocks:
                 hook.remove()
             for _, module in outside:
                 _empty(module)
+
+    def _asked_where_they_are(self) -> set[int]:
+        """Modules that models ask for their device before they call them, to send something there.
+
+        These are the embeddings, and the owner of the first parameter of a model or of a model in it: its `device`.
+        """
+        asked = {id(self.model.get_input_embeddings())}
+        for module in self.model.modules():
+            if isinstance(module, PreTrainedModel) and (first := next(module.named_parameters(), None)):
+                asked.add(id(module.get_submodule(first[0].rpartition(".")[0])))
+        return asked
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
@@ -85,18 +103,18 @@ class StreamedBlocks:
                 _empty(module)
             return_freed_memory()  # or each block would find less room than the one before it
 
-    def keep(self, index: int) -> Any:
-        """Pass the tensors of a block to the function `keep`."""
+    def keep(self, index: int) -> dict[str, Any]:
+        """Pass the tensors of a block to the function `keep`; the facts that it returns of those that were touched."""
         block = self._blocks[index]
         tensors = dict(block.named_parameters(prefix=f"{self._prefix}.{index}"))
         tensors |= dict(block.named_buffers(prefix=f"{self._prefix}.{index}"))
-        return self._keep(
-            {
-                stored: (part, part.view(tensor.detach()))
-                for name, tensor in tensors.items()
-                for stored, part in self._parts.get(name, {}).items()
-            }
-        )
+        stored = {
+            stored: (part, part.view(tensor.detach()))
+            for name, tensor in tensors.items()
+            for stored, part in self._parts.get(name, {}).items()
+        }
+        facts = self._keep(stored)
+        return {name: fact for name, fact in facts.items() if stored[name][0].parameter not in self.untouched}
 
     def _fill(self, name: str, module: nn.Module) -> None:
         """Read a module's own weights, unless it has them."""
@@ -112,6 +130,17 @@ class StreamedBlocks:
     def _read(self, name: str, real: Tensor) -> None:
         for stored, part in self._parts.get(name, {}).items():
             part.view(real).copy_(self._checkpoint.tensor(stored))
+
+
+def _require_own_weights(prefix: str, blocks: list[nn.Module]) -> None:
+    owners: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            if (first := owners.setdefault(id(parameter), index)) != index:
+                raise UsageError(
+                    f"{prefix}.{index} shares {name} with {prefix}.{first}; a model whose blocks share weights cannot be "
+                    "pruned block by block"
+                )
 
 
 def _empty(module: nn.Module) -> None:

@@ -206,7 +206,8 @@ class RunResults(_Part):
     """The content of results.json.
 
     Attributes:
-        perplexity: per token, of the `dense`, the `pruned` and the fine-tuned model (`spp`); it may be infinite.
+        perplexity: per token, of the `dense`, the `pruned` and the fine-tuned model (`spp`), and of the `reconstructed`
+            one between them where blocks were reconstructed; `pruned` is before that. It may be infinite.
         gap_closed: `gap_closed` of the three perplexities.
         verified: whether it was proved that all zeros were kept.
         seconds: time of each stage, in the order in which they ran.
@@ -219,6 +220,7 @@ class RunResults(_Part):
         training: how the adapter was trained.
         sparsity: the sparsity after pruning.
         verification: the proof that the zeros were kept.
+        warnings: what a reader of the figures has to know, one sentence each.
     """
 
     perplexity: dict[str, Number | None]
@@ -234,13 +236,29 @@ class RunResults(_Part):
     training: Training = Training()
     sparsity: Sparsity = Sparsity()
     verification: Verification = Verification()
+    warnings: list[str] = []
+
+
+_SMALLEST_GAP = math.log(1.01)
 
 
 def gap_closed(dense: float, pruned: float, spp: float) -> float | None:
     """The share of the loss due to pruning that fine-tuning won back, from three perplexities.
 
     (log ppl_pruned - log ppl_spp) / (log ppl_pruned - log ppl_dense): 0 is the pruned model, 1 the dense one. It
-    is above 1 if the fine-tuned model is better than the dense one. None if pruning did not raise the perplexity.
+    is above 1 if the fine-tuned model is better than the dense one. None if pruning raised the perplexity by less than
+    1 %: there was no gap to close, and the quotient would be noise.
     """
     cost = math.log(pruned) - math.log(dense)
-    return (math.log(pruned) - math.log(spp)) / cost if cost > 0 else None
+    return (math.log(pruned) - math.log(spp)) / cost if cost >= _SMALLEST_GAP else None
+
+
+def warnings_about(perplexity: dict[str, float]) -> list[str]:
+    """What a reader of the figures has to know: that fine-tuning made the model worse."""
+    before, after = perplexity.get("reconstructed", perplexity["pruned"]), perplexity["spp"]
+    if not after > before:
+        return []
+    return [
+        f"fine-tuning made the model worse: its perplexity was {before:.4g} before and is {after:.4g} after; try a "
+        "lower --learning-rate, more data or steps"
+    ]

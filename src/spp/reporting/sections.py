@@ -56,7 +56,7 @@ def _perplexity_section(results: RunResults, prefix: str) -> dict[str, Any] | No
         )
         for name, value in models.items()
     ]
-    chart = bar_chart(f"{prefix}perplexity", "Perplexity of the three models, lower is better", bars)
+    chart = bar_chart(f"{prefix}perplexity", "Perplexity of the models, lower is better", bars)
     return {"chart": chart, "rows": rows}
 
 

@@ -135,7 +135,7 @@ def needs_of_a_step(
 ) -> dict[str, int]:
     """Bytes by part that training takes besides the base's weights: adapter, optimizer, activations, scratch."""
     model = _skeleton(options, config, device)
-    targets = target_layers(model, options.target_modules)
+    targets = target_layers(model, options.target_modules, warn=False)
     shapes = (weight_oi(layer).shape for layer in targets.values())
     scratch = max(scratch_bytes(rows, columns, model.dtype, device) for rows, columns in shapes)
     adapted = with_new_adapter(model, targets, options)

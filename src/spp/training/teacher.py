@@ -172,7 +172,9 @@ def check_teacher(options: TrainOptions, vocabulary: int) -> None:
 
 def teacher_digest(options: TrainOptions) -> str | None:
     """A digest of all files of the teacher that the options name, a model's or a cache's; None without a teacher."""
-    return None if options.teacher is None else folder_digest(resolve_model(options.teacher))
+    if options.teacher is None:
+        return None
+    return folder_digest(resolve_model(options.teacher, code=options.trust_remote_code))
 
 
 def teacher_dtype(asked: str, device: torch.device) -> torch.dtype:

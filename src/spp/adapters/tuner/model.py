@@ -24,6 +24,7 @@ from spp.adapters.tuner.config import SppConfig
 from spp.adapters.tuner.layer import SppLayer, SppLinear
 from spp.adapters.tuner.ranks import rank_of, set_ranks
 from spp.models.architecture import shape_oi
+from spp.models.bypassed import bypassed
 from spp.models.packed_linear import PackedLinear
 from spp.models.quantized import is_quantized
 from spp.ops.dtypes import dtype_name
@@ -48,6 +49,8 @@ class SppModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter on the layers that its config selects, and record their row groups in the config."""
+        reasons = bypassed(model)
+        self._bypassed = {name: reasons[module] for name, module in model.named_modules() if module in reasons}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         assert isinstance(config, SppConfig)
@@ -64,6 +67,7 @@ class SppModel(BaseTuner):
         if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
             self._exclude_heads(peft_config)
+            self._exclude_bypassed(peft_config)
         return peft_config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
@@ -84,6 +88,12 @@ class SppModel(BaseTuner):
         heads = {name for name in _HEADS if isinstance(getattr(self.model, name, None), nn.Linear)}
         if heads and config.exclude_modules is None:
             config.exclude_modules = heads
+
+    def _exclude_bypassed(self, config: SppConfig) -> None:
+        """Exclude layers on which an adapter would have no effect from all-linear."""
+        linears = {name for name in self._bypassed if isinstance(self.model.get_submodule(name), nn.Linear)}
+        if linears and not isinstance(config.exclude_modules, str):
+            config.exclude_modules = {*(config.exclude_modules or ()), *linears}
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
@@ -114,6 +124,9 @@ class SppModel(BaseTuner):
             target.update_layer(adapter_name, _rank(peft_config, current_key, target), peft_config)
             return
         _require_adaptable(target, current_key)
+        if current_key in self._bypassed and not peft_config.inference_mode:
+            why = self._bypassed[current_key]
+            raise ValueError(f"{current_key}: an adapter would have no effect: {why}; leave it out of target_modules")
         layer = SppLinear(target, adapter_name, _rank(peft_config, current_key, target), peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is set active

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from spp.errors import UsageError, raise_problems
+from spp.errors import UsageError, raise_problems, shown
+from spp.files import user_path
 from spp.options import Options, no_such_option
 from spp.pipeline.options import RunOptions
+from spp.pipeline.recipes.yaml_file import option_name, read_yaml
 from spp.training.options import TrainOptions
 
 _FOLDER = Path(__file__).parent
@@ -28,20 +28,24 @@ def load_recipe(recipe: str, options: type[Options] = RunOptions) -> dict[str, A
     Raises:
         UsageError: there is no such recipe, it is not a mapping, or it has an unknown option.
     """
-    path = Path(recipe)
-    if not path.is_file():
+    path = user_path(recipe)
+    if not path.exists():
         path = _FOLDER / f"{recipe}.yaml"
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(f"recipe {recipe!r}: no such file, and the shipped ones are {', '.join(shipped_recipes())}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {path}: not valid YAML ({error})") from error
+    values = read_yaml(path)
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise UsageError(f"recipe {path}: expected `option: value` lines, found a {type(values).__name__}")
-    values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    unknown = [name for name in values if name not in RunOptions.model_fields]
-    raise_problems([f"recipe {path}: {name}: {no_such_option(name)}" for name in unknown])
+    values = {option_name(name): value for name, value in values.items()}
+    known = RunOptions.model_fields
+    raise_problems(
+        [f"recipe {path}: {_brief(name)}: {no_such_option(name, known)}" for name in values if name not in known]
+    )
     if options is TrainOptions and "train" in values:
         values["data"] = values.pop("train")
     return {name: value for name, value in values.items() if name in options.model_fields}
+
+
+def _brief(name: str) -> str:
+    return name if len(name) < 60 else shown(name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spp.errors import SppError
-from spp.pruning.calibration.hidden_states import States
+from spp.pruning.calibration.hidden_states import Carried, State, States
 
 # Most tokens that one call computes, unless a single window is longer.
 _TOKENS_PER_CALL = 2048
@@ -27,7 +28,7 @@ class BlockCalls:
     """How the model calls one block, batch by batch, apart from the hidden states.
 
     Attributes:
-        args: batch -> positional arguments after the hidden states.
+        args: batch -> positional arguments after the hidden states; none if the model skips the block.
         kwargs: batch -> keyword arguments (masks, positions, rotary embeddings).
     """
 
@@ -39,17 +40,74 @@ class BlockCalls:
         self.args[batch] = _shared(args, next(iter(self.args.values()), None))
         self.kwargs[batch] = _shared(kwargs, next(iter(self.kwargs.values()), None))
 
-    def run(self, block: Callable[..., Any], batch: int, hidden: Tensor) -> Tensor:
-        """The output of a block, or of a function in its place, for hidden states (samples, window, features)."""
-        # A copy, because a block may add to its input in place, and `hidden` is needed again.
-        output = block(hidden.clone(), *self.args[batch], **self.kwargs[batch])
-        return output[0] if isinstance(output, tuple) else output
+    @property
+    def skipped(self) -> bool:
+        """Whether the model does not call the block on text, as Llama 3.2 Vision its cross attention."""
+        return not self.args
+
+    @property
+    def shares(self) -> bool:
+        """Whether the block gets a container, in which earlier blocks may have left something for it."""
+        return any(_containers(self.args[batch], self.kwargs[batch]) for batch in self.args)
+
+    def run(self, block: Callable[..., Any], batch: int, state: State) -> State:
+        """What leaves a block, or what stands for it, where `state` enters it; a block that is skipped passes it on.
+
+        The block gets copies of all that it may change.
+        """
+        if self.skipped:
+            return state
+        output, carried = self.call(block, batch, state)
+        return State(output[0] if isinstance(output, tuple | list) else output, carried)
+
+    def call(self, block: Callable[..., Any], batch: int, state: State) -> tuple[Any, Carried]:
+        """All that a block returns, and what is carried on after it."""
+        args, kwargs = list(self.args[batch]), dict(self.kwargs[batch])
+        given = _containers(self.args[batch], self.kwargs[batch])
+        filled = {name: _filled(container, state.carried.get(name, {})) for name, container in given.items()}
+        for name, container in filled.items():
+            if name in kwargs:
+                kwargs[name] = container
+            else:
+                args[int(name)] = container
+        before = {name: dict(_items(container)) for name, container in filled.items()}
+        output = block(state.hidden.clone(), *args, **kwargs)
+        carried: Carried = {}
+        for name, container in filled.items():
+            new = {key: one for key, one in _items(container) if before[name].get(key, _NOTHING) is not one}
+            if items := state.carried.get(name, {}) | new:
+                carried[name] = items
+        return output, carried
+
+
+_NOTHING = object()
+
+
+def _containers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a block can put something into, by name or position."""
+    named = {**{str(index): one for index, one in enumerate(args)}, **kwargs}
+    return {name: one for name, one in named.items() if isinstance(one, MutableMapping | MutableSequence)}
+
+
+def _filled(container: Any, carried: Mapping[Any, Any]) -> Any:
+    """A copy of a container with what is carried in it."""
+    filled = copy.copy(container)
+    for key, item in carried.items():
+        if isinstance(filled, MutableSequence) and key >= len(filled):
+            filled.append(item)
+        else:
+            filled[key] = item
+    return filled
+
+
+def _items(container: Any) -> Iterator[tuple[Any, Any]]:
+    return iter(container.items()) if isinstance(container, MutableMapping) else iter(enumerate(container))
 
 
 def capture(
     model: PreTrainedModel, blocks: list[nn.Module], batches: Mapping[int, Tensor], hidden: States | None
 ) -> list[BlockCalls]:
-    """Record how the model calls each block, and the input of the first one.
+    """How the model calls each block, and what enters the first one.
 
     The model runs its own forward, with every block replaced by a recorder: so masks, positions and whatever else the
     blocks get are right even where they differ between blocks (sliding and full attention in one model). One batch
@@ -60,7 +118,7 @@ def capture(
         model: a causal LM; whatever runs before its blocks has its weights, and so does the first block.
         blocks: its decoder blocks.
         batches: number -> (windows, tokens) int64 token ids, on the device of the model.
-        hidden: stores the hidden states that enter the first block; None discards them.
+        hidden: takes what enters the first block, if it is wanted.
 
     Raises:
         SppError: the model does not call its blocks one after the other.
@@ -68,12 +126,12 @@ def capture(
     recorders = _Recorders(blocks, hidden)
     with _replaced_forwards(blocks, [recorders.forward(index) for index in range(len(blocks))]):
         for number, tokens in batches.items():
-            recorders.batch = number
+            recorders.start(number)
             try:
                 model(input_ids=tokens, use_cache=False)
             except _Recorded:
                 continue
-            raise SppError(f"{type(model).__name__} does not run through all of its decoder blocks")
+            recorders.end(type(model).__name__)
     return recorders.calls
 
 
@@ -82,36 +140,60 @@ class _Recorded(Exception):
 
 
 class _Recorders:
-    """Replacements for the blocks while the model runs.
+    """What stands for the blocks while the model runs.
 
     Attributes:
-        calls: the recorded calls of each block.
-        batch: number of the batch that is running.
+        calls: what they have seen, by block.
     """
 
     def __init__(self, blocks: list[nn.Module], hidden: States | None) -> None:
         self.calls = [BlockCalls() for _ in blocks]
-        self.batch = 0
         self._hidden = hidden
-        self._first = blocks[0].forward
-        self._items: int | None = None  # in the tuple that a block returns, hidden states first; 0 where it is none
+        self._forwards = [block.forward for block in blocks]
+        self._batch = 0
+        self._latest = -1  # block that was called
+        self._last = len(blocks) - 1  # that the model calls
+        self._form: Callable[[Tensor], Any] | None = None  # makes what a block returns of hidden states
+
+    def start(self, batch: int) -> None:
+        """The next call of the model is on this batch."""
+        self._batch, self._latest = batch, -1
+
+    def end(self, model: str) -> None:
+        """The model has run to its end: it skips its last blocks, or even all."""
+        if self._latest < 0:
+            raise SppError(f"{model} does not run through its decoder blocks")
+        self._last = self._latest
 
     def forward(self, index: int) -> Callable[..., Any]:
-        """The function to call instead of block `index`."""
+        """What to call instead of block `index`."""
 
         def record(*args: Any, **kwargs: Any) -> Any:
-            states, args, kwargs = _take_hidden_states(args, kwargs)
-            self.calls[index].add(self.batch, args, kwargs)
-            if index == 0 and self._hidden is not None:
-                self._hidden[self.batch] = states.clone()
-            if index == len(self.calls) - 1:
+            if index <= self._latest:
+                raise SppError(
+                    f"the model calls its decoder block {index} after block {self._latest}, and pruning goes through "
+                    "the blocks once, in order; prune it with the criterion magnitude"
+                )
+            hidden, args, kwargs = _take_hidden_states(args, kwargs)
+            self.calls[index].add(self._batch, args, kwargs)
+            if self._latest < 0 and self._hidden is not None:
+                self._hidden[self._batch] = State(hidden.clone())
+            self._latest = index
+            if index == self._last:
                 raise _Recorded
-            if self._items is None:
-                output = self._first(states.clone(), *args, **kwargs)
-                self._items = len(output) if isinstance(output, tuple) else 0
-            return (states, *[None] * (self._items - 1)) if self._items else states
+            if self._form is None:
+                self._form = _form_of(self.calls[index].call(self._forwards[index], self._batch, State(hidden))[0])
+            return self._form(hidden)
 
         return record
+
+
+def _form_of(output: Any) -> Callable[[Tensor], Any]:
+    """A function that makes hidden states into what a block returns: a tuple or list that they are the first of."""
+    if not isinstance(output, tuple | list):
+        return lambda hidden: hidden
+    others = [None] * (len(output) - 1)
+    return lambda hidden: type(output)([hidden, *others])
 
 
 @contextmanager

@@ -1,0 +1,110 @@
+"""Whether a model's files and its configuration belong together: nothing missing, nothing that the model leaves out."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from spp.checkpoints.checkpoint import Checkpoint, is_buffer
+from spp.errors import SppError
+from spp.models.weight_map import weight_map
+
+_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+def check_size(config: Any, checkpoint: Checkpoint) -> None:
+    """Refuse a configuration of more layers or a larger vocabulary than the files hold, before a model is built.
+
+    Raises:
+        SppError: with what both say.
+    """
+    text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", None)
+    if not isinstance(layers, int):
+        return
+    if layers < 1:
+        raise SppError(f"{checkpoint.folder}: config.json says num_hidden_layers {layers}; a model has 1 or more")
+    held = _most_layers(checkpoint.names)
+    if held and layers > held:
+        raise SppError(f"{checkpoint.folder}: config.json says {layers} layers, and the files hold {held}; {_REMEDY}")
+    entries = sum(_entries(layout.shape) for layout in checkpoint.layouts.values())
+    sizes = [getattr(text, name, None) for name in ("vocab_size", "hidden_size")]
+    if held and all(isinstance(size, int) for size in sizes) and _entries(sizes) > 2 * entries:
+        raise SppError(
+            f"{checkpoint.folder}: config.json says {sizes[0]} tokens of {sizes[1]} features, and the files hold "
+            f"{entries:,} numbers in all; {_REMEDY}"
+        )
+
+
+_REMEDY = "they do not belong together: copy or download the model again"
+
+
+def _most_layers(names: Iterable[str]) -> int:
+    """The most different numbers that names have in one place, as in `model.layers.7.mlp`."""
+    numbers: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        if match := _NUMBER.search(name):
+            numbers[name[: match.start()]].add(match[1])
+    return max(map(len, numbers.values()), default=0)
+
+
+def _entries(shape: Any) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def require_used(model: PreTrainedModel, unexpected: Iterable[str], checkpoint: Checkpoint) -> None:
+    """Refuse files with weights that the model leaves out, which would otherwise be dropped without a word.
+
+    Args:
+        model: built from the checkpoint's configuration.
+        unexpected: names of tensors in the files that it does not use.
+        checkpoint: the files.
+
+    Raises:
+        SppError: some are more than buffers, tied copies, or what transformers ignores in this family, too.
+    """
+    if checkpoint.config.get("model_type") != model.config.model_type:
+        return  # the files are of a model that also takes images, and this is its language model alone
+    if dropped := [name for name in unexpected if not _is_harmless(model, name)]:
+        raise SppError(
+            f"model {str(checkpoint.folder)!r} has {len(dropped)} weights that config.json leaves out, e.g. "
+            f"{sorted(dropped)[0]}; correct the numbers in config.json, or remove the weights"
+        )
+
+
+def require_whole(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Refuse files that lack a weight of the model, or hold more than it uses, from their names alone.
+
+    Args:
+        model: built from the checkpoint's configuration; may be on the meta device.
+        checkpoint: the files.
+
+    Raises:
+        SppError: names one weight that is missing, or left out.
+    """
+    parts = weight_map(model, checkpoint)
+    left = [name for name in checkpoint.names if name not in parts and not _is_harmless(model, name)]
+    filled = {part.parameter for part in parts.values()}
+    # Tied parameters count once, under their first name.
+    lacking = sorted(name for name, _ in model.named_parameters() if name not in filled)
+    if lacking and not left:  # a tensor that is left may be one that transformers converts to what seems to be lacking
+        raise SppError(
+            f"model {str(checkpoint.folder)!r} lacks {len(lacking)} weights, e.g. {lacking[0]}; the checkpoint is "
+            "incomplete"
+        )
+    if not lacking:
+        require_used(model, left, checkpoint)
+
+
+def _is_harmless(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor may be in the files, and the model does not use it."""
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    tied = model.all_tied_weights_keys
+    return is_buffer(name) or name in tied or any(pattern.search(name) for pattern in ignored)
