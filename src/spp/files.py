@@ -94,6 +94,8 @@ def writing(path: Path) -> Iterator[None]:
         if error.filename is not None and error.errno is not None:
             raise
         raise _named(error.errno or errno.EIO, path) from error
+    except SppError:
+        raise
     except Exception as error:
         number = _errno_of(error)
         if number is None:

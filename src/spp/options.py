@@ -172,6 +172,42 @@ class OutputOptions(Options):
     )
 
 
+_COLUMNS = ("text", "prompt", "completion", "instruction", "input", "output", "messages", "system", "tools")
+
+
+class TableSettings(Options):
+    """Tables of data."""
+
+    columns: str | None = Field(
+        None,
+        description="names that the fields of a record have in the data, such as prompt=question,completion=answer",
+        json_schema_extra={"metavar": "FIELD=NAME,..."},
+    )
+
+    @field_validator("columns")
+    @classmethod
+    def _are_pairs(cls, value: str | None) -> str | None:
+        for field, name in _pairs(value or ""):
+            if field not in _COLUMNS or not name:
+                raise ValueError(
+                    f"columns has {shown(field + '=' + name if name else field)}; write FIELD=NAME, separated by commas, where "
+                    f"FIELD is one of {', '.join(_COLUMNS)}"
+                )
+        if value is not None and len(fields := [field for field, _ in _pairs(value)]) > len(set(fields)):
+            raise ValueError(f"columns names a field twice: {value}")
+        return value
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """Field of a record -> the name that it has in the data."""
+        return dict(_pairs(self.columns or ""))
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    parts = (part.partition("=") for part in text.split(",")) if text else ()
+    return [(field.strip(), name.strip()) for field, _, name in parts]
+
+
 class WindowSettings(Options):
     """Windows of text."""
 

@@ -17,7 +17,7 @@ from test_options_reach import (
 )
 from test_options_reach_stock import Outcome
 
-TASKS = "text= --tasks quiz.jsonl"
+TASKS = "source= --tasks quiz.jsonl"
 BOTH = "others=other"
 FROM_HUB = {("someone/pruned", True)}
 
@@ -30,7 +30,10 @@ def models(outcome: Outcome) -> list[str]:
 ROWS = [
     Row("eval", "model", "model=half", report("nll")),
     Row("eval", "others", BOTH, models, after=["pruned", "other"]),
-    Row("eval", "text", "text=--text+others.jsonl", report("nll")),
+    Row("eval", "text", "source=--text+others.jsonl", report("nll")),
+    Row("eval", "columns", "--columns text=body", report("nll"), "source=--text+columns.jsonl"),
+    Row("eval", "bos", "--bos never", report("nll")),
+    Row("eval", "bos", "--bos always", report("nll"), "source=--text+stories.txt"),
     json_row("eval"),
     device_row("eval"),
     Row("eval", "dtype", "--dtype bfloat16", report("nll")),
@@ -40,13 +43,13 @@ ROWS = [
     Row("eval", "window", "--window 16", report("context"), TASKS, after=16),
     Row("eval", "window", "--window 65", error("window 65"), TASKS, after=True, codes=(0, 2)),  # of 64 positions
     Row("eval", "per_document", "--no-per-document", report("nll")),
-    Row("eval", "per_document", "--per-document", report("nll"), "text=--text+stories.txt"),
+    Row("eval", "per_document", "--per-document", report("nll"), "source=--text+stories.txt"),
     Row("eval", "limit", "--limit 4", report("nll")),
     Row("eval", "limit", "--limit 2", report("tasks", "quiz", "items"), TASKS, after=2),
     Row("eval", "limit", "--limit 2", report("limit"), TASKS, after=2),
     Row("eval", "adapter", "--adapter adapter", report("nll")),
     Row("eval", "tasks", "--tasks quizzes/quiz.jsonl", report("tasks"), TASKS),
-    Row("eval", "task_folder", "--task-folder riddles", report("tasks"), "text= --tasks quiz --task-folder quizzes"),
+    Row("eval", "task_folder", "--task-folder riddles", report("tasks"), "source= --tasks quiz --task-folder quizzes"),
     Row("eval", "num_fewshot", "--num-fewshot 1", report("tasks", "quiz", "num_fewshot"), TASKS, after=1),
     Row("eval", "num_fewshot", "--num-fewshot 3", error("--num-fewshot"), TASKS, after=True, codes=(0, 2)),
     Row("eval", "batch_size", "--batch-size 1", seen("batches"), TASKS, after={1}),

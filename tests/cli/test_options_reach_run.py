@@ -34,6 +34,8 @@ HANDED_ON = [
     ("window", "--window 16"),
     ("per_document", "--per-document"),
     ("limit", "--limit 2"),
+    ("bos", "--bos always"),
+    ("columns", "--columns text=body"),
     ("rounding", "--rounding stochastic"),
     ("teacher", TEACHER),
     ("teacher_weight", "--teacher-weight 0.9"),
@@ -87,8 +89,12 @@ HANDED_ON = [
 def handed_on(option: str, change: str) -> Row:
     _, _, value = change.partition(" ")
     stages = {"pattern": ("prune",)}.get(option, ())  # verify gets it, too, from the pruned model's manifest
-    given = {"allocation": "--pattern 50%"}.get(option, TEACHER if option.startswith("teacher_") else "")
-    return Row("run", option, change, given_to_stages(option, *stages), given, after={value or "True"})
+    needed = {"allocation": "--pattern 50%", "columns": "--train columns.jsonl --eval columns.jsonl"}
+    given = needed.get(option, TEACHER if option.startswith("teacher_") else "")
+    after = {value or "True"}
+    if option == "reconstruct":
+        after.add("None")  # for the mask alone, from which the gap is counted
+    return Row("run", option, change, given_to_stages(option, *stages), given, after=after)
 
 
 ROWS = [

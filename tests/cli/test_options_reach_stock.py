@@ -55,8 +55,8 @@ USUAL: dict[str, tuple[str, dict[str, str]]] = {
     "convert": ("{adapter} {to}", {"adapter": "adapter", "to": "{out}"}),
     "verify": ("{base} {other}", {"base": "pruned", "other": "merged"}),
     "eval": (
-        "{model} {others} {text} --device cpu --window 32",
-        {"model": "pruned", "others": "", "text": "--text+stories.jsonl"},
+        "{model} {others} {source} --device cpu --window 32",
+        {"model": "pruned", "others": "", "source": "--text+stories.jsonl"},
     ),
     "pack": ("{model} {to}", {"model": "pruned", "to": "{out}"}),
     "unpack": ("{model} {to}", {"model": "packed", "to": "{out}"}),
@@ -128,7 +128,7 @@ class Stock:
         self.folder = folder
         self._numbers = itertools.count(1)
         self._outcomes: dict[tuple[str, str, str], Outcome] = {}
-        self._reports: list[Any] = []  # of the stages of `runs/first`
+        self._stages: dict[str, list[tuple[Any, Any]]] = {}  # of `runs/first`: function -> options, report
         self._replays = False
         _write_texts(folder)
         _save_models(folder, tokenizer)
@@ -159,9 +159,9 @@ class Stock:
                 (out / name).write_text("mine")
         stdout, stderr = io.StringIO(), io.StringIO()
         if self._replays:
-            stage = functools.partial(self._replay, iter(self._reports))
+            stage = functools.partial(self._replay, {name: iter(done) for name, done in self._stages.items()})
         else:
-            self._reports.clear()
+            self._stages.clear()
             stage = self._record
         with (
             contextlib.chdir(self.folder),
@@ -175,14 +175,16 @@ class Stock:
 
     def _record(self, work: Callable[[Any], Any], options: Any) -> Any:
         """Do a stage of `spp run`."""
-        self._reports.append(report := work(options))
+        report = work(options)
+        self._stages.setdefault(work.__name__, []).append((options, report))
         return report
 
-    def _replay(self, reports: Iterator[Any], _: Callable[[Any], Any], options: Any) -> Any:
-        """Leave what the stage left in `runs/first`; a stage's own command has its own rows."""
+    def _replay(self, left: dict[str, Iterator[Any]], work: Callable[[Any], Any], options: Any) -> Any:
+        """Leave what such a stage left in `runs/first`; what a stage does is for the rows of its own command."""
+        then, report = next(left[work.__name__], self._stages[work.__name__][-1])
         if hasattr(options, "out"):
-            shutil.copytree(self.folder / "runs" / "first" / options.out.name, options.out, dirs_exist_ok=True)
-        return next(reports)
+            shutil.copytree(self.folder / "runs" / "first" / then.out.name, options.out, dirs_exist_ok=True)
+        return report
 
 
 _STOCK = pytest.StashKey[Stock]()
@@ -220,6 +222,7 @@ def _write_texts(folder: Path) -> None:
     stories = [f"The {animals[i % 4]} {verbs[i % 3]}. The {animals[(i + 1) % 4]} {verbs[i % 3]}!" for i in range(12)]
     lines("stories.jsonl", [{"text": text} for text in stories])
     lines("others.jsonl", [{"text": f"It is {i}. {text}"} for i, text in enumerate(reversed(stories))])
+    lines("columns.jsonl", [{"text": text, "body": text[::-1]} for text in stories])
     lines("copies.jsonl", [{"text": stories[0]}] * 12)
     (folder / "stories.txt").write_text("\n\n".join(stories))
     lines("one-window.jsonl", [{"text": " and ".join(stories)[:31]}])  # and one token in front
@@ -282,7 +285,7 @@ def _save_altered(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quick() -> Iterator[None]:
-    """Context manager: one thread, which is faster for tiny tensors, and no search for garbage in what is there before.
+    """Context manager: one thread, which is faster for tiny tensors, no fsync, and no garbage among what was there before.
 
     The Trainer collects garbage after each run, which takes longer than the training.
     """
@@ -290,7 +293,8 @@ def _quick() -> Iterator[None]:
     torch.set_num_threads(1)
     gc.freeze()
     try:
-        yield
+        with patch.object(os, "fsync"):
+            yield
     finally:
         gc.unfreeze()
         torch.set_num_threads(threads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import tiny_model_of
+from families import FAMILIES, tiny_model_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,7 +52,7 @@ def test_multi_head_attention_reads_the_weight_of_its_projection() -> None:
 
 
 class Rewritten(nn.Linear):
-    """As Falcon's: the same in other words."""
+    """The same in other words."""
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         product = x @ self.weight.T
@@ -78,6 +78,14 @@ def test_a_forward_of_its_own_is_judged_by_what_it_computes(bias: bool) -> None:
     assert not computes_otherwise(Rewritten(8, 8, bias=bias, device="meta"))
 
 
+def test_a_class_is_judged_while_a_model_is_built_on_the_meta_device() -> None:
+    class New(Rewritten):
+        pass
+
+    with torch.device("meta"):
+        assert not computes_otherwise(New(8, 8))
+
+
 MAMBA_2 = ["mamba2", "bamba", "falcon_h1", "nemotron_h", "zamba2"]
 READ = dict.fromkeys(MAMBA_2, {"out_proj"}) | {
     "mamba": {"x_proj", "dt_proj", "out_proj"},
@@ -99,7 +107,7 @@ def test_families_with_such_layers(family: str) -> None:
     assert found.keys() <= set(matrices)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "falcon", "mixtral", "qwen3_next", "kimi_linear"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in READ])
 def test_families_without(family: str) -> None:
     assert not bypassed_linears(tiny_model_of(family))
 

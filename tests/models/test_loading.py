@@ -14,8 +14,8 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     T5Config,
-    XLNetConfig,
     T5ForConditionalGeneration,
+    XLNetConfig,
 )
 
 from spp.checkpoints.hub import resolve_model

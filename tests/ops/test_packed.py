@@ -74,5 +74,5 @@ def test_all_problems_are_reported_together():
 
 def test_unpacking_a_damaged_weight_fails():
     packed = pack(torch.eye(3))
-    with pytest.raises(SppError, match="4 bits set for 3 values"):
+    with pytest.raises(SppError, match="row 0: 2 bits, 1 values"):
         unpack(dataclasses.replace(packed, bitmask=torch.tensor([[3], [2], [4]], dtype=torch.int32)))

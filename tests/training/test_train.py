@@ -90,6 +90,13 @@ def test_it_learns_and_only_the_adapter_is_new(options, pruned, tmp_path):
     assert len(moved) == 14 and all(float(size) > 0 for size in moved)
 
 
+def test_the_card_of_an_adapter_says_how_to_load_it(options, pruned):
+    card = (train(options(max_steps=1)).out / "README.md").read_text()
+    beginning = card[:1200]
+    assert "import spp" in beginning and "KeyError: 'SPP'" in beginning and str(pruned) in beginning
+    assert "spp convert THIS OUT --to hira" in card and "| steps | `1` |" in card
+
+
 def test_tokens_are_counted_without_padding(options, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": "x" * length}) + "\n" for length in (3, 10, 5, 20)))

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft import HiraConfig
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spp._version import __version__
 from spp.adapters.attach import check_adapter
-from spp.adapters.factors import SETTINGS, WEIGHTS, Factors, read_settings
+from spp.adapters.factors import SETTINGS, WEIGHTS, Factors, check_factors, read_settings
 from spp.adapters.hira_format import factors_of_hira, hira_rank, hira_tensors, read_hira
 from spp.adapters.merge import match_adapter
 from spp.adapters.options import ConvertOptions
@@ -30,8 +29,11 @@ from spp.checkpoints.checkpoint import MANIFEST, Checkpoint
 from spp.checkpoints.fingerprint import base_fingerprint
 from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import read_object, write_json
-from spp.errors import SppError, UsageError
+from spp.checkpoints.safetensors_file import save_tensors
+from spp.errors import SppError, UsageError, brief
+from spp.files import writing
 from spp.ops.reference import fitting_groups
+from spp.ops.zeros import all_finite
 
 Layout = Literal["SPP", "HiRA", "published"]
 
@@ -91,14 +93,17 @@ def convert(options: ConvertOptions) -> ConvertReport:
 
     try:
         config: Any = _hira_config(source, base) if target == "HiRA" else _spp_config(source)
-    except (TypeError, ValueError) as error:  # a dropout of 2, a task that PEFT does not know
+    except (TypeError, ValueError, OverflowError) as error:  # a dropout of 2, a task that PEFT does not know
         raise SppError(f"{options.adapter / SETTINGS}: {error}") from error
     if options.base:
         config.base_model_name_or_path, config.revision = options.base, None
+    tensors = hira_tensors(source.factors) if target == "HiRA" else tensors_of(source.factors)
+    if overflown := [name for name, tensor in tensors.items() if not all_finite(tensor)]:
+        raise SppError(f"adapter {options.adapter}: its scale is so large that {overflown[0]} overflows; nothing was written")
     with new_folder(options.out, overwrite=options.overwrite) as folder:
-        config.save_pretrained(str(folder))
-        tensors = hira_tensors(source.factors) if target == "HiRA" else tensors_of(source.factors)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        with writing(folder):
+            config.save_pretrained(str(folder))
+        save_tensors(folder / WEIGHTS, tensors)
         write_json(folder / MANIFEST, _manifest(source, target, options, base))
     return ConvertReport(
         out=options.out,
@@ -138,7 +143,7 @@ def _read(folder: Path, layout: Layout, settings: dict[str, Any]) -> _Source:
         factors = read_published(folder, settings)
     else:
         original = _spp_settings(manifest[_ORIGINAL], folder / MANIFEST) if _ORIGINAL in manifest else None
-        factors = _read_hira(folder, original)
+        factors = check_factors(_read_hira(folder, original), folder)
     return _Source(layout=layout, settings=settings, manifest=manifest, original=original, factors=factors)
 
 
@@ -158,8 +163,8 @@ def _spp_settings(settings: Mapping[str, Any], path: Path) -> SppConfig:
     known = {field.name for field in fields(SppConfig)}
     try:
         return SppConfig(**{name: value for name, value in settings.items() if name in known})
-    except (AttributeError, TypeError, ValueError) as error:
-        raise SppError(f"{path}: no settings of an SPP adapter ({error})") from error
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise SppError(f"{path}: no settings of an SPP adapter ({brief(error)})") from error
 
 
 def _shape(config: SppConfig, module: str, A: Tensor, B: Tensor) -> tuple[int, int]:

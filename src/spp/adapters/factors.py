@@ -5,6 +5,7 @@ Shapes: O output features, I input features, R row groups, K directions.
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -13,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from spp.checkpoints.json_files import read_object
 from spp.errors import SppError, UsageError, raise_problems
+from spp.files import reading
 from spp.ops import merged_weight
 from spp.ops.reference import MOST_DIRECTIONS
-from spp.ops.zeros import is_float
+from spp.ops.zeros import all_finite, is_float
 
 SETTINGS, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
@@ -70,6 +71,8 @@ def check_factors(factors: Mapping[str, Factors], folder: Path) -> dict[str, Fac
             problems.append(f"{module}: A is {A} and B is {B}, where (R K, I) and (O, K) with R K <= O are expected")
         elif not (is_float(one.A) and is_float(one.B)):
             problems.append(f"{module}: A is {one.A.dtype} and B is {one.B.dtype}, and only floats are factors")
+        elif not (all_finite(one.A) and all_finite(one.B)):
+            problems.append(f"{module}: A or B holds NaN or infinity; the training was ruined, or the file is damaged")
     raise_problems([f"adapter {folder}: {problem}" for problem in problems], SppError)
     return dict(factors)
 
@@ -94,12 +97,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         SppError: it is truncated or damaged.
     """
     path = folder / WEIGHTS
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(f"adapter {folder}: {WEIGHTS} is missing")
-    try:
+    with reading(path, "a whole safetensors file"):
         return load_file(path)
-    except SafetensorError as error:
-        raise SppError(f"{path}: not a whole safetensors file ({error}); it is truncated or damaged") from error
 
 
 def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
@@ -109,25 +110,29 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
         SppError: it is truncated or damaged, it asks for code to be run, or it holds more than tensors.
     """
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" not in str(error):
-            raise _damaged(path) from error
-        raise SppError(
-            f"{path} asks for code to be run when it is read, which is refused: weights need none. Nothing of it was "
-            "run. Get the adapter from a source that you trust, or as safetensors"
-        ) from error
-    except OSError:
+        with reading(path, "a whole file of tensors"):
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except SppError as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError) and "GLOBAL" in str(error.__cause__):
+            raise SppError(
+                f"{path} asks for code to be run when it is read, which is refused: weights need none. Nothing of it was "
+                "run. Get the adapter from a source that you trust, or as safetensors"
+            ) from error
         raise
-    except Exception as error:  # a damaged pickle raises anything: struct.error, KeyError, ...
-        raise _damaged(path) from error
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
         raise SppError(f"{path} holds more than named tensors; only a state dict is read")
     return held
 
 
-def _damaged(path: Path) -> SppError:
-    return SppError(f"{path}: not a whole file of tensors; it is truncated or damaged: copy or download it again")
+def positive(value: Any) -> float | None:
+    """A number from a settings file as a float; None unless it is one above 0 that a float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if 0 < number < math.inf else None
 
 
 def parts_by_module(

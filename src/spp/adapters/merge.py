@@ -48,7 +48,7 @@ from spp.errors import SppError, raise_problems
 from spp.models.weight_map import Part
 from spp.models.weight_names import weights_in_files
 from spp.ops.dtypes import FLOATS
-from spp.ops.reference import row_groups, wide_dtype
+from spp.ops.reference import mixture, row_groups, wide_dtype
 from spp.ops.zero_proof import TensorProof, compare
 from spp.ops.zeros import canonical_zeros, count_non_finite
 from spp.runtime.progress import track_bytes
@@ -250,15 +250,17 @@ def _of_part(factors: Factors, part: Part) -> Factors | None:
     shape = factors.stored_shape(transposed=False)
     if (rows := part.rows(shape)) is None:
         return None
-    groups = row_groups(shape[0], factors.groups)[rows]
-    # As few groups as are fine enough; one for each row always is.
-    for count in (min(factors.groups, len(rows)), len(rows)):
-        finer = row_groups(len(rows), count)
-        outer = torch.zeros(count, dtype=groups.dtype).scatter_(0, finer, groups)
-        if outer[finer].equal(groups):
-            A = factors.A.unflatten(0, (factors.groups, factors.directions))[outer].flatten(0, 1)
-            return Factors(A=A, B=factors.B[rows], scale=factors.scale)
-    raise AssertionError("a group for each row is not fine enough")
+    count, directions = factors.groups, factors.directions
+    groups, B = row_groups(shape[0], count)[rows], factors.B[rows]
+    A = factors.A.unflatten(0, (count, directions))
+    finer = row_groups(len(rows), count)
+    outer = torch.zeros(count, dtype=groups.dtype).scatter_(0, finer, groups)
+    if count * directions <= len(rows) and outer[finer].equal(groups):
+        return Factors(A=A[outer].flatten(0, 1), B=B, scale=factors.scale)
+    # Groups do not end where the part does: what each row is multiplied with, with the bits that merging gives it.
+    wide = wide_dtype(A, B)
+    multiplier = mixture([A[groups, k].to(wide) for k in range(directions)], factors.scale * B.to(wide))
+    return Factors(A=multiplier, B=torch.ones(len(rows), 1), scale=1.0)
 
 
 def _report(out: Path, proofs: dict[str, TensorProof], factors: Container[str], seconds: float) -> MergeReport:

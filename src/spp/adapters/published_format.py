@@ -20,10 +20,11 @@ from spp.adapters.factors import (
     Factors,
     check_factors,
     parts_by_module,
+    positive,
     read_pickled_tensors,
     read_tensors,
 )
-from spp.errors import SppError, UsageError
+from spp.errors import SppError, UsageError, shown
 
 _A, _B = "lora_A.weight", "lora_A.weight_col"
 _LORA_B = "lora_B.weight"
@@ -64,12 +65,14 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 def _scale(settings: Mapping[str, Any], folder: Path) -> float:
     alpha, rank = settings.get("lora_alpha"), settings.get("r")
-    if not (isinstance(alpha, int | float) and isinstance(rank, int | float) and alpha > 0 and rank > 0):
+    above, below = positive(alpha), positive(rank)
+    scale = above / below if above is not None and below is not None else None
+    if scale is None or positive(scale) is None:
         raise SppError(
-            f"adapter {folder}: adapter_config.json has lora_alpha {alpha!r} and r {rank!r}, and the scale is their "
-            "quotient; both must be numbers above 0"
+            f"adapter {folder}: adapter_config.json has lora_alpha {shown(alpha)} and r {shown(rank)}, and the scale is "
+            "their quotient; both must be numbers above 0"
         )
-    return alpha / rank
+    return scale
 
 
 def _column(B: Tensor, module: str, folder: Path) -> Tensor:

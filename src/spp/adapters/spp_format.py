@@ -8,8 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from spp.adapters.factors import KEY_PREFIX, Factors, check_factors, parts_by_module, read_settings, read_tensors
-from spp.errors import SppError, UsageError
+from spp.adapters.factors import (
+    KEY_PREFIX,
+    Factors,
+    check_factors,
+    parts_by_module,
+    positive,
+    read_settings,
+    read_tensors,
+)
+from spp.errors import SppError, UsageError, shown
 
 _A, _B = "spp_A.weight", "spp_B.weight"
 
@@ -51,7 +59,10 @@ def tensors_of(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
 
 
 def _scale(settings: Mapping[str, Any], folder: Path) -> float:
-    scale = settings.get("scale")
-    if not isinstance(scale, int | float) or not scale > 0:
-        raise SppError(f"adapter {folder}: adapter_config.json has the scale {scale!r}, but it must be above 0")
-    return float(scale)
+    scale = positive(settings.get("scale"))
+    if scale is None:
+        raise SppError(
+            f"adapter {folder}: adapter_config.json has the scale {shown(settings.get('scale'))}, but it must be a number "
+            "above 0, and finite"
+        )
+    return scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spp.errors import UsageError
+from spp.files import user_path
 
 # What a checkpoint needs, and what says under which licence it is; never pickles, never code that was not asked for.
 _HUB_CODE = ["*.py", "*.tiktoken"]
@@ -31,7 +32,7 @@ def resolve_model(model: str, *, code: bool = False) -> Path:
     Raises:
         UsageError: there is no such folder, and the hub does not have it or cannot be reached.
     """
-    folder = Path(model).expanduser()
+    folder = user_path(model)
     if folder.is_dir():
         return folder
     if folder.exists():

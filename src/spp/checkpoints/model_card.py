@@ -14,11 +14,11 @@ from huggingface_hub.repocard import metadata_load
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spp.checkpoints.checkpoint import MANIFEST, VERIFICATION
+from spp.checkpoints.companions import CARD
 from spp.checkpoints.json_files import read_object, write_json, write_text
 from spp.errors import SppError, UsageError
 from spp.patterns import parse_pattern
 
-CARD = "README.md"
 _TEMPLATE = "model_card.md.j2"
 _OF_THE_BASE = ("license", "license_name", "license_link", "language")
 _MODELS = {"dense": "dense", "pruned": "pruned", "reconstructed": "pruned + reconstructed", "spp": "this model"}

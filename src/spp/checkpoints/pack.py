@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spp._version import __version__
@@ -17,6 +16,7 @@ from spp.checkpoints.checkpoint import MANIFEST, Checkpoint
 from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import write_json
 from spp.checkpoints.options import PackOptions, UnpackOptions
+from spp.checkpoints.safetensors_file import save_tensors
 from spp.checkpoints.packed_archive import PackedEntry
 from spp.checkpoints.rewrite import Rewriting, write_companions
 from spp.errors import UsageError
@@ -60,9 +60,8 @@ def pack(options: PackOptions) -> PackReport:
         shards = source.shards
         for index, names in enumerate(track(shards.values(), "packing", total=len(shards))):
             held, entries = _packed_shard(source, names)
-            save_file(
-                held, folder / packed_archive.part_name(index, len(shards)), metadata=packed_archive.metadata(entries)
-            )
+            part = folder / packed_archive.part_name(index, len(shards))
+            save_tensors(part, held, packed_archive.metadata(entries))
             packed += len(entries)
         if not packed:
             raise UsageError(

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from spp import ops
-from spp.errors import SppError
+from spp.errors import SppError, brief
 from spp.ops.packed import PackedWeight, require_sound
 
 FORMAT, VERSION = "spp-packed", "1"
@@ -90,8 +90,8 @@ def entries(path: Path, names: list[str], metadata: dict[str, str]) -> dict[str,
             for name, one in described.items()
         }
         sound = all(len(entry.shape) == 2 and min(entry.shape) > 0 for entry in found.values())
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SppError(f"{path}: its metadata do not describe packed weights ({error!r})") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise SppError(f"{path}: its metadata do not describe packed weights ({brief(error)})") from error
     lacking = [f"{name}.{part}" for name in found for part in _PARTS if f"{name}.{part}" not in names]
     if lacking or not sound:
         raise SppError(f"{path}: not a sound packed archive: {lacking[0] + ' is missing' if lacking else 'bad shapes'}")

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from spp.checkpoints.json_files import sync
 from spp.errors import SppError
+from spp.files import reading, writing
 from spp.ops.dtypes import FLOATS
 
 _ALIGNMENT = 8
@@ -66,25 +68,31 @@ def read_header(path: Path) -> Header:
     Raises:
         SppError: the file is missing, truncated or damaged.
     """
-    try:
+    if not path.exists():
+        raise SppError(f"{path}: the index names this shard, but it is not there")
+    with reading(path, "a whole safetensors file"):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    except FileNotFoundError:
-        raise SppError(f"{path}: the index names this shard, but it is not there") from None
-    except SafetensorError as error:
-        raise SppError(
-            f"{path}: not a whole safetensors file ({error}); it is truncated or damaged: copy or download it again"
-        ) from error
-    with path.open("rb") as plain:
-        size = int.from_bytes(plain.read(8), "little")
-        entries = json.loads(plain.read(size))
-    entries.pop("__metadata__", None)
-    layouts, offsets = {}, {}
-    for name, entry in sorted(entries.items()):
-        start, end = entry["data_offsets"]
-        layouts[name] = Layout(entry["dtype"], tuple(entry["shape"]), end - start)
-        offsets[name] = 8 + size + start
+        with path.open("rb") as plain:
+            size = int.from_bytes(plain.read(8), "little")
+            entries = json.loads(plain.read(size))
+        entries.pop("__metadata__", None)
+        layouts, offsets = {}, {}
+        for name, entry in sorted(entries.items()):
+            start, end = entry["data_offsets"]
+            layouts[name] = Layout(entry["dtype"], tuple(entry["shape"]), end - start)
+            offsets[name] = 8 + size + start
     return Header(layouts, offsets, metadata)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file at once, from tensors in memory.
+
+    Raises:
+        OSError: it cannot be written; it names the file.
+    """
+    with writing(path):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt", **(metadata or {})})
 
 
 def read_floats(path: Path, offset: int, layout: Layout) -> Tensor | None:
@@ -131,13 +139,18 @@ class TensorFile:
 
     def _lay_out(self, header: bytes, size: int) -> None:
         partial = self.path.with_name(f".{self.path.name}.partial")
-        with partial.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk is noticed now, and not after hours of work
-                os.posix_fallocate(file.fileno(), 0, size)
-            file.truncate(size)
-            file.write(header)
-        sync(partial)
-        partial.rename(self.path)
+        try:
+            with writing(partial):
+                with partial.open("wb") as file:
+                    if hasattr(os, "posix_fallocate"):  # a full disk is noticed now, and not after hours of work
+                        os.posix_fallocate(file.fileno(), 0, size)
+                    file.truncate(size)
+                    file.write(header)
+                sync(partial)
+                partial.rename(self.path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put a tensor in its place.
@@ -150,7 +163,7 @@ class TensorFile:
         data = memoryview(array)
         if len(data) != self._sizes[name]:
             raise ValueError(f"{name} has {len(data)} bytes, and {self._sizes[name]} are laid out for it")
-        with self.path.open("r+b", buffering=0) as file:
+        with writing(self.path), self.path.open("r+b", buffering=0) as file:
             file.seek(self._offsets[name])
             _write_all(file, data)
 
@@ -169,7 +182,8 @@ class TensorFile:
                 count = old.readinto(piece[: min(left, _PIECE)])
                 if not count:
                     raise OSError(f"{source} ends within {name}")
-                _write_all(new, piece[:count])
+                with writing(self.path):
+                    _write_all(new, piece[:count])
                 left -= count
 
 

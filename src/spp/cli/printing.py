@@ -190,7 +190,7 @@ def _protocol(report: EvalReport | TasksReport) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
         return f"{limit}context {report.context} tokens, {report.dtype} on {report.device}; {versions}"
     how = "each document by itself" if report.per_document else f"stride {report.stride}, tail dropped"
-    return f"window {report.window}, {how}, {report.dtype}"
+    return f"window {report.window}, {how}, BOS {report.bos}, {report.dtype}"
 
 
 def _comparison(report: Comparison) -> Iterable[RenderableType]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,7 +53,13 @@ class Calibration:
 
 
 def calibration_windows(
-    tokenizer: PreTrainedTokenizerBase, source: str, *, samples: int, window: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    *,
+    samples: int,
+    window: int,
+    seed: int,
+    columns: Mapping[str, str] | None = None,
 ) -> Calibration:
     """Draw windows as the published protocol does: one at a random place in each of `samples` documents.
 
@@ -68,11 +74,12 @@ def calibration_windows(
         samples: number of windows; there are fewer, and a warning, if the text is too short.
         window: tokens per window.
         seed: seed of the choice of documents and places.
+        columns: field of a record -> the name that it has in the source.
 
     Raises:
         UsageError: the source cannot be read, or all of its text is shorter than one window.
     """
-    text = _Text(source)
+    text = _Text(source, columns or {})
     name = _cache_name(tokenizer, text, samples, window, seed)
     windows, kind = _kept(name) or _drawn(name, text, tokenizer, samples, window, random.Random(seed))
     if len(windows) < samples:
@@ -83,12 +90,12 @@ def calibration_windows(
 class _Text:
     """The records of a source, read when they are first needed, and the facts that identify them."""
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(self, source: str, columns: Mapping[str, str]) -> None:
+        self.source, self._columns = source, columns
 
     @cached_property
     def records(self) -> list[Record]:
-        return [record for record in load_records(self.source, "calibration") if holds_text(record)]
+        return [record for record in load_records(self.source, "calibration", self._columns) if holds_text(record)]
 
     @property
     def facts(self) -> list[Any]:
@@ -97,7 +104,8 @@ class _Text:
         if self.source == STANDARD_LIBRARY or not path.is_file():
             return [self.records]
         with path.open("rb") as file:
-            return [data_suffix(path), hashlib.file_digest(file, "sha256").hexdigest()]
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return [data_suffix(path), digest, *([dict(self._columns)] if self._columns else [])]
 
 
 def _cache_name(tokenizer: PreTrainedTokenizerBase, text: _Text, samples: int, window: int, seed: int) -> str | None:

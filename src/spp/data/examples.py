@@ -71,10 +71,10 @@ def _answers(record: Record, ids: list[int], tokenizer: PreTrainedTokenizerBase)
     messages, text = record["messages"], render(record, tokenizer)
     prefixes: list[str] = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index < record.get("answers_from", 0):
             continue
-        before = render({"messages": messages[:index]}, tokenizer, answering=True) if index else ""
-        after = render({"messages": messages[: index + 1]}, tokenizer)
+        before = render({**record, "messages": messages[:index]}, tokenizer, answering=True) if index else ""
+        after = render({**record, "messages": messages[: index + 1]}, tokenizer)
         if not (text.startswith(after) and after.startswith(before)):
             raise UsageError(
                 f"--completion-only: the tokenizer's chat template writes message {index + 1} in another way when more "

@@ -39,8 +39,10 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase, *, answering: boo
             "called default; copy the one to use to chat_template.jinja in the model's folder"
         )
     try:
-        text = tokenizer.apply_chat_template(record["messages"], tokenize=False, add_generation_prompt=answering)
-    except TemplateError as error:
+        text = tokenizer.apply_chat_template(
+            record["messages"], tools=record.get("tools"), tokenize=False, add_generation_prompt=answering
+        )
+    except (TemplateError, TypeError, ValueError) as error:  # what a template does may fail in any way
         roles = ", ".join(message["role"] for message in record["messages"])
         raise UsageError(f"the tokenizer's chat template refuses messages with the roles {roles}: {error}") from error
     assert isinstance(text, str)
@@ -56,9 +58,11 @@ def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, special:
     return ids
 
 
-def documents(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each record. A chat template writes the special tokens itself; else the tokenizer adds them."""
-    special = not any("messages" in record for record in records)
+def documents(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, special: bool = True
+) -> list[list[int]]:
+    """Token ids of each record; a chat template writes the special tokens itself, else the tokenizer if `special`."""
+    special = special and not any("messages" in record for record in records)
     return encode((render(record, tokenizer) for record in records), tokenizer, special=special)
 
 

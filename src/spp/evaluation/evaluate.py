@@ -113,6 +113,7 @@ def _perplexity(subject: _Subject) -> EvalReport:
         per_document=text.per_document,
         dtype=dtype,
         source=subject.options.text,
+        bos=text.bos,
         seconds=time.perf_counter() - start,
     )
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from spp.adapters.attach import check_adapter, with_adapter
 from spp.checkpoints.hub import resolve_model
-from spp.errors import UsageError
+from spp.data.tokens import require_known_ids
+from spp.errors import SppError, UsageError, brief
 from spp.evaluation.options import GenerateOptions
 from spp.models.loading import load_base, load_tokenizer
 from spp.models.packed_linear import PackedLinear
@@ -54,12 +55,15 @@ def generate(options: GenerateOptions) -> GenerateReport:
 
     Raises:
         UsageError: a wrong option, a missing model or adapter, or a prompt longer than the model's context.
-        SppError: a damaged model.
+        SppError: a damaged model or adapter, whose output is not finite.
     """
     device = pick_device(options.device)
     model, tokenizer, dtype = _load(options, device)
     prompt = tokenizer(options.prompt, return_tensors="pt").to(device)
     length = int(prompt["input_ids"].shape[1])
+    if not length:
+        raise UsageError("the tokenizer makes no token of the prompt; give a longer one")
+    require_known_ids([prompt["input_ids"][0].tolist()], model.config.get_text_config().vocab_size, "prompt")
     _require_room(model, length, options.max_new_tokens)
     set_seed(options.seed)
     clock = _Clock()
@@ -105,16 +109,37 @@ def _continue(
     drawing: dict[str, Any] = (
         {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     )
-    with torch.inference_mode():
-        output: Any = model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=prompt["input_ids"],
-            attention_mask=prompt["attention_mask"],
-            max_new_tokens=options.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=clock,
-            **drawing,
-        )
+    try:
+        with torch.inference_mode():
+            output: Any = model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=prompt["input_ids"],
+                attention_mask=prompt["attention_mask"],
+                max_new_tokens=options.max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                streamer=clock,
+                logits_processor=LogitsProcessorList([_RequireNumbers()]),
+                **drawing,
+            )
+    except (SppError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers checks generation_config.json late, or not at all
+        raise SppError(
+            f"{options.model} generates nothing: {brief(error)}; its generation_config.json may be damaged: remove it, or "
+            "copy it again"
+        ) from error
     return output[0]
+
+
+class _RequireNumbers(LogitsProcessor):
+    """Refuses logits that are NaN or all infinite, of which the likeliest token would be one without a text."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not bool(torch.isfinite(scores.amax())):  # NaN wins, too
+            raise SppError(
+                "the model gives logits that are NaN or infinite; its weights or the adapter are damaged, or the dtype is "
+                "too narrow for them (pass --dtype float32)"
+            )
+        return scores
 
 
 def _require_room(model: PreTrainedModel | PeftModel, prompt: int, more: int) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from spp.options import DtypeName, LoadingOptions, Options, SeedSettings, WindowSettings
+from spp.options import DtypeName, LoadingOptions, Options, SeedSettings, TableSettings, WindowSettings
 
 
-class ScoringSettings(Options):
+class ScoringSettings(TableSettings):
     """Scoring."""
 
     per_document: bool | None = Field(
         None,
         description="score each document by itself instead of windows over the joined text "
         "(default: for .jsonl, .json, .parquet and datasets ids)",
+    )
+    bos: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="the beginning-of-text token: always puts one before every window; auto does so for Gemma, which needs it, "
+        "and else leaves it to the tokenizer, as published figures do",
     )
     limit: int | None = Field(None, ge=1, description="score only the first N documents, or N items of each task")
 
@@ -67,7 +72,7 @@ class EvalOptions(TaskSettings, ScoringSettings, WindowSettings, LoadingOptions)
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        given = [name for name in ("text", "per_document") if name in self.model_fields_set]
+        given = [name for name in ("text", "per_document", "bos", "columns") if name in self.model_fields_set]
         problems = []
         if self.tasks is not None and given:
             problems.append(

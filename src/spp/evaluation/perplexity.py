@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -29,6 +30,11 @@ from spp.runtime.progress import track
 _LOGITS_AT_ONCE = 2**28
 _LOG_SOFTMAX_AT_ONCE = 2**25
 _TOKENS_AT_ONCE = 2**13
+
+EACH_WINDOW, NOWHERE, BY_TOKENIZER = "in each window", "nowhere", "as the tokenizer adds it"
+"""Which windows begin with the beginning-of-text token."""
+
+_NEED_BOS = ("gemma", "recurrent_gemma")  # model types whose predictions are far off in a window without it
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,15 @@ class Windows:
         window: most tokens in a window.
         documents: number of records read.
         per_document: which protocol (see the top of this file).
+        bos: which windows begin with the beginning-of-text token: `in each window`,
+            `nowhere`, or `as the tokenizer adds it`.
     """
 
     windows: list[Sequence[int]]
     window: int
     documents: int
     per_document: bool
+    bos: str
 
 
 def read_windows(options: EvalOptions, model: Path) -> Windows:
@@ -75,12 +84,30 @@ def read_windows(options: EvalOptions, model: Path) -> Windows:
     Raises:
         UsageError: a missing model or text, or too little text for one window.
     """
-    window = context_window(load_config(model, options), options.window)
+    config = load_config(model, options)
+    window = context_window(config, options.window)
     tokenizer = load_tokenizer(model, options)
-    records = load_records(options.text, "evaluation")[: options.limit]
+    records = load_records(options.text, "evaluation", options.column_names)[: options.limit]
     per_document = _is_by_document(options.text) if options.per_document is None else options.per_document
-    windows = document_windows(records, tokenizer, window) if per_document else text_windows(records, tokenizer, window)
-    return Windows(windows, window, len(records), per_document)
+    bos = _bos(options.bos, config)
+    first = _bos_id(tokenizer) if bos == EACH_WINDOW else None
+    make = document_windows if per_document else text_windows
+    windows = make(records, tokenizer, window, special=bos == BY_TOKENIZER, first=first)
+    return Windows(windows, window, len(records), per_document, bos)
+
+
+def _bos(asked: str, config: Any) -> str:
+    if asked == "auto":
+        needs_it = str(config.get_text_config().model_type).startswith(_NEED_BOS)
+        return EACH_WINDOW if needs_it else BY_TOKENIZER
+    return EACH_WINDOW if asked == "always" else NOWHERE
+
+
+def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    found: Any = tokenizer.bos_token_id
+    if found is None:
+        raise UsageError("bos always: the model's tokenizer has no beginning-of-text token; pass --bos auto or never")
+    return found
 
 
 def _is_by_document(text: str) -> bool:
@@ -88,14 +115,28 @@ def _is_by_document(text: str) -> bool:
     return text != STANDARD_LIBRARY and data_suffix(Path(text)) not in (".txt", ".txt.gz")
 
 
-def text_windows(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, window: int) -> list[Sequence[int]]:
+def text_windows(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    *,
+    special: bool = True,
+    first: int | None = None,
+) -> list[Sequence[int]]:
     """Full windows of the joined text.
+
+    Args:
+        records: the documents.
+        tokenizer: the model's.
+        window: tokens in a window, `first` included.
+        special: whether the tokenizer adds its special tokens to the text, which is to the first window.
+        first: token to begin every window with.
 
     Raises:
         UsageError: the text is shorter than one window.
     """
-    [ids] = encode(["\n\n".join(render(record, tokenizer) for record in records)], tokenizer)
-    windows = [ids for ids in cut(ids, window) if len(ids) == window]
+    [ids] = encode(["\n\n".join(render(record, tokenizer) for record in records)], tokenizer, special=special)
+    windows = [piece for piece in _cut(ids, window, first) if len(piece) == window]
     if not windows:
         raise UsageError(
             f"the text has {len(ids)} tokens, less than one window of {window}; pass --window or --per-document"
@@ -103,16 +144,34 @@ def text_windows(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, 
     return windows
 
 
-def document_windows(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, window: int) -> list[Sequence[int]]:
+def document_windows(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    *,
+    special: bool = True,
+    first: int | None = None,
+) -> list[Sequence[int]]:
     """Windows of each document by itself, tails included; windows without a token to predict are left out.
+
+    Arguments as for `text_windows`.
 
     Raises:
         UsageError: no window is left.
     """
-    windows = [piece for ids in documents(records, tokenizer) for piece in cut(ids, window) if len(piece) > 1]
+    ids = documents(records, tokenizer, special=special)
+    windows = [piece for one in ids for piece in _cut(one, window, first) if len(piece) > 1]
     if not windows:
         raise UsageError("no document has two tokens or more, so there is nothing to predict; give more text")
     return windows
+
+
+def _cut(ids: Sequence[int], window: int, first: int | None) -> list[Sequence[int]]:
+    """Consecutive windows, each with the token `first` before it if there is one."""
+    if first is None:
+        return cut(ids, window)
+    ids = ids[1:] if ids and ids[0] == first else ids  # a chat template has put it there
+    return [[first, *piece] for piece in cut(ids, window - 1)]
 
 
 def perplexity_of(model: PreTrainedModel | PeftModel, windows: Sequence[Sequence[int]]) -> Score:
@@ -197,6 +256,8 @@ class EvalReport:
         stride: tokens between the starts of two windows; equal to `window`, as windows never overlap.
         dtype: dtype that the model computed in; log-probabilities are always fp32.
         source: the text.
+        bos: which windows begin with the beginning-of-text token: `in each window`,
+            `nowhere`, or `as the tokenizer adds it`.
     """
 
     perplexity: float
@@ -210,4 +271,5 @@ class EvalReport:
     per_document: bool
     dtype: str
     source: str
+    bos: str
     seconds: float

@@ -16,6 +16,7 @@ from typing import Any
 from spp.errors import UsageError, brief, raise_problems
 from spp.evaluation.options import EvalOptions
 from spp.evaluation.task_files import PAPER_TASKS, TaskFile, read_task_files
+from spp.files import user_path
 
 logger = logging.getLogger("spp")
 
@@ -80,7 +81,7 @@ def _request(options: EvalOptions) -> _Request:
     if not options.task_names:
         raise UsageError(f"tasks is empty; name some, separated by commas: {', '.join(PAPER_TASKS)}, or {PAPER}")
     for name in dict.fromkeys(options.task_names):
-        path = Path(name).expanduser()
+        path = user_path(name)
         if path.suffix == _SUFFIX:
             request.add_file(path.stem, path)
         elif path.is_dir():

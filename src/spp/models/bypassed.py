@@ -70,17 +70,18 @@ _OTHERWISE: dict[type[nn.Module], bool] = {}
 
 def _is_plain(layer: nn.Linear) -> bool:
     """Whether the forward of a layer's class is x W^T + b, on a small weight and x."""
-    chance = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(6, 4, generator=chance), torch.randn(2, 3, 4, generator=chance)
-    bias = None if layer.bias is None else torch.randn(6, generator=chance)
-    small = copy.copy(layer)  # so that neither hooks nor the layer's own weight play a part
-    small.__dict__["_parameters"] = {"weight": weight, "bias": bias}
-    try:
-        with torch.no_grad(), torch.device("cpu"):
-            output = type(layer).forward(small, x)
-    except Exception:  # anything: it is written for other inputs
-        return False
-    expected = F.linear(x, weight, bias)
+    with torch.device("cpu"):  # a model may be built on the meta device just now
+        chance = torch.Generator().manual_seed(0)
+        weight, x = torch.randn(6, 4, generator=chance), torch.randn(2, 3, 4, generator=chance)
+        bias = None if layer.bias is None else torch.randn(6, generator=chance)
+        small = copy.copy(layer)  # so that neither hooks nor the layer's own weight play a part
+        small.__dict__["_parameters"] = {"weight": weight, "bias": bias}
+        try:
+            with torch.no_grad():
+                output = type(layer).forward(small, x)
+        except Exception:  # anything: it is written for other inputs
+            return False
+        expected = F.linear(x, weight, bias)
     return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, atol=1e-5)
 
 

@@ -56,7 +56,7 @@ def spp_linear(
     Raises:
         ValueError: the shapes do not fit, or the back-end does not support the call.
     """
-    _require_shapes(x, weight, A, B)
+    _require_shapes(x, weight, A, B, bias)
     if mode not in get_args(Mode):
         raise ValueError(f"mode {mode!r} is unknown; use {' or '.join(get_args(Mode))}")
     x = _cast(x, weight)
@@ -81,7 +81,10 @@ def adapter_linear(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, backend: Backend = "auto") -> Tensor:
     """y = x W^T + bias for a packed W (O, I) without an adapter. Arguments, result and errors as for `spp_linear`."""
-    if x.shape[-1] != weight.in_features:
+    packed.require_layout(weight)
+    _require_bias(bias, weight)
+    _require_float("x", x)
+    if x.shape[-1:] != (weight.in_features,):
         raise ValueError(f"expected x (..., {weight.in_features}) for a weight {weight.shape}; found {tuple(x.shape)}")
     x = _cast(x, weight)
     chosen = _resolve(backend, x, weight)
@@ -105,7 +108,11 @@ def merged_weight(weight: Weight, A: Tensor, B: Tensor, scale: float, dtype: tor
 
     Returns:
         (O, I).
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit.
     """
+    _require_shapes(A, weight, A, B)  # A in the place of x, which there is none of
     wide = reference.wide_dtype(weight, A, B)
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
     kernels = autograd.kernels_of((_accelerated(weight, out) if wide == torch.float32 else None) or "torch")
@@ -129,6 +136,7 @@ def unpack(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
     Raises:
         SppError: the packed weight is damaged.
     """
+    packed.require_layout(weight)
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
     autograd.kernels_of(_accelerated(weight, out) or "torch").expand(weight, out)
     return out
@@ -181,17 +189,41 @@ def _say_once(backend: str) -> None:
     logger.debug("SPP operator: back-end %s", backend)
 
 
-def _require_shapes(x: Tensor, weight: Weight, A: Tensor, B: Tensor) -> None:
-    out_features, in_features = weight.shape
-    fits = x.shape[-1] == A.shape[-1] == in_features and A.ndim == B.ndim == 2 and len(B) == out_features
+def _require_shapes(x: Tensor, weight: Weight, A: Tensor, B: Tensor, bias: Tensor | None = None) -> None:
+    """Check shapes, dtypes and devices, which costs microseconds whatever the sizes.
+
+    Raises:
+        ValueError: names what does not fit.
+    """
+    if isinstance(weight, PackedWeight):
+        packed.require_layout(weight)
+    named = {"x": x, "weight": weight, "A": A, "B": B}
+    shape = weight.shape
+    fits = len(shape) == A.ndim == B.ndim == 2 and x.ndim > 0 and len(B) == shape[0]
+    fits = fits and x.shape[-1] == A.shape[-1] == shape[1]
     directions = B.shape[1] if fits else 0
-    if not 1 <= directions <= min(len(A), reference.MOST_DIRECTIONS) or len(A) > out_features or len(A) % directions:
-        named: list[tuple[str, Any]] = [("x", x), ("weight", weight), ("A", A), ("B", B)]
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named)
+    if not 1 <= directions <= min(len(A), reference.MOST_DIRECTIONS) or len(A) > shape[0] or len(A) % directions:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named.items())
         raise ValueError(
             "expected x (..., I), weight (O, I), A (R K, I), B (O, K) with R K <= O, "
             f"K <= {reference.MOST_DIRECTIONS}; found {shapes}"
         )
+    for name, tensor in named.items():
+        _require_float(name, tensor)
+    _require_bias(bias, weight)
+    if not x.device == weight.device == A.device == B.device:
+        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in named.items())
+        raise ValueError(f"expected all tensors on one device; found {places}")
+
+
+def _require_float(name: str, tensor: Weight) -> None:
+    if not tensor.dtype.is_floating_point:
+        raise ValueError(f"{name} is {tensor.dtype}, and a float dtype is expected")
+
+
+def _require_bias(bias: Tensor | None, weight: Weight) -> None:
+    if bias is not None and (tuple(bias.shape) != (len(weight),) or not bias.dtype.is_floating_point):
+        raise ValueError(f"expected a bias ({len(weight)},) of floats; found {tuple(bias.shape)} {bias.dtype}")
 
 
 def _cast(x: Tensor, weight: Weight) -> Tensor:

@@ -24,6 +24,10 @@ WORTH_PACKING = 0.3
 WORD_BITS = 32
 
 
+class DamagedWeightError(SppError, ValueError):
+    """The three tensors of a packed weight contradict each other."""
+
+
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A weight (O, I) without its zeros.
@@ -123,11 +127,12 @@ def unpack(packed: PackedWeight) -> Tensor:
     """The dense weight (O, I), with the bits that were packed and +0.0 elsewhere.
 
     Raises:
-        SppError: the bitmask does not fit the values.
+        DamagedWeightError: bitmask, row offsets and values do not fit together.
     """
+    require_layout(packed)
     keep = unpack_mask(packed)
-    if (bits := int(keep.count_nonzero())) != len(packed.values):
-        raise SppError(f"a packed weight has {bits} bits set for {len(packed.values)} values; it is damaged")
+    if found := next(_problems_of_rows(packed, keep), None):
+        raise DamagedWeightError(f"a packed weight is damaged: {found}")
     weight = torch.zeros(packed.shape, dtype=packed.dtype, device=packed.device)
     # As integers: copying floats may change a signalling NaN.
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[packed.dtype.itemsize]
@@ -151,26 +156,60 @@ def unpack_mask(packed: PackedWeight) -> Tensor:
 
 def problems(packed: PackedWeight) -> Iterator[str]:
     """The problems of a packed weight from an untrusted source: shapes, dtypes, and counts of every row."""
-    rows, words = len(packed.bitmask), word_count(packed.in_features)
+    unfit = list(problems_of_layout(packed))
+    yield from unfit
+    if not unfit:
+        yield from _problems_of_rows(packed, unpack_mask(packed))
+
+
+def problems_of_layout(packed: PackedWeight) -> Iterator[str]:
+    """What is wrong with dtypes and shapes, which are known without a look into the tensors."""
+    tensors = (packed.values, packed.bitmask, packed.row_offsets)
+    rows = len(packed.bitmask) if packed.bitmask.ndim else 0
     expected = (
-        ("values", packed.values, FLOATS, (packed.values.numel(),)),
-        ("bitmask", packed.bitmask, (torch.int32,), (rows, words)),
-        ("row_offsets", packed.row_offsets, (torch.int64,), (rows + 1,)),
+        ("values", FLOATS, (packed.values.numel(),)),
+        ("bitmask", (torch.int32,), (rows, word_count(packed.in_features))),
+        ("row_offsets", (torch.int64,), (rows + 1,)),
     )
-    sound = True
-    for name, tensor, dtypes, shape in expected:
+    for (name, dtypes, shape), tensor in zip(expected, tensors, strict=True):
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
-            sound = False
             yield (
                 f"{name} is {tuple(tensor.shape)} {tensor.dtype}, and {shape} {' or '.join(map(str, dtypes))}, "
                 f"contiguous, is expected for a weight of {rows} x {packed.in_features}"
             )
-    if not sound:
+        elif tensor.device != packed.values.device:
+            yield f"{name} is on {tensor.device}, and values are on {packed.values.device}"
+
+
+def require_layout(packed: PackedWeight) -> None:
+    """Check dtypes and shapes of a packed weight, which costs a microsecond or two whatever its size.
+
+    Raises:
+        DamagedWeightError: names all problems.
+    """
+    values, bitmask, row_offsets = packed.values, packed.bitmask, packed.row_offsets
+    rows = bitmask.shape[0] if bitmask.ndim == 2 else -1
+    if (
+        values.ndim == row_offsets.ndim == 1
+        and row_offsets.shape[0] == rows + 1
+        and bitmask.shape[1] == -(-packed.in_features // WORD_BITS)
+        and bitmask.dtype is torch.int32
+        and row_offsets.dtype is torch.int64
+        and values.dtype in FLOATS
+        and values.device == bitmask.device == row_offsets.device
+    ):
         return
-    counts = unpack_mask(packed).sum(dim=1)
-    offsets = packed.row_offsets
-    if int(offsets[0]) != 0 or int(offsets[-1]) != len(packed.values):
-        yield f"row_offsets run from {int(offsets[0])} to {int(offsets[-1])}, and there are {len(packed.values)} values"
+    raise DamagedWeightError("not a sound packed weight: " + "; ".join(problems_of_layout(packed)))
+
+
+def _problems_of_rows(packed: PackedWeight, keep: Tensor) -> Iterator[str]:
+    """What is wrong with the tensors' content.
+
+    Args:
+        packed: a weight with a sound layout.
+        keep: its `unpack_mask`.
+    """
+    counts, offsets = keep.sum(dim=1), packed.row_offsets
     wrong = (offsets.diff() != counts).nonzero()
     if len(wrong):
         row = int(wrong[0])
@@ -178,8 +217,10 @@ def problems(packed: PackedWeight) -> Iterator[str]:
             f"{len(wrong)} rows have another number of bits than of values, e.g. row {row}: {int(counts[row])} bits, "
             f"{int(offsets[row + 1] - offsets[row])} values"
         )
-    used = packed.in_features - (words - 1) * WORD_BITS
-    if used < WORD_BITS and bool((packed.bitmask[:, -1] >> used).any()):
+    if int(offsets[0]) != 0 or int(offsets[-1]) != len(packed.values):
+        yield f"row_offsets run from {int(offsets[0])} to {int(offsets[-1])}, and there are {len(packed.values)} values"
+    used = packed.in_features % WORD_BITS
+    if used and bool((packed.bitmask[:, -1] >> used).any()):
         yield "the bitmask has bits beyond the last column"
 
 
@@ -187,10 +228,10 @@ def require_sound(packed: PackedWeight, name: str) -> None:
     """Check the three tensors of a packed weight.
 
     Raises:
-        SppError: names all problems.
+        DamagedWeightError: names all problems.
     """
     if found := list(problems(packed)):
-        raise SppError(f"{name}: not a sound packed weight: " + "; ".join(found))
+        raise DamagedWeightError(f"{name}: not a sound packed weight: " + "; ".join(found))
 
 
 def _as_int32(words: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from spp.data.records import stream_records
-from spp.errors import Problems, UsageError
+from spp.errors import Problems
 from spp.models.loading import context_window, load_tokenizer, skeleton
 from spp.pipeline.options import RunOptions
 from spp.pruning.criteria.table import method_of
@@ -36,7 +37,7 @@ def check_run(options: RunOptions, folder: Path, training: TrainOptions) -> None
     problems.of(method_of, options)
     problems.of(check_settings, training)
     for source in dict.fromkeys(filter(None, (options.train, options.eval, options.calibration))):
-        problems.of(_check_data, source)
+        problems.of(_check_data, source, options.column_names)
     problems.of(load_tokenizer, folder, options)
     model = device and problems.of(skeleton, folder, options, compute_dtype(options.dtype, device))
     if model is not None:
@@ -52,6 +53,5 @@ def _check_fit(options: RunOptions, training: TrainOptions, model: PreTrainedMod
     problems.of(check_teacher, training, model.config.get_text_config().vocab_size)
 
 
-def _check_data(source: str) -> None:
-    if next(stream_records(source), None) is None:
-        raise UsageError(f"data {source!r} is empty: there is no text in it")
+def _check_data(source: str, columns: Mapping[str, str]) -> None:
+    next(stream_records(source, columns))  # raises if there is no text, or none that can be read

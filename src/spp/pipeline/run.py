@@ -19,7 +19,8 @@ from spp.checkpoints.json_files import read_object, write_json
 from spp.checkpoints.lock import locked
 from spp.checkpoints.model_card import write_model_card
 from spp.checkpoints.request import Request
-from spp.errors import UsageError
+from spp.errors import SppError, UsageError, brief
+from spp.files import user_path
 from spp.pipeline.bundled import bundled_model
 from spp.pipeline.checks import check_run
 from spp.pipeline.options import RunOptions
@@ -84,7 +85,7 @@ def run(options: RunOptions) -> RunReport:
         records = StageRecords(out / RECORDS)
         for stage in stages.in_order():
             records.keep(stage)
-        results = _results(options, records, read_object(stages.pruned / MANIFEST))
+        results = _results_of(options, records, stages.pruned / MANIFEST)
         write_json(out / RESULTS, results.plain())
         figures = {"perplexity": results.perplexity, "evaluation": results.protocol.evaluation}
         for warning in results.warnings:
@@ -104,7 +105,7 @@ def _request(options: RunOptions, folder: Path, training: TrainOptions) -> Reque
 
 def _data_digest(source: str) -> str:
     """A digest of a file's content; for any other source, its name."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     return file_digest(path) if path.is_file() else source
 
 
@@ -127,6 +128,22 @@ def _open_run(out: Path, options: RunOptions, request: Request) -> None:
         check_output(out, overwrite=False)
     out.mkdir(parents=True, exist_ok=True)
     request.write(out / _RUN)
+
+
+def _results_of(options: RunOptions, records: StageRecords, manifest: Path) -> RunResults:
+    """The results of the finished stages.
+
+    Raises:
+        SppError: a record or the manifest does not hold what its stage wrote.
+    """
+    content = read_object(manifest)
+    try:
+        return _results(options, records, content)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise SppError(
+            f"{records.folder}: a record, or {manifest}, was damaged after its stage had finished ({brief(error)}); pass "
+            "--overwrite to start the run over"
+        ) from error
 
 
 def _results(options: RunOptions, records: StageRecords, manifest: dict[str, Any]) -> RunResults:

@@ -15,6 +15,7 @@ from spp.checkpoints.checkpoint import MANIFEST
 from spp.checkpoints.json_files import read_object
 from spp.checkpoints.options import VerifyOptions
 from spp.checkpoints.verify import verify
+from spp.errors import SppError, shown
 from spp.evaluation.evaluate import evaluate
 from spp.evaluation.options import EvalOptions
 from spp.options import Options
@@ -98,7 +99,7 @@ class Stages:
         """The perplexity from which the gap is counted: that of the mask alone, before blocks are reconstructed."""
         self._prune(self._one_shot, reconstruct=None)
         report = self._evaluate(str(self._one_shot))
-        shutil.rmtree(self._one_shot)
+        shutil.rmtree(self._one_shot, ignore_errors=True)
         return report
 
     def _merge(self) -> Any:
@@ -115,6 +116,8 @@ class Stages:
 
     def _pattern_of_every_matrix(self) -> str | None:
         """The pattern to verify in every matrix; None if the sparsity is a mean over matrices (OWL, keep_zeros)."""
-        pattern = read_object(self.pruned / MANIFEST)["pattern"]
+        pattern = read_object(self.pruned / MANIFEST).get("pattern")
+        if not isinstance(pattern, str):
+            raise SppError(f"{self.pruned / MANIFEST} was damaged: its pattern is {shown(pattern)}; pass --overwrite")
         is_mean = ":" not in pattern and (self._options.keep_zeros or self._options.allocation == "owl")
         return None if is_mean else pattern

@@ -138,8 +138,8 @@ def _require_own_weights(prefix: str, blocks: list[nn.Module]) -> None:
         for name, parameter in block.named_parameters():
             if (first := owners.setdefault(id(parameter), index)) != index:
                 raise UsageError(
-                    f"{prefix}.{index} shares {name} with {prefix}.{first}; a model whose blocks share weights cannot be "
-                    "pruned block by block"
+                    f"{prefix}.{index} shares {name} with {prefix}.{first}; a model whose blocks share weights cannot "
+                    "be pruned block by block"
                 )
 
 

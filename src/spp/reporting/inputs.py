@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from spp.checkpoints.json_files import read_json
-from spp.errors import SppError, UsageError
+from spp.errors import SppError, UsageError, shown
+from spp.files import reading
 from spp.reporting.results import RunResults
 
 RESULTS, RECORDS = "results.json", "stages"
@@ -77,9 +78,9 @@ def _why_no_results(folder: Path) -> str:
 
 
 def _describe(problem: Any) -> str:
-    seen = repr(problem["input"])
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{'.'.join(map(str, problem['loc']))}: {message}, but it is {seen if len(seen) < 60 else seen[:57] + '...'}"
+    message = problem["msg"].removeprefix("Value error, ")
+    place = ".".join(map(str, problem["loc"]))
+    return f"{place if len(place) < 100 else shown(place)}: {message[0].lower()}{message[1:]}, but it is {shown(problem['input'])}"
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
@@ -115,11 +116,8 @@ def read_benchmark(path: Path) -> Benchmark:
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file; --benchmarks takes CSV files of benchmark rows")
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            header, *rows = list(csv.reader(file, strict=True)) or [[]]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise SppError(f"{path}: not CSV in UTF-8 ({error})") from error
+    with reading(path, "CSV in UTF-8", "write it again"), path.open(encoding="utf-8", newline="") as file:
+        header, *rows = list(csv.reader(file, strict=True)) or [[]]
     if missing := [column for column in _REQUIRED_COLUMNS if column not in header]:
         found = ", ".join(header) or "nothing"
         raise UsageError(f"{path}: not benchmark rows: no column {', '.join(missing)} among its columns ({found})")

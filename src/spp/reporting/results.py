@@ -14,12 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, WrapValidator
 
 
 def _as_written(value: Any, check: Callable[[Any], float]) -> Any:
+    if isinstance(value, int) and abs(value) >= 2**63:  # nothing that is measured is so large
+        raise ValueError("input should fit into 64 bits")
     check(value)
     return value
 
 
 Number = Annotated[float, WrapValidator(_as_written)]
 """A number that keeps its type: 150 does not become 150.0, which would be written and shown differently."""
+
+Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""An integer that fits into 64 bits, with which all arithmetic is possible."""
 
 Point = Annotated[list[Number], Field(min_length=2, max_length=2)]
 """Optimizer step, and loss in nats per token."""
@@ -63,7 +68,7 @@ class Protocol(_Part):
     calibration: dict[str, Any] | None = None
     train: str | None = None
     evaluation: dict[str, Any] = {}
-    seed: int | None = None
+    seed: Count | None = None
 
 
 class Training(_Part):
@@ -92,22 +97,22 @@ class Training(_Part):
 
     out: str | None = None
     data: str | None = None
-    steps: int | None = None
-    examples: int | None = None
-    tokens: int | None = None
-    window: int | None = None
+    steps: Count | None = None
+    examples: Count | None = None
+    tokens: Count | None = None
+    window: Count | None = None
     join_documents: bool | None = None
     seconds: Number | None = None
     tokens_per_second: Number | None = None
-    trainable_parameters: int | None = None
+    trainable_parameters: Count | None = None
     sparsity: Number | None = None
-    packed: int | None = None
+    packed: Count | None = None
     learning_rate: Number | None = None
-    batch_size: int | None = None
-    peak_memory_bytes: int | None = None
+    batch_size: Count | None = None
+    peak_memory_bytes: Count | None = None
     losses: list[Point] = []
     validation: list[Point] = []
-    best_step: int | None = None
+    best_step: Count | None = None
 
 
 class PrunedTensor(_Part):
@@ -151,14 +156,14 @@ class ComparedTensor(_Part):
         largest_relative_change: largest |after - before| / |before| over finite survivors.
     """
 
-    zeros: int | None = None
-    offenders: int | None = None
-    negative_zeros: int | None = None
-    survivors: int | None = None
-    underflowed: int | None = None
-    unchanged: int | None = None
-    sign_flips: int | None = None
-    non_finite: int | None = None
+    zeros: Count | None = None
+    offenders: Count | None = None
+    negative_zeros: Count | None = None
+    survivors: Count | None = None
+    underflowed: Count | None = None
+    unchanged: Count | None = None
+    sign_flips: Count | None = None
+    non_finite: Count | None = None
     largest_relative_change: Number | None = None
 
     @property
@@ -191,11 +196,11 @@ class Verification(_Part):
     other: str | None = None
     record: str | None = None
     pattern: str | None = None
-    zeros: int | None = None
+    zeros: Count | None = None
     tensors: dict[str, ComparedTensor] = {}
     problems: list[str] = []
-    compared: int | None = None
-    matrices_checked: int | None = None
+    compared: Count | None = None
+    matrices_checked: Count | None = None
     matrices_dense: list[str] = []
     matrices_because: str | None = None
     base_sha256: str | None = None

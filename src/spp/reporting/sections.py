@@ -18,7 +18,8 @@ from spp.reporting.summary import MODELS, headline, perplexities, subject, verdi
 from spp.reporting.tensor_table import tensor_table
 from spp.reporting.units import duration, figure, share
 
-_LAYER = re.compile(r"^(?:.*?\.)?(\d+)\.(.+?)(?:\.weight)?$")
+_DRAWN_BELOW = 1e30  # no loss is larger, but a damaged one; sums and differences of larger ones may be infinite
+_LAYER = re.compile(r"^(?:.*?\.)?(\d{1,4})\.(.+?)(?:\.weight)?$")
 
 
 def run_sections(run: Run, prefix: str) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def _training_section(training: Training, prefix: str) -> dict[str, Any] | None:
 
 def finite_points(points: Iterable[Point]) -> list[tuple[float, float]]:
     """(step, loss) of every recorded loss that can be drawn."""
-    return [(step, loss) for step, loss in points if math.isfinite(step) and math.isfinite(loss)]
+    return [(step, loss) for step, loss in points if abs(step) < _DRAWN_BELOW and abs(loss) < _DRAWN_BELOW]
 
 
 def _loss_note(recorded: int, drawn: int) -> str:

@@ -90,7 +90,7 @@ def _total(tensors: Sequence[ComparedTensor]) -> ComparedTensor:
         return sum(known) if known else None
 
     changes = [one.largest_relative_change for one in tensors if one.largest_relative_change is not None]
-    return ComparedTensor(
+    return ComparedTensor.model_construct(  # a sum may need more bits than its parts, which are checked
         zeros=total(lambda one: one.zeros),
         offenders=total(lambda one: one.offenders),
         non_finite=total(lambda one: one.non_finite),

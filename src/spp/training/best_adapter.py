@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spp.checkpoints.atomic_folder import new_folder
-from spp.checkpoints.json_files import read_json, write_json
+from spp.checkpoints.json_files import read_object, write_json
+from spp.checkpoints.safetensors_file import save_tensors
+from spp.files import reading
 
 _WEIGHTS, _RECORD = "adapter.safetensors", "best.json"
 
@@ -33,7 +35,9 @@ class BestAdapter(TrainerCallback):
         self._folder, self._tensors = folder, tensors
         self.loss, self.step = math.inf, 0
         if (record := folder / _RECORD).is_file():
-            self.loss, self.step = (read_json(record)[name] for name in ("loss", "step"))
+            found = read_object(record)
+            with reading(record, "the record of the best adapter", "delete its folder, and repeat the command"):
+                self.loss, self.step = float(found["loss"]), int(found["step"])
 
     def on_evaluate(
         self,
@@ -50,9 +54,11 @@ class BestAdapter(TrainerCallback):
         tensors = self._tensors()  # of which every process may have a part
         if state.is_world_process_zero:
             with new_folder(self._folder, overwrite=True) as partial:
-                save_file({name: one.contiguous() for name, one in tensors.items()}, partial / _WEIGHTS)
+                save_tensors(partial / _WEIGHTS, tensors)
                 write_json(partial / _RECORD, {"loss": loss, "step": state.global_step})
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the best adapter."""
-        return load_file(self._folder / _WEIGHTS)
+        path = self._folder / _WEIGHTS
+        with reading(path, "a whole safetensors file", "delete its folder, and repeat the command"):
+            return load_file(path)

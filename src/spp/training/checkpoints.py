@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from spp.checkpoints.json_files import read_json, sync_folder, write_json
 from spp.errors import SppError
+from spp.files import writing
 
 _COMPLETE = "complete.json"
 
@@ -29,7 +30,7 @@ class Checkpoints(TrainerCallback):
         """The newest complete checkpoint, or None. Incomplete and damaged ones, left by a kill, are deleted."""
         found: dict[int, Path] = {}
         for path in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            if _is_complete(path):
+            if path.name.rpartition("-")[2].isdecimal() and _is_complete(path):
                 found[int(path.name.rpartition("-")[2])] = path
             else:
                 shutil.rmtree(path)
@@ -46,7 +47,8 @@ class Checkpoints(TrainerCallback):
             args.distributed_state.wait_for_everyone()  # each process writes a file of its own
         if state.is_world_process_zero:
             checkpoint = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            sync_folder(checkpoint)
+            with writing(checkpoint):
+                sync_folder(checkpoint)
             write_json(checkpoint / _COMPLETE, _sizes(checkpoint))
 
 

@@ -8,10 +8,18 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from spp.adapters.options import AdapterSettings
-from spp.options import NOT_OF_THE_RESULT, LoadingOptions, Options, OutputOptions, SeedSettings, WindowSettings
+from spp.options import (
+    NOT_OF_THE_RESULT,
+    LoadingOptions,
+    Options,
+    OutputOptions,
+    SeedSettings,
+    TableSettings,
+    WindowSettings,
+)
 
 
-class ExampleSettings(Options):
+class ExampleSettings(TableSettings):
     """Training examples."""
 
     join_documents: bool | None = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from spp.checkpoints.fingerprint import folder_digest
 from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import read_object
 from spp.data.examples import IGNORED, Example, digest
-from spp.errors import UsageError
+from spp.errors import SppError, UsageError, shown
+from spp.files import reading
 from spp.models.loading import load_config, load_model
+from spp.ops.zeros import all_finite
 from spp.runtime.devices import compute_dtype
 from spp.training.distillation_loss import divergence, divergence_of_top
 from spp.training.options import TrainOptions
@@ -30,6 +33,7 @@ CACHED_TOGETHER = 64
 """Examples whose distributions are one tensor in the cache."""
 
 _KINDS = ("tokens", "log_probabilities")
+_ASK_AGAIN = "it is truncated or damaged: copy it again, or ask the teacher again with spp cache-teacher"
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,16 @@ class CachedTeacher:
         folder: the cache's folder.
         temperature: temperature of the stored distributions.
         examples: all examples in the cache.
+        vocabulary: size of the student's vocabulary.
+
+    Raises:
+        SppError: the cache is truncated or damaged, or does not hold these examples.
     """
 
-    def __init__(self, folder: Path, temperature: float, examples: Sequence[Example]) -> None:
-        self._file = safe_open(folder / CACHE_FILE, framework="pt")
+    def __init__(self, folder: Path, temperature: float, examples: Sequence[Example], vocabulary: int) -> None:
+        self._path, self._vocabulary = folder / CACHE_FILE, vocabulary
+        with reading(self._path, "a whole teacher cache", _ASK_AGAIN):
+            self._file = safe_open(self._path, framework="pt")
         self._temperature = temperature
         self._rows: list[slice] = []  # of each example in its part
         end = 0
@@ -107,13 +117,34 @@ class CachedTeacher:
             start = end if index % CACHED_TOGETHER else 0
             end = start + one.predictions
             self._rows.append(slice(start, end))
+        with reading(self._path, "the cache of these examples", _ASK_AGAIN):
+            self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Check that every part has a row for each prediction of its examples."""
+        for first in range(0, len(self._rows), CACHED_TOGETHER):
+            last = self._rows[min(first + CACHED_TOGETHER, len(self._rows)) - 1]
+            shapes = [self._file.get_slice(name).get_shape() for name in cached_names(first // CACHED_TOGETHER)]
+            if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != last.stop or not shapes[0][1]:
+                raise ValueError(f"part {first // CACHED_TOGETHER} is {shapes[0]} and {shapes[1]} for {last.stop} tokens")
 
     def teacher_batch(self, batch: dict[str, Any], examples: Sequence[int]) -> TeacherBatch:
         device = batch["labels"].device
-        tokens, log_probabilities = (
-            torch.cat([self._read(kind, example) for example in examples]).to(device) for kind in _KINDS
-        )
+        with reading(self._path, "a whole teacher cache", _ASK_AGAIN):
+            tokens, log_probabilities = (
+                torch.cat([self._read(kind, example) for example in examples]) for kind in _KINDS
+            )
+            self._require_sound(tokens, log_probabilities)
+        tokens, log_probabilities = tokens.to(device), log_probabilities.to(device)
         return TeacherBatch(lambda student: divergence_of_top(student, tokens, log_probabilities, self._temperature))
+
+    def _require_sound(self, tokens: Tensor, log_probabilities: Tensor) -> None:
+        if tokens.is_floating_point() or not log_probabilities.is_floating_point():
+            raise ValueError(f"tokens are {tokens.dtype}, and log-probabilities {log_probabilities.dtype}")
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocabulary:
+            raise ValueError(f"it holds a token that is none of the model's {self._vocabulary}")
+        if not all_finite(log_probabilities):
+            raise ValueError("a log-probability is NaN or infinite")
 
     def _read(self, kind: str, example: int) -> Tensor:
         rows: Any = self._file.get_slice(f"{kind}.{example // CACHED_TOGETHER}")
@@ -145,7 +176,7 @@ def open_teacher(
     folder = resolve_model(options.teacher, code=options.trust_remote_code)
     if (manifest := cache_manifest(folder)) is not None:
         _require_fit(options, manifest, examples, vocabulary)
-        return CachedTeacher(folder, manifest["temperature"], examples)
+        return CachedTeacher(folder, manifest["temperature"], examples, vocabulary)
     dtype = teacher_dtype(options.dtype, device)
     place = "cpu" if options.sharding == "fsdp" else None  # until it is divided
     model = load_model(folder, options, dtype=dtype, device=place).requires_grad_(False)
@@ -184,9 +215,19 @@ def teacher_dtype(asked: str, device: torch.device) -> torch.dtype:
 
 
 def cache_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a cache; None for any other folder."""
+    """The manifest of a cache; None for any other folder.
+
+    Raises:
+        SppError: it is damaged.
+    """
     manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-    return manifest if manifest.get("kind") == CACHE_KIND else None
+    if manifest.get("kind") != CACHE_KIND:
+        return None
+    found = {name: manifest.get(name) for name in ("vocabulary", "temperature", "examples")}
+    whole = isinstance(found["vocabulary"], int) and isinstance(found["examples"], str)
+    if not whole or not isinstance(found["temperature"], int | float) or not 0 < found["temperature"] < math.inf:
+        raise SppError(f"{folder / MANIFEST}: not the manifest of a teacher cache, with {shown(found)}; {_ASK_AGAIN}")
+    return manifest
 
 
 def _require_vocabulary(teacher: str, found: int, vocabulary: int) -> None:

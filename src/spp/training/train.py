@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from spp._version import __version__
+from spp.checkpoints.adapter_card import write_adapter_card
 from spp.checkpoints.atomic_folder import check_output, partial_folder, resumable_folder, work_folder
 from spp.checkpoints.checkpoint import MANIFEST, Checkpoint
 from spp.checkpoints.fingerprint import WEIGHTS_OF_MODEL, model_digests
@@ -22,6 +23,7 @@ from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import write_json
 from spp.checkpoints.request import Request
 from spp.data.examples import Example, digest
+from spp.files import writing
 from spp.models.architecture import sparsity, stacked_weights
 from spp.models.loading import context_window, load_base
 from spp.models.packed_linear import PackedLinear
@@ -229,8 +231,10 @@ def _write(
     """Write the adapter and its manifest."""
     # Only now: PEFT asks the hub about a hub id whenever it saves a checkpoint.
     adapted.peft_config["default"].base_model_name_or_path = options.model
-    adapted.save_pretrained(str(out), state_dict=factors, save_embedding_layers=False)
+    with writing(out):
+        adapted.save_pretrained(str(out), state_dict=factors, save_embedding_layers=False)
     write_json(out / MANIFEST, _manifest(options, base, report))
+    write_adapter_card(out)
 
 
 def _request(options: TrainOptions, inputs: dict[str, str], examples: list[Example]) -> Request:

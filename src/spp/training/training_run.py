@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
@@ -18,6 +17,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from spp.data.examples import Example
 from spp.errors import SppError
+from spp.files import is_disk_full, writing
 from spp.ops.zeros import all_finite
 from spp.training.best_adapter import BestAdapter
 from spp.training.checkpoints import Checkpoints
@@ -148,11 +148,12 @@ class TrainingRun:
         if latest is not None:
             logger.info("resuming from %s", latest)
         try:
-            trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+            with writing(self._folder):  # torch.save and safetensors have errors of their own for what the disk refuses
+                trainer.train(resume_from_checkpoint=str(latest) if latest else None)
         except torch.OutOfMemoryError:
             return False
-        except (OSError, RuntimeError) as error:  # torch.save has its own error for what the disk refuses
-            if not _disk_is_full(error):
+        except OSError as error:
+            if not is_disk_full(error):
                 raise
             raise SppError(
                 f"no space is left on the disk of {self._folder} ({error}); earlier checkpoints are kept: make room, "
@@ -196,11 +197,6 @@ class TrainingRun:
 
     def _best(self) -> BestAdapter:
         return BestAdapter(self._folder / "best", lambda: whole_factors(self._adapted))
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    causes = (error, error.__cause__, error.__context__)
-    return any(isinstance(one, OSError) and one.errno == errno.ENOSPC for one in causes)
 
 
 def _require_finite(factors: dict[str, Tensor]) -> None:

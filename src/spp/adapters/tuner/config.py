@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from spp.adapters.options import AdapterSettings
+from spp.errors import shown
 from spp.ops.reference import MOST_DIRECTIONS
 
 
@@ -69,32 +71,47 @@ class SppConfig(PeftConfig):
         self.peft_type = PeftType["SPP"]
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list) else value)
+            named = isinstance(value, list) and all(isinstance(one, str) for one in value)
+            setattr(self, name, set(value) if named else value)
         if problems := list(self._problems()):
             raise ValueError("SppConfig: " + "; ".join(problems))
 
     def _problems(self) -> Iterator[str]:
         ranks = {} if self.r is None else {"r": self.r}
         ranks["lora_rank"] = self.lora_rank
-        ranks |= {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
+        patterns = self.rank_pattern if isinstance(self.rank_pattern, dict) else {}
+        ranks |= {f"rank_pattern[{key!r}]": rank for key, rank in patterns.items()}
         for name, rank in ranks.items():
-            if not isinstance(rank, int) or rank < 1:
-                yield f"{name} must be a positive integer, but it is {rank!r}"
-        for key in self.rank_pattern:
+            if not _is_whole(rank) or rank < 1:
+                yield f"{name} must be a positive integer, but it is {shown(rank)}"
+        if not isinstance(self.rank_pattern, dict):
+            yield f"rank_pattern must be a dict of names and ranks, but it is {shown(self.rank_pattern)}"
+        for key in patterns:
             try:
                 re.compile(key)
-            except (re.error, TypeError) as error:
-                yield f"rank_pattern has {key!r}, which is no name or regular expression ({error})"
-        if not isinstance(self.directions, int) or not 1 <= self.directions <= MOST_DIRECTIONS:
-            yield f"directions must be an integer from 1 to {MOST_DIRECTIONS}, but it is {self.directions!r}"
-        if not self.scale > 0:
-            yield f"scale must be above 0, but it is {self.scale!r}"
+            except (re.error, TypeError, RecursionError, OverflowError) as error:
+                yield f"rank_pattern has {shown(key)}, which is no name or regular expression ({error})"
+        if not _is_whole(self.directions) or not 1 <= self.directions <= MOST_DIRECTIONS:
+            yield f"directions must be an integer from 1 to {MOST_DIRECTIONS}, but it is {shown(self.directions)}"
+        if not _is_number(self.scale) or not self.scale > 0:
+            yield f"scale must be a number above 0, but it is {shown(self.scale)}"
         if self.mode not in ("fused", "split"):
-            yield f"mode must be fused or split, but it is {self.mode!r}"
-        if self.init_weights not in (True, False, "ones", "published"):
-            yield f"init_weights must be ones, published, True or False, but it is {self.init_weights!r}"
-        if not 0 <= self.dropout < 1:
-            yield f"dropout must be at least 0 and below 1, but it is {self.dropout!r}"
+            yield f"mode must be fused or split, but it is {shown(self.mode)}"
+        if not (isinstance(self.init_weights, bool) or self.init_weights in ("ones", "published")):
+            yield f"init_weights must be ones, published, True or False, but it is {shown(self.init_weights)}"
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            yield f"dropout must be at least 0 and below 1, but it is {shown(self.dropout)}"
+        yield from self._problems_of_modules()
+
+    def _problems_of_modules(self) -> Iterator[str]:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            named = isinstance(value, list | set | tuple) and all(isinstance(one, str) for one in value)
+            if value is not None and not isinstance(value, str) and not named:
+                yield f"{name} must be names or a regular expression, but it is {shown(value)}"
+        indices = self.layers_to_transform
+        if indices is not None and not all(map(_is_whole, indices if isinstance(indices, list) else [indices])):
+            yield f"layers_to_transform must be indices of layers, but it is {shown(indices)}"
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -102,3 +119,15 @@ class SppConfig(PeftConfig):
                         f"`{name}` cannot be used when `target_modules` is a str; list names instead, "
                         "or leave it out for all linear layers"
                     )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False

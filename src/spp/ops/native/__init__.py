@@ -20,7 +20,7 @@ from torch import Tensor
 
 from spp.errors import SppError
 from spp.ops.dtypes import KERNEL_DTYPES
-from spp.ops.packed import PackedWeight, Weight, require_packable, word_count
+from spp.ops.packed import DamagedWeightError, PackedWeight, Weight, require_packable, word_count
 from spp.ops.reference import MOST_DIRECTIONS
 
 logger = logging.getLogger("spp")
@@ -324,7 +324,7 @@ def _described(weight: Weight, level: int) -> tuple[ctypes.CDLL, _Weight]:
     if not (
         lengths and offsets and all(t.is_contiguous() for t in (weight.values, weight.bitmask, weight.row_offsets))
     ):
-        raise SppError("a packed weight's bitmask or row offsets have another length or dtype than they should")
+        raise DamagedWeightError("a packed weight's bitmask or row offsets have another length or dtype than they should")
     described.values, described.nonzeros = weight.values.data_ptr(), len(weight.values)
     described.bitmask, described.row_offsets = weight.bitmask.data_ptr(), weight.row_offsets.data_ptr()
     return _LIBRARY, described
@@ -352,4 +352,4 @@ def _require(holds: bool, name: str, tensor: Tensor | None) -> None:
 
 def _require_sound(failed: int) -> None:
     if failed:
-        raise SppError("a packed weight is damaged: the bits of a row and its row offsets disagree")
+        raise DamagedWeightError("a packed weight is damaged: the bits of a row and its row offsets disagree")
