@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from spp.cli.commands import COMMANDS
 from spp.errors import UsageError
 from spp.patterns import NM, Unstructured
 from spp.pipeline.options import RunOptions
@@ -74,3 +77,46 @@ def test_a_bad_recipe_is_explained(tmp_path, text, words):
 def test_a_missing_recipe_names_the_shipped_ones():
     with pytest.raises(UsageError, match="demo, paper"):
         load_recipe("nowhere")
+
+
+FLOATS = [
+    (command.options, name)
+    for command in COMMANDS.values()
+    for name, field in command.options.model_fields.items()
+    if field.annotation in (float, float | None)
+]
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e999", float("inf")])
+@pytest.mark.parametrize(("options", "name"), FLOATS)
+def test_a_number_is_finite(options, name, value):
+    with pytest.raises(UsageError, match=f"{name}: input should be a finite number"):
+        options.build({"model": "m", "out": "o", "adapter": "a", "base": "b", "prompt": "p", name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"max_steps": "9" * 30}, "max_steps"),
+        ({"samples": 10**5000}, "samples"),
+        ({"out": "~nosuchuser/x"}, "no user 'nosuchuser'"),
+        ({"out": "a\udcff"}, "out: .*not UTF-8"),
+        ({"model": "a\ud800"}, "model: .*not UTF-8"),
+        ({"train": "a\0"}, "train: .*NUL"),
+        ({"dtype": ["x" * 100_000]}, "dtype"),
+        ({"x" * 100_000: 1}, "no such option"),
+        ({"epocs": 1}, "epocs: no such option; did you mean epochs"),
+        ({"num_train_epochs": 1}, "it is called epochs here"),
+        ({"columns": "question"}, "columns has 'question'; write FIELD=NAME"),
+        ({"columns": "answer=output"}, "FIELD is one of"),
+        ({"columns": "text=a,text=b"}, "names a field twice"),
+    ],
+)
+def test_nonsense_is_refused_in_a_short_message(values, words):
+    with pytest.raises(UsageError, match=words) as caught:
+        RunOptions.build(values)
+    assert len(str(caught.value)) < 500
+
+
+def test_home_folders_are_looked_up():
+    assert PruneOptions.build({"model": "m", "out": "~/x"}).out == Path.home() / "x"

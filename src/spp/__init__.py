@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # explicit re-exports
     from spp.cli.doctor import diagnose as doctor
     from spp.errors import SppError as SppError
     from spp.errors import UsageError as UsageError
-    from spp.evaluation.evaluate import evaluate as eval
+    from spp.evaluation.evaluate import evaluate as eval  # noqa: F401 (not in __all__)
     from spp.evaluation.evaluate import evaluate as evaluate
     from spp.evaluation.generate import generate as generate
     from spp.evaluation.options import EvalOptions as EvalOptions

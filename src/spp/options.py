@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 from pydantic.config import JsonDict
 
 from spp.errors import UsageError, raise_problems, shown
-from spp.files import not_text, user_path
 from spp.patterns import Pattern, parse_pattern
+from spp.runtime.files import not_text, user_path
 
 
 def _as_pattern(value: Any) -> Pattern:
@@ -60,7 +60,7 @@ OTHER_NAMES = {
     "model-name-or-path": "model",
     "output-dir": "out",
 }
-"""Name of an option in transformers' Trainer, TRL, PEFT or published scripts of pruning -> the name that it has here."""
+"""Name of an option in the Trainer, TRL, PEFT or published scripts of pruning -> the name that it has here."""
 
 _NOT_OF_THE_RESULT = "not_of_the_result"
 NOT_OF_THE_RESULT: JsonDict = {_NOT_OF_THE_RESULT: True}
@@ -70,7 +70,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Options(BaseModel):
-    """Base of all option sets: frozen, and an unknown name, a number without a value or a string of no text is an error."""
+    """Base of all option sets: frozen; an unknown name, a number that is not finite, or what is no text is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -190,8 +190,8 @@ class TableSettings(Options):
         for field, name in _pairs(value or ""):
             if field not in _COLUMNS or not name:
                 raise ValueError(
-                    f"columns has {shown(field + '=' + name if name else field)}; write FIELD=NAME, separated by commas, where "
-                    f"FIELD is one of {', '.join(_COLUMNS)}"
+                    f"columns has {shown(field + '=' + name if name else field)}; write FIELD=NAME, separated by "
+                    f"commas, where FIELD is one of {', '.join(_COLUMNS)}"
                 )
         if value is not None and len(fields := [field for field, _ in _pairs(value)]) > len(set(fields)):
             raise ValueError(f"columns names a field twice: {value}")

@@ -456,7 +456,8 @@ def test_requests_that_cannot_be_met_are_refused(tmp_path, base, adapter):
     save_file(load_file(weights) | {"base_model.model.lm_head.weight": torch.ones(1)}, weights)
     with pytest.raises(SppError, match="merge_and_unload"):
         attempt()
-    (base / "config.json").write_text(json.dumps(read_json(base / "config.json") | {"quantization_config": {"quant_method": "gptq"}}))
+    quantized = {"quantization_config": {"quant_method": "gptq"}}
+    (base / "config.json").write_text(json.dumps(read_json(base / "config.json") | quantized))
     with pytest.raises(UsageError, match="quantized"):
         attempt()
     assert not out.exists()

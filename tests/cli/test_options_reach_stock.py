@@ -285,7 +285,7 @@ def _save_altered(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quick() -> Iterator[None]:
-    """Context manager: one thread, which is faster for tiny tensors, no fsync, and no garbage among what was there before.
+    """Context manager: one thread, which is faster for tiny tensors, no fsync, and no garbage in what is there before.
 
     The Trainer collects garbage after each run, which takes longer than the training.
     """

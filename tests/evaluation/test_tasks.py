@@ -270,7 +270,7 @@ MALFORMED = [
     ("", "the file is empty"),
     ("\n\n", "the file is empty"),
     ("[1]\n", "line 1: expected an object"),
-    ('{"question": "a", "choices": ["b", "c"]}\n', "line 1: expected question.*with choices and label; found question"),
+    ('{"question": "a", "choices": ["b", "c"]}\n', "line 1: expected question.*with choices and label.*found question"),
     ('{"question": "a", "choices": ["b", "c"], "label": 2}\n', "label to be the index.*0 to 1; found 2"),
     ('{"question": "a", "choices": ["b", "c"], "label": -1}\n', "0 to 1; found -1"),
     ('{"question": "a", "choices": ["b", "c"], "label": "1"}\n', "0 to 1; found '1'"),

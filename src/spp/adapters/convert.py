@@ -31,9 +31,9 @@ from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import read_object, write_json
 from spp.checkpoints.safetensors_file import save_tensors
 from spp.errors import SppError, UsageError, brief
-from spp.files import writing
 from spp.ops.reference import fitting_groups
 from spp.ops.zeros import all_finite
+from spp.runtime.files import writing
 
 Layout = Literal["SPP", "HiRA", "published"]
 
@@ -99,7 +99,9 @@ def convert(options: ConvertOptions) -> ConvertReport:
         config.base_model_name_or_path, config.revision = options.base, None
     tensors = hira_tensors(source.factors) if target == "HiRA" else tensors_of(source.factors)
     if overflown := [name for name, tensor in tensors.items() if not all_finite(tensor)]:
-        raise SppError(f"adapter {options.adapter}: its scale is so large that {overflown[0]} overflows; nothing was written")
+        raise SppError(
+            f"adapter {options.adapter}: its scale is so large that {overflown[0]} overflows; nothing was written"
+        )
     with new_folder(options.out, overwrite=options.overwrite) as folder:
         with writing(folder):
             config.save_pretrained(str(folder))

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from spp.checkpoints.json_files import read_object
 from spp.errors import SppError, UsageError, raise_problems
-from spp.files import reading
 from spp.ops import merged_weight
 from spp.ops.reference import MOST_DIRECTIONS
 from spp.ops.zeros import all_finite, is_float
+from spp.runtime.files import reading
 
 SETTINGS, WEIGHTS, PICKLED_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
@@ -115,8 +115,8 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
     except SppError as error:
         if isinstance(error.__cause__, pickle.UnpicklingError) and "GLOBAL" in str(error.__cause__):
             raise SppError(
-                f"{path} asks for code to be run when it is read, which is refused: weights need none. Nothing of it was "
-                "run. Get the adapter from a source that you trust, or as safetensors"
+                f"{path} asks for code to be run when it is read, which is refused: weights need none. Nothing of it "
+                "was run. Get the adapter from a source that you trust, or as safetensors"
             ) from error
         raise
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):

@@ -69,8 +69,8 @@ def _scale(settings: Mapping[str, Any], folder: Path) -> float:
     scale = above / below if above is not None and below is not None else None
     if scale is None or positive(scale) is None:
         raise SppError(
-            f"adapter {folder}: adapter_config.json has lora_alpha {shown(alpha)} and r {shown(rank)}, and the scale is "
-            "their quotient; both must be numbers above 0"
+            f"adapter {folder}: adapter_config.json has lora_alpha {shown(alpha)} and r {shown(rank)}, and the scale "
+            "is their quotient; both must be numbers above 0"
         )
     return scale
 

@@ -62,7 +62,7 @@ def _scale(settings: Mapping[str, Any], folder: Path) -> float:
     scale = positive(settings.get("scale"))
     if scale is None:
         raise SppError(
-            f"adapter {folder}: adapter_config.json has the scale {shown(settings.get('scale'))}, but it must be a number "
-            "above 0, and finite"
+            f"adapter {folder}: adapter_config.json has the scale {shown(settings.get('scale'))}, but it must be a "
+            "number above 0, and finite"
         )
     return scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spp.errors import UsageError
-from spp.files import user_path
+from spp.runtime.files import user_path
 
 # What a checkpoint needs, and what says under which licence it is; never pickles, never code that was not asked for.
 _HUB_CODE = ["*.py", "*.tiktoken"]

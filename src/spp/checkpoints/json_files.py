@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spp.errors import SppError
-from spp.files import reading, writing
+from spp.runtime.files import reading, writing
 
 _MOST_DIGITS = 300
 

@@ -16,9 +16,9 @@ from spp.checkpoints.checkpoint import MANIFEST, Checkpoint
 from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import write_json
 from spp.checkpoints.options import PackOptions, UnpackOptions
-from spp.checkpoints.safetensors_file import save_tensors
 from spp.checkpoints.packed_archive import PackedEntry
 from spp.checkpoints.rewrite import Rewriting, write_companions
+from spp.checkpoints.safetensors_file import save_tensors
 from spp.errors import UsageError
 from spp.ops.packed import WORTH_PACKING, zero_share
 from spp.ops.zeros import canonical_zeros, is_float

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from spp.checkpoints.json_files import sync
 from spp.errors import SppError
-from spp.files import reading, writing
 from spp.ops.dtypes import FLOATS
+from spp.runtime.files import reading, writing
 
 _ALIGNMENT = 8
 _PIECE = 2**23  # bytes that are copied at once
@@ -92,7 +92,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         OSError: it cannot be written; it names the file.
     """
     with writing(path):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt", **(metadata or {})})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt", **(metadata or {})}
+        )
 
 
 def read_floats(path: Path, offset: int, layout: Layout) -> Tensor | None:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from spp.cli.commands import COMMANDS, Command
-from spp.cli.parser import build_parser
 from spp.cli.interrupts import INTERRUPTED, ends_at_once
+from spp.cli.parser import build_parser
 from spp.errors import SppError, brief
-from spp.files import is_disk_full
 from spp.options import Options
 from spp.pipeline.options import RunOptions
 from spp.pipeline.recipes import load_recipe
+from spp.runtime.files import is_disk_full
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,8 +128,8 @@ def _unexpected(error: BaseException) -> str:
     steps = [step for step in traceback.extract_tb(error.__traceback__) if f"{os.sep}spp{os.sep}" in step.filename]
     where = f" in {Path(steps[-1].filename).name}, line {steps[-1].lineno}" if steps else ""
     return (
-        f"{type(error).__name__}{where}: {brief(error)}. An input may be damaged in a way that spp does not know, or this "
-        "is a bug of spp; with SPP_TRACEBACK=1 in the environment, the same command shows where it happened"
+        f"{type(error).__name__}{where}: {brief(error)}. An input may be damaged in a way that spp does not know, or "
+        "this is a bug of spp; with SPP_TRACEBACK=1 in the environment, the same command shows where it happened"
     )
 
 

@@ -12,7 +12,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -27,7 +26,7 @@ from spp.data.record_kinds import Record, holds_text
 from spp.data.records import STANDARD_LIBRARY, data_suffix, load_records
 from spp.data.tokens import cut, documents, join
 from spp.errors import UsageError
-from spp.files import user_path
+from spp.runtime.files import user_path
 
 logger = logging.getLogger("spp")
 

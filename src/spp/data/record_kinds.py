@@ -25,7 +25,9 @@ FIELDS = frozenset(
 )
 """Fields of a row that records are made of."""
 
-_EXPECTED = "text, or prompt and completion, or instruction and output (Alpaca), or messages, or conversations (ShareGPT)"
+_EXPECTED = (
+    "text, or prompt and completion, or instruction and output (Alpaca), or messages, or conversations (ShareGPT)"
+)
 _KINDS = (("text",), ("prompt", "completion"), ("messages",), ("conversations",))
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 """ShareGPT's names of roles -> those of chat templates; others are the same."""

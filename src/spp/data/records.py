@@ -24,7 +24,7 @@ from typing import IO, Any, cast
 from spp.data.python_source import Part, standard_library
 from spp.data.record_kinds import FIELDS, Malformed, Record, holds_text, kind_of, record_of
 from spp.errors import UsageError, brief, raise_problems
-from spp.files import user_path
+from spp.runtime.files import user_path
 
 Columns = Mapping[str, str]
 """Field of a record -> the name that it has in a table; empty for tables with the names that are known."""
@@ -57,7 +57,9 @@ def load_records(source: str, part: Part = "train", columns: Columns | None = No
         UsageError: there is no such source, it is empty, or records are malformed: the message lists where (file and
             line), what was expected, and what was found.
     """
-    return list(_with_text(_records(source, part, _first_rows if part == "calibration" else _all_rows, columns), source))
+    return list(
+        _with_text(_records(source, part, _first_rows if part == "calibration" else _all_rows, columns), source)
+    )
 
 
 def stream_records(source: str, columns: Columns | None = None) -> Iterator[Record]:
@@ -201,9 +203,9 @@ def _read_dataset(source: str, rows: _Rows, columns: Columns) -> Iterator[Any]:
         yield from (_all_rows if "[" in split else rows)(name, config, split, columns)  # a stream has no slices
     except Exception as error:  # network, hub, builder and file errors alike; the remedy is the same
         raise UsageError(
-            f"data {source!r}: no such file, and not available as a dataset either ({brief(error)}). Without a network, give "
-            f"a file ({', '.join(_READERS)}), or load the dataset once where there is one, copy the folder that "
-            "HF_DATASETS_CACHE names, and set HF_HUB_OFFLINE=1. A datasets id is ID, ID:CONFIG or ID:CONFIG:SPLIT"
+            f"data {source!r}: no such file, and not available as a dataset ({brief(error)}). Without a network, "
+            f"give a file ({', '.join(_READERS)}), or load the dataset once where there is one, copy the folder "
+            "that HF_DATASETS_CACHE names, and set HF_HUB_OFFLINE=1. A datasets id is ID, ID:CONFIG or ID:CONFIG:SPLIT"
         ) from error
 
 

@@ -35,8 +35,8 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase, *, answering: boo
         )
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         raise UsageError(
-            f"the data has messages, and of the tokenizer's chat templates ({', '.join(tokenizer.chat_template)}) none is "
-            "called default; copy the one to use to chat_template.jinja in the model's folder"
+            f"the data has messages, and of the tokenizer's chat templates ({', '.join(tokenizer.chat_template)}) none "
+            "is called default; copy the one to use to chat_template.jinja in the model's folder"
         )
     try:
         text = tokenizer.apply_chat_template(

@@ -124,8 +124,8 @@ def _continue(
         raise
     except Exception as error:  # transformers checks generation_config.json late, or not at all
         raise SppError(
-            f"{options.model} generates nothing: {brief(error)}; its generation_config.json may be damaged: remove it, or "
-            "copy it again"
+            f"{options.model} generates nothing: {brief(error)}; its generation_config.json may be damaged: remove it, "
+            "or copy it again"
         ) from error
     return output[0]
 
@@ -136,8 +136,8 @@ class _RequireNumbers(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not bool(torch.isfinite(scores.amax())):  # NaN wins, too
             raise SppError(
-                "the model gives logits that are NaN or infinite; its weights or the adapter are damaged, or the dtype is "
-                "too narrow for them (pass --dtype float32)"
+                "the model gives logits that are NaN or infinite; its weights or the adapter are damaged, or the dtype "
+                "is too narrow for them (pass --dtype float32)"
             )
         return scores
 

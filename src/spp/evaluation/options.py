@@ -20,8 +20,8 @@ class ScoringSettings(TableSettings):
     )
     bos: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="the beginning-of-text token: always puts one before every window; auto does so for Gemma, which needs it, "
-        "and else leaves it to the tokenizer, as published figures do",
+        description="the beginning-of-text token: always puts one before every window; auto does so for Gemma, which "
+        "needs it, and else leaves it to the tokenizer, as published figures do",
     )
     limit: int | None = Field(None, ge=1, description="score only the first N documents, or N items of each task")
 

@@ -1,8 +1,9 @@
 """Tasks from files, for machines without a hub: one JSON object per line, made into tasks of lm-eval.
 
 A file has one of two forms. Ours has the fields of a row of `_TEXTS`, `choices` (the answers) and `label` (the index of
-the right answer). The other is the hub's data set for one of the paper's tasks, written with `datasets`' `to_json`; it
-is read with lm-eval's own definition of the task that the file is named after.
+the right answer); rows with the fields of published data sets are turned into it (see `task_fields`). The other is the
+hub's data set for one of the paper's tasks, written with `datasets`' `to_json`; it is read with lm-eval's own
+definition of the task that the file is named after.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from spp.data.record_kinds import Malformed
 from spp.data.records import json_lines, open_text, raise_first_problems
 from spp.errors import UsageError, shown
+from spp.evaluation.task_fields import in_our_form
 
 PAPER_TASKS = {
     "boolq": ("passage", "question", "label"),
@@ -33,6 +35,8 @@ _TEXTS = {
     ("passage", "question"): "{{passage}}\nQuestion: {{question}}?\nAnswer:",
     ("premise", "hypothesis"): "{{premise}}\nQuestion: {{hypothesis}} True or False?\nAnswer:",
     ("question",): "Question: {{question}}\nAnswer:",
+    ("context",): "{{context}}",
+    ("sentence",): "",  # its blank is filled instead
 }
 _CONTINUED = ("hellaswag", "openbookqa")  # the prompt is the bare question, which the answers continue
 _BLANK = "_"  # the blank in winogrande's sentences, which the answers fill
@@ -88,21 +92,28 @@ class TaskFile:
         }
 
     def _prompt(self) -> dict[str, Any]:
-        if self.name == "winogrande" and all(_BLANK in row["question"] for row in self.rows):
-            return {"doc_to_text": "label", "doc_to_choice": _filled, "doc_to_target": _after_blank}
         fields = tuple(self.rows[0])[:-2]  # choices and label are the last
+        blanks = (
+            self.name == "winogrande" and "passage" not in fields and all(_BLANK in _sentence(row) for row in self.rows)
+        )
+        if fields == ("sentence",) or blanks:
+            return {"doc_to_text": "label", "doc_to_choice": _filled, "doc_to_target": _after_blank}
         text = "question" if self.name in _CONTINUED and fields == ("question",) else _TEXTS[fields]
         return {"doc_to_text": text, "doc_to_choice": "choices", "doc_to_target": "label"}
 
 
+def _sentence(row: Mapping[str, Any]) -> str:
+    return row.get("sentence") or row.get("question", "")
+
+
 def _filled(row: Mapping[str, Any]) -> list[str]:
     """The sentence up to the blank, filled with each answer: the contexts in which the rest is scored."""
-    before = row["question"].split(_BLANK, 1)[0]
+    before = _sentence(row).split(_BLANK, 1)[0]
     return [before + answer for answer in row["choices"]]
 
 
 def _after_blank(row: Mapping[str, Any]) -> str:
-    return row["question"].split(_BLANK, 1)[1].strip()
+    return _sentence(row).split(_BLANK, 1)[1].strip()
 
 
 def read_task_files(paths: Mapping[str, Path]) -> list[TaskFile]:
@@ -169,13 +180,13 @@ def _of_the_hub(item: Any, columns: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _ours(item: Any) -> dict[str, Any]:
-    row = _object(item)
+    row = in_our_form(_object(item))
     fields = next((fields for fields in _TEXTS if set(fields) <= row.keys()), None)
     if fields is None or not {"choices", "label"} <= row.keys():
         found = ", ".join(map(str, row)) or "no field"
         raise Malformed(
-            "expected question, or passage and question, or premise and hypothesis, with choices and label; "
-            f"found {found}"
+            "expected question, or passage and question, or premise and hypothesis, or context, with choices and "
+            f"label, or the fields of a published data set; found {found[:200]}"
         )
     choices, label = row["choices"], row["label"]
     wrong = list(_wrong_texts(row, fields))
@@ -195,6 +206,8 @@ def _wrong_texts(row: Mapping[str, Any], fields: tuple[str, ...]) -> Iterator[st
     for name in fields:
         if not isinstance(row[name], str) or not row[name].strip():
             yield f"expected {name} to be a string that is not empty; found {shown(row[name])}"
+        elif name == "sentence" and _BLANK not in row[name]:
+            yield f"expected sentence to hold the blank {_BLANK}; found {shown(row[name])}"
 
 
 def _object(item: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from spp.errors import UsageError, brief, raise_problems
 from spp.evaluation.options import EvalOptions
 from spp.evaluation.task_files import PAPER_TASKS, TaskFile, read_task_files
-from spp.files import user_path
+from spp.runtime.files import user_path
 
 logger = logging.getLogger("spp")
 

@@ -202,6 +202,16 @@ def require_layout(packed: PackedWeight) -> None:
     raise DamagedWeightError("not a sound packed weight: " + "; ".join(problems_of_layout(packed)))
 
 
+def require_all_values(packed: PackedWeight) -> None:
+    """Check that the last row ends with the last value; it waits for the device.
+
+    Raises:
+        DamagedWeightError: it does not.
+    """
+    if (end := int(packed.row_offsets[-1])) != len(packed.values):
+        raise DamagedWeightError(f"a packed weight is damaged: its rows end at value {end} of {len(packed.values)}")
+
+
 def _problems_of_rows(packed: PackedWeight, keep: Tensor) -> Iterator[str]:
     """What is wrong with the tensors' content.
 

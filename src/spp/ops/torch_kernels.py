@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spp.ops.packed import PackedWeight, Weight, unpack, unpack_rows
+from spp.ops.packed import PackedWeight, Weight, require_all_values, unpack, unpack_rows
 from spp.ops.reference import mixture
 
 _PIECE_ROWS, _GPU_PIECE = 128, 2**24  # the second is in entries
@@ -29,6 +29,8 @@ def effective_weight(weight: Weight, A: Tensor, B: Tensor, out: Tensor, *, with_
         out: (O, I), contiguous.
         with_base: whether c is 1; else it is 0.
     """
+    if isinstance(weight, PackedWeight):
+        require_all_values(weight)  # `unpack_rows` checks the rest, row by row
     directions = _by_group(A, B)
     for group, rows in pieces(len(weight), len(directions), 0, len(weight), _most_rows(out)):
         part = _rows(weight, rows).to(A.dtype)

@@ -57,7 +57,7 @@ class StageRecords:
             return False
         if stage.out and not (stage.out.is_dir() and folder_digest(stage.out) == record["output_sha256"]):
             raise UsageError(
-                f"{stage.out} was changed after this run had written it; restore it, or pass --overwrite to start the run over"
+                f"{stage.out} was changed after this run had written it; restore it, or pass --overwrite to start over"
             )
         return True
 

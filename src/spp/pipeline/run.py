@@ -20,7 +20,6 @@ from spp.checkpoints.lock import locked
 from spp.checkpoints.model_card import write_model_card
 from spp.checkpoints.request import Request
 from spp.errors import SppError, UsageError, brief
-from spp.files import user_path
 from spp.pipeline.bundled import bundled_model
 from spp.pipeline.checks import check_run
 from spp.pipeline.options import RunOptions
@@ -39,6 +38,7 @@ from spp.reporting.results import (
     warnings_about,
 )
 from spp.runtime.environment import environment, versions
+from spp.runtime.files import user_path
 from spp.training.options import TrainOptions
 from spp.training.teacher import teacher_digest
 
@@ -141,8 +141,8 @@ def _results_of(options: RunOptions, records: StageRecords, manifest: Path) -> R
         return _results(options, records, content)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise SppError(
-            f"{records.folder}: a record, or {manifest}, was damaged after its stage had finished ({brief(error)}); pass "
-            "--overwrite to start the run over"
+            f"{records.folder}: a record, or {manifest}, was damaged after its stage had finished ({brief(error)}); "
+            "pass --overwrite to start the run over"
         ) from error
 
 

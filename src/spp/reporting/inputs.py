@@ -12,9 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from spp.checkpoints.json_files import read_json
-from spp.errors import SppError, UsageError, shown
-from spp.files import reading
+from spp.errors import UsageError, shown
 from spp.reporting.results import RunResults
+from spp.runtime.files import reading
 
 RESULTS, RECORDS = "results.json", "stages"
 """Names in the folder of a run: its results, and the folder with the records of finished stages."""
@@ -80,7 +80,8 @@ def _why_no_results(folder: Path) -> str:
 def _describe(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     place = ".".join(map(str, problem["loc"]))
-    return f"{place if len(place) < 100 else shown(place)}: {message[0].lower()}{message[1:]}, but it is {shown(problem['input'])}"
+    place = place if len(place) < 100 else shown(place)
+    return f"{place}: {message[0].lower()}{message[1:]}, but it is {shown(problem['input'])}"
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:

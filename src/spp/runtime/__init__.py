@@ -1,1 +1,1 @@
-"""Devices, processes, memory and progress bars."""
+"""Devices, processes, memory, progress bars, and files that others made."""

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from spp.checkpoints.atomic_folder import new_folder
 from spp.checkpoints.json_files import read_object, write_json
 from spp.checkpoints.safetensors_file import save_tensors
-from spp.files import reading
+from spp.runtime.files import reading
 
 _WEIGHTS, _RECORD = "adapter.safetensors", "best.json"
 

@@ -11,7 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from spp.checkpoints.json_files import read_json, sync_folder, write_json
 from spp.errors import SppError
-from spp.files import writing
+from spp.runtime.files import writing
 
 _COMPLETE = "complete.json"
 

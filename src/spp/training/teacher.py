@@ -19,10 +19,10 @@ from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import read_object
 from spp.data.examples import IGNORED, Example, digest
 from spp.errors import SppError, UsageError, shown
-from spp.files import reading
 from spp.models.loading import load_config, load_model
 from spp.ops.zeros import all_finite
 from spp.runtime.devices import compute_dtype
+from spp.runtime.files import reading
 from spp.training.distillation_loss import divergence, divergence_of_top
 from spp.training.options import TrainOptions
 from spp.training.sharding import divide
@@ -126,7 +126,9 @@ class CachedTeacher:
             last = self._rows[min(first + CACHED_TOGETHER, len(self._rows)) - 1]
             shapes = [self._file.get_slice(name).get_shape() for name in cached_names(first // CACHED_TOGETHER)]
             if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != last.stop or not shapes[0][1]:
-                raise ValueError(f"part {first // CACHED_TOGETHER} is {shapes[0]} and {shapes[1]} for {last.stop} tokens")
+                raise ValueError(
+                    f"part {first // CACHED_TOGETHER} is {shapes[0]} and {shapes[1]} for {last.stop} tokens"
+                )
 
     def teacher_batch(self, batch: dict[str, Any], examples: Sequence[int]) -> TeacherBatch:
         device = batch["labels"].device

@@ -23,13 +23,13 @@ from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import write_json
 from spp.checkpoints.request import Request
 from spp.data.examples import Example, digest
-from spp.files import writing
 from spp.models.architecture import sparsity, stacked_weights
 from spp.models.loading import context_window, load_base
 from spp.models.packed_linear import PackedLinear
 from spp.models.quantized import quantize_
 from spp.runtime import distributed
 from spp.runtime.devices import compute_dtype, pick_device
+from spp.runtime.files import writing
 from spp.runtime.memory import peak_memory_bytes, return_freed_memory
 from spp.training.checks import check_settings
 from spp.training.memory_estimate import needs_checkpointing

@@ -42,10 +42,12 @@ def training_examples(options: ExampleSource, folder: Path, window: int, vocabul
 def _whole_documents(options: ExampleSource, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Every document in full length; with `max_tokens`, only the first ones, with that many tokens in total."""
     if options.max_tokens is None:
-        return whole_examples(load_records(options.data, columns=options.column_names), tokenizer, completion_only=options.completion_only)
+        return whole_examples(
+            load_records(options.data, columns=options.column_names), tokenizer, completion_only=options.completion_only
+        )
     examples: list[Example] = []
-    left, records = options.max_tokens, stream_records(options.data, options.column_names)
-    while left > 0 and (some := list(islice(records, _READ_AT_ONCE))):
+    left, stream = options.max_tokens, stream_records(options.data, options.column_names)
+    while left > 0 and (some := list(islice(stream, _READ_AT_ONCE))):
         for one in whole_examples(some, tokenizer, completion_only=options.completion_only):
             examples += truncate([one], left)
             left -= min(len(one.input_ids), left)

@@ -17,8 +17,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from spp.data.examples import Example
 from spp.errors import SppError
-from spp.files import is_disk_full, writing
 from spp.ops.zeros import all_finite
+from spp.runtime.files import is_disk_full, writing
 from spp.training.best_adapter import BestAdapter
 from spp.training.checkpoints import Checkpoints
 from spp.training.options import TrainOptions

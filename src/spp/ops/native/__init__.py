@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.errors import SppError
 from spp.ops.dtypes import KERNEL_DTYPES
-from spp.ops.packed import DamagedWeightError, PackedWeight, Weight, require_packable, word_count
+from spp.ops.packed import DamagedWeightError, PackedWeight, Weight, require_all_values, require_packable, word_count
 from spp.ops.reference import MOST_DIRECTIONS
 
 logger = logging.getLogger("spp")
@@ -324,7 +323,8 @@ def _described(weight: Weight, level: int) -> tuple[ctypes.CDLL, _Weight]:
     if not (
         lengths and offsets and all(t.is_contiguous() for t in (weight.values, weight.bitmask, weight.row_offsets))
     ):
-        raise DamagedWeightError("a packed weight's bitmask or row offsets have another length or dtype than they should")
+        raise DamagedWeightError("a packed weight's bitmask or row offsets have a wrong length or dtype")
+    require_all_values(weight)
     described.values, described.nonzeros = weight.values.data_ptr(), len(weight.values)
     described.bitmask, described.row_offsets = weight.bitmask.data_ptr(), weight.row_offsets.data_ptr()
     return _LIBRARY, described

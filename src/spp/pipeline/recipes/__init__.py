@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from spp.errors import UsageError, raise_problems, shown
-from spp.files import user_path
 from spp.options import Options, no_such_option
 from spp.pipeline.options import RunOptions
 from spp.pipeline.recipes.yaml_file import option_name, read_yaml
+from spp.runtime.files import user_path
 from spp.training.options import TrainOptions
 
 _FOLDER = Path(__file__).parent

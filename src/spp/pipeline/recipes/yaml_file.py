@@ -9,13 +9,13 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from spp.errors import UsageError, shown
-from spp.files import reading
+from spp.runtime.files import reading
 
 _TIMESTAMP, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "int", "float"))
 
 
 class _Loader(yaml.SafeLoader):
-    """Has no dates, which no option is: `2024-01-01` is the name of a folder. Refuses doubled keys, and `2:4` as 124."""
+    """Has no dates, as no option is one: `2024-01-01` is the name of a folder. Refuses doubled keys and 2:4 as 124."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]

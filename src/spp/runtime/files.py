@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from pathlib import Path
 from spp.errors import SppError, UsageError, brief, shown
 
 _OS_ERROR = re.compile(r"os error (\d+)")  # how Rust's libraries end the message of an error of the system
-_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "file write failed", "iostream error", "cannot be opened")
+_TORCH_CANNOT_WRITE = ("inline_container", "PytorchStreamWriter", "file write failed", "iostream error")
+_NO_ROOM = 2**20  # bytes that are free where a library was stopped by a full disk, at most
 
 
 def user_path(text: str | Path) -> Path:
@@ -28,7 +30,9 @@ def user_path(text: str | Path) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         user = str(text).split("/", 1)[0]
-        raise UsageError(f"{text}: there is no user {user.removeprefix('~')!r} with a home folder; write it out") from None
+        raise UsageError(
+            f"{text}: there is no user {user.removeprefix('~')!r} with a home folder; write it out"
+        ) from None
 
 
 def not_text(text: str) -> str | None:
@@ -65,7 +69,9 @@ def reading(
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
     except PermissionError as error:
-        raise UsageError(f"{path}: it is there, but may not be read ({error.strerror}); change its permissions") from error
+        raise UsageError(
+            f"{path}: it is there, but may not be read ({error.strerror}); change its permissions"
+        ) from error
     except OSError as error:
         raise SppError(f"{path}: cannot be read ({error.strerror or brief(error)})") from error
     except BaseException as error:  # a panic of a library in Rust is no Exception
@@ -97,20 +103,27 @@ def writing(path: Path) -> Iterator[None]:
     except SppError:
         raise
     except Exception as error:
-        number = _errno_of(error)
+        number = _errno_of(error, path)
         if number is None:
             raise
         raise _named(number, path) from error
 
 
-def _errno_of(error: Exception) -> int | None:
+def _errno_of(error: Exception, path: Path) -> int | None:
     """The number of the system's error that a library wrapped; None if it was no error of writing."""
     if found := _OS_ERROR.search(str(error)):
         return int(found[1])
     inner = error.__cause__ or error.__context__
     if isinstance(inner, OSError) and inner.errno is not None:
         return inner.errno
-    return errno.EIO if any(words in str(error) for words in _TORCH_CANNOT_WRITE) else None
+    if any(words in str(error) for words in _TORCH_CANNOT_WRITE):  # torch.save does not say why
+        return errno.ENOSPC if _is_full(path) else errno.EIO
+    return None
+
+
+def _is_full(path: Path) -> bool:
+    place = next((folder for folder in (path, *path.parents) if folder.exists()), Path())
+    return shutil.disk_usage(place).free < _NO_ROOM
 
 
 def _named(number: int, path: Path) -> OSError:
