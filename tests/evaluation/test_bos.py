@@ -1,4 +1,4 @@
-"""The beginning-of-text token of perplexity: where it is put, and that this is said with the figure."""
+"""The beginning-of-text token of perplexity: in each window, nowhere, or as the tokenizer adds it."""
 
 from __future__ import annotations
 
