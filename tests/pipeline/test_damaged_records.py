@@ -45,7 +45,7 @@ def test_a_stage_with_a_damaged_record_is_run_again(finished, capsys, text):
     record = out / "stages" / "verify.json"
     record.write_text(text)
     code, message = again(words, capsys)
-    assert code == 0 and "verify.json" in message and "run again" in message
+    assert code == 0 and "verify.json" in message, message and "run again" in message
     assert json.loads(record.read_text())["report"]["verified"] is True
 
 
