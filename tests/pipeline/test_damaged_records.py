@@ -26,6 +26,24 @@ def again(words, capsys):
     return code, message
 
 
+def test_a_finished_run_can_be_repeated(finished, capsys):
+    words, out = finished
+    before = json.loads((out / "results.json").read_text())
+    code, message = again(words, capsys)
+    assert code == 0 and message.count("done before") == len(before["seconds"])
+    after = json.loads((out / "results.json").read_text())
+    assert list(after["seconds"].items()) == list(before["seconds"].items())
+
+
+def test_a_run_that_was_killed_while_it_wrote_the_card_merges_again(finished, capsys):
+    words, out = finished
+    record = out / "stages" / "merge.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "output_sha256": None}))
+    code, message = again(words, capsys)
+    assert code == 0 and "merge ..." in message
+    assert again(words, capsys)[0] == 0
+
+
 @pytest.mark.parametrize(
     "text",
     [

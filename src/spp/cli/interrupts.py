@@ -12,6 +12,8 @@ from types import FrameType
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
 
+_MESSAGE = "error: interrupted while starting up; nothing was done\n"
+
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
@@ -30,5 +32,5 @@ def ends_at_once() -> Iterator[None]:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    os.write(2, b"error: interrupted while starting up; nothing was done\n")
+    os.write(2, _MESSAGE.encode())
     os._exit(INTERRUPTED)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,11 +58,23 @@ class StageRecords:
             if self._path(stage.name).exists():
                 logger.warning("%s; the stage is run again", error)
             return False
+        if stage.out and record["output_sha256"] is None:  # killed while the run itself changed it
+            return False
         if stage.out and not (stage.out.is_dir() and folder_digest(stage.out) == record["output_sha256"]):
             raise UsageError(
                 f"{stage.out} was changed after this run had written it; restore it, or pass --overwrite to start over"
             )
         return True
+
+    @contextmanager
+    def changing(self, name: str, out: Path) -> Iterator[None]:
+        """Context manager in which the run itself changes the folder `out` that the stage `name` wrote."""
+        path = self._path(name)
+        record, times = self._read(name), path.stat()
+        write_json(path, {**record, "output_sha256": None})
+        yield
+        write_json(path, {**record, "output_sha256": folder_digest(out)})
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # `every` goes by it
 
     def report(self, name: str) -> dict[str, Any]:
         """The report of a finished stage.

@@ -26,6 +26,8 @@ from spp.training.options import TrainOptions
 from spp.training.train import train
 
 ONE_SHOT, PRUNED, ADAPTER, MERGED = "one-shot", "pruned", "adapter", "merged"
+MERGE = "merge"
+"""Name of the stage that writes the folder `MERGED`."""
 
 StageOptions = TypeVar("StageOptions", bound=Options)
 
@@ -78,7 +80,7 @@ class Stages:
         name = "evaluate_reconstructed" if self._options.reconstruct else "evaluate_pruned"
         yield Stage(name, lambda: self._evaluate(str(self.pruned)))
         yield Stage("train", lambda: train(self.training), self.adapter)
-        yield Stage("merge", self._merge, self.merged)
+        yield Stage(MERGE, self._merge, self.merged)
         yield Stage("verify", self._verify)
         yield Stage("evaluate_spp", lambda: self._evaluate(str(self.merged)))
 
