@@ -146,3 +146,9 @@ def test_an_empty_tensor_is_dense(tmp_path):
 def test_a_missing_model(tmp_path):
     with pytest.raises(UsageError, match="no such folder"):
         inspect(tmp_path / "nowhere")
+
+
+def test_a_model_type_that_is_a_list_is_of_no_family(tiny_checkpoint):
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    (tiny_checkpoint / "config.json").write_text(json.dumps({**config, "model_type": ["gpt2"]}))
+    assert inspect_model(InspectOptions(model=str(tiny_checkpoint)))
