@@ -69,6 +69,16 @@ NOT_OF_THE_RESULT: JsonDict = {_NOT_OF_THE_RESULT: True}
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+def listed_names(text: str) -> list[str]:
+    """The names in an option's value that lists some, separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def is_one_of(full: str, names: Iterable[str]) -> bool:
+    """Whether a module or a tensor is meant by one of some names, which are full or the last parts of full ones."""
+    return any(full == name or full.endswith(f".{name}") for name in names)
+
+
 class Options(BaseModel):
     """Base of all option sets: frozen; an unknown name, a number that is not finite, or what is no text is an error."""
 

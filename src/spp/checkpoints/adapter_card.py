@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spp.checkpoints.checkpoint import MANIFEST
 from spp.checkpoints.companions import CARD
 from spp.checkpoints.json_files import read_object, write_text
-from spp.checkpoints.model_card import as_code
+from spp.checkpoints.model_card import rendered_card
 
 _TEMPLATE = "adapter_card.md.j2"
 _SETTINGS = ("r", "lora_rank", "directions", "scale", "learning_rate", "batch_size", "seed")
@@ -19,14 +18,11 @@ _SETTINGS = ("r", "lora_rank", "directions", "scale", "learning_rate", "batch_si
 def write_adapter_card(folder: Path) -> None:
     """Write the card from the adapter's manifest, `spp.json`, instead of the one that PEFT writes."""
     manifest = read_object(folder / MANIFEST)
-    environment = Environment(
-        loader=PackageLoader("spp.checkpoints"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["code"] = as_code
     settings = [(name.replace("_", " "), manifest["settings"].get(name)) for name in _SETTINGS]
     facts = [("data", manifest["data"]), ("steps", manifest["steps"]), ("tokens", manifest["tokens"]), *settings]
     metadata = ModelCardData(library_name="peft", tags=["spp", "sparse", "adapter"])
-    card = environment.get_template(_TEMPLATE).render(
+    card = rendered_card(
+        _TEMPLATE,
         card_data=metadata.to_yaml(),
         base=manifest["base"]["model"],
         facts=[(label, value) for label, value in facts if value is not None],

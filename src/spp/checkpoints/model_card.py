@@ -58,12 +58,9 @@ def model_card(folder: Path, name: str | None = None) -> str:
 
 
 def _rendered(manifest: Mapping[str, Any], verification: Mapping[str, Any], name: str) -> str:
-    environment = Environment(
-        loader=PackageLoader("spp.checkpoints"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["code"] = as_code
     figures = manifest.get("figures") or {}
-    return environment.get_template(_TEMPLATE).render(
+    return rendered_card(
+        _TEMPLATE,
         card_data=_metadata(manifest).to_yaml(),
         name=name,
         pattern=_pattern(manifest),
@@ -76,6 +73,15 @@ def _rendered(manifest: Mapping[str, Any], verification: Mapping[str, Any], name
             "converted": len(verification["converted"]),
         },
     )
+
+
+def rendered_card(template: str, **values: Any) -> str:
+    """The text of a card, from a template of this folder, in which the filter `code` is `as_code`."""
+    environment = Environment(
+        loader=PackageLoader("spp.checkpoints"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["code"] = as_code
+    return environment.get_template(template).render(**values)
 
 
 def read_licence(folder: Path) -> dict[str, Any]:

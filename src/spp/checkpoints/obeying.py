@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spp.checkpoints.checkpoint import Checkpoint
 from spp.errors import UsageError
+from spp.options import is_one_of, listed_names
 from spp.patterns import NM, Pattern
 
 _PRUNED_FROM = 0.01
@@ -97,10 +98,10 @@ def _lists_tensors(checkpoint: Checkpoint) -> bool:
 
 def _named(targets: str, base: Checkpoint) -> set[str]:
     """The tensors that names separated by commas mean: whole names, or their last parts without `.weight`."""
-    wanted = [name.strip() for name in targets.split(",") if name.strip()]
+    wanted = listed_names(targets)
 
     def means(full: str, name: str) -> bool:
-        return any(one == name or one.endswith(f".{name}") for one in (full, full.removesuffix(".weight")))
+        return is_one_of(full, [name]) or is_one_of(full.removesuffix(".weight"), [name])
 
     if unknown := [name for name in wanted if not any(means(full, name) for full in base.names)]:
         raise UsageError(

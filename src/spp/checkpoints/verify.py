@@ -16,8 +16,8 @@ from spp.checkpoints.prefetch import read_ahead
 from spp.checkpoints.verification_record import check_record
 from spp.errors import UsageError
 from spp.ops.dtypes import dtype_name
-from spp.ops.zero_proof import TensorProof, compare, exactly_wider
-from spp.ops.zeros import count_non_finite, is_float
+from spp.ops.zero_proof import TensorProof, compare
+from spp.ops.zeros import count_non_finite, exactly_wider
 from spp.runtime.progress import track_bytes
 
 
@@ -71,7 +71,7 @@ def verify(options: VerifyOptions) -> VerifyReport:
         raise UsageError(f"{options.base} and {options.other} have no tensor name in common; are they the same model?")
     comparison = _Comparison(options, base, other)
     for name, (before, after) in _pairs(base, other):
-        comparison.add(name, before, after)
+        comparison.add(name, *before, *after)
     return comparison.report()
 
 
@@ -104,14 +104,14 @@ class _Comparison:
         self._digests: tuple[dict[str, str], dict[str, str]] = ({}, {})
         self._zeros = self._compared = 0
 
-    def add(self, name: str, before: Tensor, after: Tensor | None) -> None:
-        """Look into one pair."""
-        self._digests[0][name] = tensor_digest(before)
-        if after is None:
+    def add(self, name: str, before: Tensor, digest: str, after: Tensor | None, other_digest: str | None) -> None:
+        """Look into one pair, of which the digests are known."""
+        self._digests[0][name] = digest
+        if after is None or other_digest is None:
             self._problems += _missing(name, before)
             return
-        self._digests[1][name] = tensor_digest(after)
-        same = self._digests[0][name] == self._digests[1][name] and before.dtype == after.dtype
+        self._digests[1][name] = other_digest
+        same = digest == other_digest and before.dtype == after.dtype
         if after.shape != before.shape or not (same or _compares(before, after)):
             self._problems.append(f"{name}: BASE has {_kind(before)}, OTHER has {_kind(after)}")
             return
@@ -169,11 +169,21 @@ class _Comparison:
         )
 
 
-def _pairs(base: Checkpoint, other: Checkpoint) -> Iterator[tuple[str, tuple[Tensor, Tensor | None]]]:
-    """Every tensor of BASE with OTHER's, in the order of BASE's files; two pairs are in memory at once."""
+_Read = tuple[Tensor, str] | tuple[None, None]
 
-    def read(name: str) -> tuple[Tensor, Tensor | None]:
-        return base.read(name), other.read(name) if name in other.files else None
+
+def _pairs(base: Checkpoint, other: Checkpoint) -> Iterator[tuple[str, tuple[tuple[Tensor, str], _Read]]]:
+    """Every tensor of BASE with OTHER's, in the order of BASE's files, each with its digest.
+
+    Two pairs are in memory at once: while one is compared, the next one is read, and its digests are computed.
+    """
+
+    def with_digest(checkpoint: Checkpoint, name: str) -> tuple[Tensor, str]:
+        tensor = checkpoint.read(name)
+        return tensor, tensor_digest(tensor)
+
+    def read(name: str) -> tuple[tuple[Tensor, str], _Read]:
+        return with_digest(base, name), with_digest(other, name) if name in other.files else (None, None)
 
     sizes = {name: layout.nbytes for name, layout in base.layouts.items()}
     with track_bytes("verifying", sum(sizes.values())) as advance:
@@ -205,8 +215,7 @@ def _missing(name: str, before: Tensor) -> list[str]:
 
 def _compares(before: Tensor, after: Tensor) -> bool:
     """Whether two tensors are numbers of the same kind: both floats of whatever width, or of the same dtype."""
-    floats = [is_float(one) or (one.dtype.is_floating_point and one.dtype.itemsize == 1) for one in (before, after)]
-    return all(floats) or before.dtype == after.dtype
+    return before.dtype == after.dtype or (before.dtype.is_floating_point and after.dtype.is_floating_point)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -7,7 +7,15 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from spp.options import DtypeName, LoadingOptions, Options, SeedSettings, TableSettings, WindowSettings
+from spp.options import (
+    DtypeName,
+    LoadingOptions,
+    Options,
+    SeedSettings,
+    TableSettings,
+    WindowSettings,
+    listed_names,
+)
 
 
 class ScoringSettings(TableSettings):
@@ -48,7 +56,7 @@ class TaskSettings(Options):
     @property
     def task_names(self) -> list[str]:
         """What `tasks` lists."""
-        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
+        return listed_names(self.tasks or "")
 
 
 class EvalOptions(TaskSettings, ScoringSettings, WindowSettings, LoadingOptions):

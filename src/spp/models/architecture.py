@@ -14,7 +14,7 @@ Shapes: E experts, O output features, I input features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,12 +203,7 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     Raises:
         UsageError: see `decoder_blocks`; or the weights are quantized.
     """
-    prefix, blocks = decoder_blocks(model)
-    linears: dict[str, nn.Module] = {}
-    for index, block in enumerate(blocks):
-        reasons = bypassed(block)
-        found = _linears(block)
-        linears |= {f"{prefix}.{index}.{name}": module for module, name in found.items() if module not in reasons}
+    linears = {name: module for name, module, why in _linears_of_blocks(model) if why is None}
     for name, module in linears.items():
         if not isinstance(module, PackedLinear) and not is_float(weight_oi(module)):
             dtype = dtype_name(weight_oi(module).dtype)
@@ -220,13 +215,16 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def bypassed_linears(model: PreTrainedModel) -> dict[str, str]:
     """Full name of each linear layer in the blocks that neither an adapter nor a packed weight suits -> why."""
+    return {name: why for name, _, why in _linears_of_blocks(model) if why is not None}
+
+
+def _linears_of_blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Full name of each linear layer in the blocks, the layer, and why neither adapter nor packed weight suits it."""
     prefix, blocks = decoder_blocks(model)
-    found: dict[str, str] = {}
     for index, block in enumerate(blocks):
         reasons = bypassed(block)
-        linears = _linears(block)
-        found |= {f"{prefix}.{index}.{name}": reasons[one] for one, name in linears.items() if one in reasons}
-    return found
+        for module, name in _linears(block).items():
+            yield f"{prefix}.{index}.{name}", module, reasons.get(module)
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from spp.checkpoints.checkpoint import Checkpoint, is_buffer
 from spp.errors import SppError
-from spp.models.weight_map import weight_map
+from spp.models.weight_map import require_filled, weight_map
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -31,11 +32,11 @@ def check_size(config: Any, checkpoint: Checkpoint) -> None:
     held = _most_layers(checkpoint.names)
     if held and layers > held:
         raise SppError(f"{checkpoint.folder}: config.json says {layers} layers, and the files hold {held}; {_REMEDY}")
-    entries = sum(_entries(layout.shape) for layout in checkpoint.layouts.values())
-    sizes = [getattr(text, name, None) for name in ("vocab_size", "hidden_size")]
-    if held and all(isinstance(size, int) for size in sizes) and _entries(sizes) > 2 * entries:
+    entries = sum(math.prod(layout.shape) for layout in checkpoint.layouts.values())
+    tokens, features = (getattr(text, name, None) for name in ("vocab_size", "hidden_size"))
+    if held and isinstance(tokens, int) and isinstance(features, int) and tokens * features > 2 * entries:
         raise SppError(
-            f"{checkpoint.folder}: config.json says {sizes[0]} tokens of {sizes[1]} features, and the files hold "
+            f"{checkpoint.folder}: config.json says {tokens} tokens of {features} features, and the files hold "
             f"{entries:,} numbers in all; {_REMEDY}"
         )
 
@@ -50,13 +51,6 @@ def _most_layers(names: Iterable[str]) -> int:
         if match := _NUMBER.search(name):
             numbers[name[: match.start()]].add(match[1])
     return max(map(len, numbers.values()), default=0)
-
-
-def _entries(shape: Any) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def require_used(model: PreTrainedModel, unexpected: Iterable[str], checkpoint: Checkpoint) -> None:
@@ -92,14 +86,10 @@ def require_whole(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     parts = weight_map(model, checkpoint)
     left = [name for name in checkpoint.names if name not in parts and not _is_harmless(model, name)]
     filled = {part.parameter for part in parts.values()}
-    # Tied parameters count once, under their first name.
-    lacking = sorted(name for name, _ in model.named_parameters() if name not in filled)
-    if lacking and not left:  # a tensor that is left may be one that transformers converts to what seems to be lacking
-        raise SppError(
-            f"model {str(checkpoint.folder)!r} lacks {len(lacking)} weights, e.g. {lacking[0]}; the checkpoint is "
-            "incomplete"
-        )
-    if not lacking:
+    names = [name for name, _ in model.named_parameters()]  # tied parameters once, under their first name
+    if not left:
+        require_filled(parts, names, checkpoint)
+    elif filled.issuperset(names):  # else a tensor that is left may be converted to what seems to be lacking
         require_used(model, left, checkpoint)
 
 

@@ -7,7 +7,7 @@ without data, so that no architecture is described twice. The joined tensors bec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import accumulate
@@ -74,15 +74,13 @@ def weight_map(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Part
         SppError: a tensor's shape differs from the configuration's, or a tensor of a decoder block is converted on
             loading in a way that is not a view.
     """
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     inside = f"{decoder_blocks(model)[0]}."
     parts: dict[str, Part] = {}
-    for target, group in _groups(model, checkpoint, shapes).items():
-        joined = group.join(shapes[target])
-        if joined is not None and joined.shape == shapes[target]:
-            parts |= {name: Part(target, steps) for name, steps in joined.leaves.items()}
+    for target, shape, group, found in _parts_of_groups(model, checkpoint):
+        if found is not None:
+            parts |= found
         elif target.startswith(inside) or not group.operations:
-            raise SppError(f"{checkpoint.folder}: {group.misfit(target, shapes[target])}")
+            raise SppError(f"{checkpoint.folder}: {group.misfit(target, shape)}")
     return _under_first_names(parts, model)
 
 
@@ -92,13 +90,19 @@ def known_parts(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, dic
     As `weight_map`, for a model of any class, and without its demands: a parameter that the files lack, or hold in
     another shape or in a way that is not a view, is left out.
     """
+    return {target: parts for target, _, _, parts in _parts_of_groups(model, checkpoint) if parts is not None}
+
+
+def _parts_of_groups(
+    model: PreTrainedModel, checkpoint: Checkpoint
+) -> Iterator[tuple[str, torch.Size, _Group, dict[str, Part] | None]]:
+    """Each parameter that the files have something for: name, shape, tensors, and their parts; None if not views."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    known: dict[str, dict[str, Part]] = {}
     for target, group in _groups(model, checkpoint, shapes).items():
         joined = group.join(shapes[target])
-        if joined is not None and joined.shape == shapes[target]:
-            known[target] = {name: Part(target, steps) for name, steps in joined.leaves.items()}
-    return known
+        fits = joined is not None and joined.shape == shapes[target]
+        parts = {name: Part(target, steps) for name, steps in joined.leaves.items()} if joined and fits else None
+        yield target, shapes[target], group, parts
 
 
 def require_filled(parts: Mapping[str, Part], parameters: Iterable[str], checkpoint: Checkpoint) -> None:

@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from spp.ops import native
-from spp.ops.dtypes import FLOATS
-
-# Every number of these is one in fp32, and of those one in fp64.
-_BYTES = {torch.bool, torch.int8, torch.uint8, torch.int16, torch.uint16} | {
-    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu
-}  # fmt: skip
-_INTEGERS = {torch.int32, torch.uint32, torch.int64, torch.uint64}
+from spp.ops.zeros import exactly_wider
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +46,6 @@ class TensorProof:
 def lost_zeros(base: Tensor, other: Tensor) -> int:
     """How many zeros of `base` (of either sign) are not an exact +0.0 in `other`."""
     return int(((base == 0) & ((other != 0) | torch.signbit(other))).count_nonzero())
-
-
-def exactly_wider(tensor: Tensor) -> Tensor | None:
-    """The same numbers in a dtype that `compare` computes with; None for complex numbers and codes of several values.
-
-    fp8 and integers become floats that hold them, their zeros and the zeros' signs exactly (of integers of more than
-    24 bits, all but the last digits).
-    """
-    if tensor.dtype in FLOATS:
-        return tensor
-    if tensor.dtype in _BYTES:
-        return tensor.float()
-    return tensor.double() if tensor.dtype in _INTEGERS else None
 
 
 def compare(base: Tensor, other: Tensor) -> TensorProof:

@@ -7,6 +7,12 @@ from torch import Tensor
 
 from spp.ops.dtypes import FLOATS
 
+# Every number of these is one in fp32, and of those one in fp64.
+_BYTES = {torch.bool, torch.int8, torch.uint8, torch.int16, torch.uint16} | {
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu
+}  # fmt: skip
+_INTEGERS = {torch.int32, torch.uint32, torch.int64, torch.uint64}
+
 
 def is_float(tensor: Tensor) -> bool:
     """Whether a tensor's dtype is one in which zeros can be compared (fp16, bf16, fp32, fp64)."""
@@ -30,12 +36,22 @@ def all_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
-def count_non_finite(tensor: Tensor) -> int:
-    """How many entries are NaN or infinite; none in a tensor of integers.
+def exactly_wider(tensor: Tensor) -> Tensor | None:
+    """The same numbers in a dtype of `is_float`; None for complex numbers, and for codes of several values in a byte.
 
-    Of fp8 and wider floats, which are widened where torch cannot test them as they are.
+    fp8 and integers become floats that hold them, their zeros and the zeros' signs exactly (of integers of more than
+    53 bits, all but the last digits).
     """
-    if not tensor.dtype.is_floating_point:
+    if tensor.dtype in FLOATS:
+        return tensor
+    if tensor.dtype in _BYTES:
+        return tensor.float()
+    return tensor.double() if tensor.dtype in _INTEGERS else None
+
+
+def count_non_finite(tensor: Tensor) -> int:
+    """How many entries of a float tensor are NaN or infinite; none of any other tensor."""
+    wide = exactly_wider(tensor) if tensor.dtype.is_floating_point else None
+    if wide is None or all_finite(wide):
         return 0
-    wide = tensor if is_float(tensor) else tensor.float()
-    return 0 if all_finite(wide) else int((~torch.isfinite(wide)).count_nonzero())
+    return int((~torch.isfinite(wide)).count_nonzero())

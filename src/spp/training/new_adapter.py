@@ -13,6 +13,7 @@ from spp.adapters.options import AdapterSettings
 from spp.adapters.tuner import SppConfig
 from spp.errors import UsageError
 from spp.models.architecture import bypassed_linears, prunable_linears
+from spp.options import is_one_of, listed_names
 
 logger = logging.getLogger("spp")
 
@@ -29,13 +30,13 @@ def target_layers(model: PreTrainedModel, names: str, *, warn: bool = True) -> d
         UsageError: the model has no layer of a name, or an adapter would have no effect on any of them.
     """
     linears, bypassed = prunable_linears(model), bypassed_linears(model)
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    wanted = listed_names(names)
     if not wanted:
         raise UsageError("target-modules is empty; name modules, or pass all-linear")
     if names.strip().lower() != "all-linear":
         _check_names(wanted, linears, bypassed)
-        linears = {full: layer for full, layer in linears.items() if _is_one_of(full, wanted)}
-        bypassed = {full: why for full, why in bypassed.items() if _is_one_of(full, wanted)}
+        linears = {full: layer for full, layer in linears.items() if is_one_of(full, wanted)}
+        bypassed = {full: why for full, why in bypassed.items() if is_one_of(full, wanted)}
     if bypassed and warn:
         name, why = next(iter(bypassed.items()))
         logger.warning("%d linear layers get no adapter, e.g. %s: %s", len(bypassed), name, why)
@@ -44,18 +45,13 @@ def target_layers(model: PreTrainedModel, names: str, *, warn: bool = True) -> d
 
 def _check_names(wanted: list[str], linears: Mapping[str, nn.Module], bypassed: Mapping[str, str]) -> None:
     """Refuse names without a layer that an adapter suits."""
-    unknown = [name for name in wanted if not any(_is_one_of(full, [name]) for full in linears)]
+    unknown = [name for name in wanted if not any(is_one_of(full, [name]) for full in linears)]
     for name in unknown:
-        if why := next((why for full, why in bypassed.items() if _is_one_of(full, [name])), None):
+        if why := next((why for full, why in bypassed.items() if is_one_of(full, [name])), None):
             raise UsageError(f"target-modules: an adapter would have no effect on {name}: {why}; leave it out")
     if unknown:
         known = ", ".join(sorted({full.rpartition(".")[2] for full in linears}))
         raise UsageError(f"target-modules: the model has no {', '.join(unknown)}; its linear layers are {known}")
-
-
-def _is_one_of(full: str, names: list[str]) -> bool:
-    """Whether a module is meant by one of some names, which are full or the last parts of full ones."""
-    return any(full == name or full.endswith(f".{name}") for name in names)
 
 
 def with_new_adapter(model: PreTrainedModel, targets: Mapping[str, nn.Module], options: AdapterSettings) -> PeftModel:

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from spp.errors import UsageError
+from spp.options import listed_names
 from spp.runtime import distributed
 from spp.training.options import TrainingSettings, TrainOptions
 from spp.training.sharding import sharding_arguments
@@ -48,7 +49,7 @@ def reports(options: TrainingSettings) -> list[str]:
     Raises:
         UsageError: a name is not known, or its library is not installed.
     """
-    wanted = [name.strip() for name in options.report_to.split(",") if name.strip() not in ("", "none")]
+    wanted = [name for name in listed_names(options.report_to) if name != "none"]
     available = get_available_reporting_integrations()
     if missing := [name for name in wanted if name not in available]:
         raise UsageError(

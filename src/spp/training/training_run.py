@@ -44,7 +44,6 @@ class TrainingResult:
         validation: (step, loss on the held-out examples), for every evaluation.
         best_step: the step that `factors` are from; None if no examples were held out.
         device: device of the training.
-        is_first: whether this process writes the adapter.
     """
 
     factors: dict[str, Tensor]
@@ -55,7 +54,6 @@ class TrainingResult:
     validation: list[tuple[float, float]]
     best_step: int | None
     device: torch.device
-    is_first: bool
 
 
 class TrainingRun:
@@ -192,7 +190,6 @@ class TrainingRun:
             validation=[(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry],
             best_step=best_step,
             device=trainer.args.device,
-            is_first=trainer.is_world_process_zero(),
         )
 
     def _best(self) -> BestAdapter:
