@@ -23,8 +23,8 @@ demo: $(INSTALLED)  ## run the main job on the bundled model: prune, SPP fine-tu
 docs: $(INSTALLED)  ## build the documentation into build/site; a broken link or anchor stops it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
-test: $(INSTALLED)  ## run the test-suite
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## run the test-suite, two tests at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(INSTALLED)  ## run the slow tests as well, with the extras that some need
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,deepspeed,quant]"

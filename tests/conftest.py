@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -17,6 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 # The families that everything is tested with; `families.py` has more, for what depends on the architecture.
 _EVERYWHERE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "gpt_neox", "opt", "gpt2")
 TINY_CONFIGS: dict[str, dict[str, Any]] = {name: FAMILIES[name] for name in _EVERYWHERE}
+
+
+def pytest_collection_finish() -> None:
+    """Modules and collected tests stay; each run of the Trainer collects garbage, and would walk over all of them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

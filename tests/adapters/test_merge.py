@@ -237,12 +237,12 @@ merge.merge(MergeOptions(model={model!r}, adapter={adapter!r}, out={out!r}))
 @pytest.mark.parametrize(
     ("module", "owner", "function", "call", "at_once"),
     [
-        ("checkpoints.safetensors_file", "TensorFile", "write", 2, 1),
-        ("checkpoints.safetensors_file", "TensorFile", "copy", 9, 1),
+        pytest.param("checkpoints.safetensors_file", "TensorFile", "write", 2, 1, marks=pytest.mark.slow),
+        pytest.param("checkpoints.safetensors_file", "TensorFile", "copy", 9, 1, marks=pytest.mark.slow),
         ("checkpoints.safetensors_file", "TensorFile", "copy", 9, 20_000),
-        ("checkpoints.rewrite", "Rewriting", "sync", 2, 20_000),
+        pytest.param("checkpoints.rewrite", "Rewriting", "sync", 2, 20_000, marks=pytest.mark.slow),
         ("checkpoints.atomic_folder", "Path", "unlink", 1, 1),  # published, and not yet tidied up
-        ("checkpoints.atomic_folder", "Path", "unlink", 2, 1),
+        pytest.param("checkpoints.atomic_folder", "Path", "unlink", 2, 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_merge_goes_on_to_the_same_bytes(tmp_path, tiny_model, module, owner, function, call, at_once):

@@ -91,7 +91,7 @@ def die_after(blocks: int, monkeypatch: pytest.MonkeyPatch, error: BaseException
     ],
     ids=["sparsegpt", "magnitude", "owl", "dsnot", "reconstruct"],
 )
-@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("block", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_an_interrupted_run_goes_on_to_the_same_bits(
     options: Callable[..., PruneOptions], settings: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,11 +126,13 @@ prune(PruneOptions.build({values!r}))
 @pytest.mark.parametrize(
     ("module", "owner", "function", "call"),
     [
-        ("checkpoints.safetensors_file", "TensorFile", "write", 2),  # while copying what is not pruned
+        pytest.param(
+            "checkpoints.safetensors_file", "TensorFile", "write", 2, marks=pytest.mark.slow
+        ),  # copying what is not pruned
         ("checkpoints.safetensors_file", "TensorFile", "write", 17),  # in the middle of a block
-        ("pruning.calibration.hidden_states", "FolderStates", "__setitem__", 2),
-        ("pruning.journal", "FolderJournal", "finish", 3),
-        ("pruning.journal", "shutil", "rmtree", 3),
+        pytest.param("pruning.calibration.hidden_states", "FolderStates", "__setitem__", 2, marks=pytest.mark.slow),
+        pytest.param("pruning.journal", "FolderJournal", "finish", 3, marks=pytest.mark.slow),
+        pytest.param("pruning.journal", "shutil", "rmtree", 3, marks=pytest.mark.slow),
         ("checkpoints.atomic_folder", "shutil", "rmtree", 1),  # at the very end
     ],
 )

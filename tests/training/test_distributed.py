@@ -96,7 +96,7 @@ def factors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("pack", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_two_processes_train_as_one(values: dict[str, Any], tmp_path: Path, sharding: str, pack: bool) -> None:
     values |= {"pack": pack}

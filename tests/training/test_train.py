@@ -106,7 +106,7 @@ def test_tokens_are_counted_without_padding(options, tmp_path):
 
 
 # The checkpoint to resume from is the first one, one within the second epoch, and one between two epochs.
-@pytest.mark.parametrize(("stop", "documents"), [(5, 200), (9, 40), (6, 32)])
+@pytest.mark.parametrize(("stop", "documents"), [(5, 200), pytest.param(9, 40, marks=pytest.mark.slow), (6, 32)])
 def test_a_killed_run_resumes_to_the_bit(options, stories, monkeypatch, tmp_path, stop, documents):
     stories.write_text("\n".join(stories.read_text().splitlines()[:documents]))
     settings = {"dropout": 0.1, "save_steps": 4, "device_batch_size": 4}
@@ -179,9 +179,13 @@ def test_a_half_written_checkpoint_is_passed_over(options, monkeypatch, tmp_path
     ("change", "named"),
     [
         ({"learning_rate": 0.01}, "learning-rate was 0.3 and is 0.01 now"),
-        ({"r": 8}, "r was 4 and is 8 now"),
-        ({"seed": 1, "init_weights": "published"}, "init-weights was ones and is published now"),
-        ({"data": "other"}, "training data changed"),
+        pytest.param({"r": 8}, "r was 4 and is 8 now", marks=pytest.mark.slow),
+        pytest.param(
+            {"seed": 1, "init_weights": "published"},
+            "init-weights was ones and is published now",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"data": "other"}, "training data changed", marks=pytest.mark.slow),
         ({"model": "other"}, "weights of the model changed"),
     ],
 )
@@ -341,7 +345,7 @@ def test_what_is_known_of_a_step_that_went_wrong(options, monkeypatch, tmp_path)
     assert len(set(numbers)) == 4 and all(0 <= number < 200 for number in numbers)
 
 
-@pytest.mark.parametrize("save_steps", [100, 2])
+@pytest.mark.parametrize("save_steps", [pytest.param(100, marks=pytest.mark.slow), 2])
 def test_a_batch_that_does_not_fit_is_made_smaller(options, monkeypatch, tmp_path, caplog, save_steps):
     """As if the smaller one had been asked for; with checkpoints, from the last one on."""
     small = train(options("small", device_batch_size=2, save_steps=save_steps))
