@@ -28,7 +28,7 @@ class Probe:
 PROBES = {
     "a criterion": Probe(words=r"(?i)\bria\b", places=("src/spp",)),
     "an option of `spp train`": Probe(words=r"weight[_-]decay|_FREE_ON_RESUME = .*save_steps", places=("src/spp",)),
-    "a packed dtype": Probe(words=r"\bfp16\b|torch\.float16", places=("src/spp/ops",)),
+    "a packed dtype": Probe(words=r"\bfp16\b|\bfloat16\b", places=("src/spp/ops",)),
     "a model family": Probe(words=r"(?i)\bfalcon\b", places=("tests", "docs")),
     "an adapter format": Probe(words=r"hira_format|\"hira\"|\"HiRA\"", places=("src/spp",)),
     "a section of the report": Probe(

@@ -41,7 +41,11 @@ FILES_NOT_RUN = {
     "conversion to LoRA: SPP's Delta has full rank": "lora_conversion",
     "a fixed list of methods that PEFT mixes in one model": "mixed",
     "parameters that are not modules (3-D experts), by LoRA only": "target_parameters",
-    "quantized weights, which SPP refuses": "gptqmodel quantization",
+    "GPTQ's weights, which SPP refuses": "gptqmodel",
+    "PEFT's own back-ends for quantized weights, which it looks for in every layer and merges into; SPP dequantizes "
+    "bitsandbytes' weights itself, merges into the model as it was before, and has tests/models/test_quantized.py": (
+        "quantization"
+    ),
     "a GPU, with fixed methods, and mostly quantized weights": "common_gpu gpu_examples",
     "files that only the hub has": "auto hub_features",
     "diffusers, pipelines from the hub, and convolutions": "stablediffusion",

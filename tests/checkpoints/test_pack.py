@@ -118,6 +118,14 @@ DAMAGE = {
     "offsets": (lambda t, n: t[f"{n}.row_offsets"].add_(1), "row_offsets run from 1"),
     "dtype": (lambda t, n: t.update({f"{n}.bitmask": t[f"{n}.bitmask"].long()}), "bitmask is"),
     "rows": (lambda t, n: t.update({f"{n}.bitmask": t[f"{n}.bitmask"][:-1].clone()}), "rows are expected"),
+    "no dimension": (
+        lambda t, n: t.update({f"{n}.values": torch.tensor(1.0)}),
+        r"weight.values has the shape \(\), and 1 dimension",
+    ),
+    "too many dimensions": (
+        lambda t, n: t.update({f"{n}.bitmask": t[f"{n}.bitmask"][None].clone()}),
+        r"weight.bitmask has the shape \(1, ",
+    ),
     "a part is missing": (lambda t, n: t.pop(f"{n}.row_offsets"), "row_offsets is missing"),
 }
 

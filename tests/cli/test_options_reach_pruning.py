@@ -58,6 +58,7 @@ ROWS = [
     Row("prune", "keep_zeros", "--keep-zeros", tensors, "model=half"),
     Row("prune", "keep_zeros", "--keep-zeros", report("criterion"), "model=half", after=None),
     Row("prune", "calibration", "--calibration others.jsonl", tensors),
+    Row("prune", "columns", "--columns text=body", tensors, "--calibration columns.jsonl"),
     Row("prune", "samples", "--samples 2", tensors),
     Row("prune", "min_expert_tokens", "--min-expert-tokens 0", tensors, "model=moe"),
     Row("prune", "skip_indivisible", "--skip-indivisible", report("skipped"), "model=odd --pattern 2:8", codes=(2, 0)),

@@ -21,7 +21,7 @@ from transformers import (
 from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import read_json, write_json
 from spp.errors import SppError, UsageError
-from spp.models.loading import context_window, load_config, load_model, load_tokenizer
+from spp.models.loading import context_window, load_config, load_model, load_tokenizer, skeleton
 from spp.options import LoadingOptions
 from spp.runtime.devices import compute_dtype, pick_device
 
@@ -185,6 +185,34 @@ def test_an_invalid_configuration_is_refused_with_the_reason(tiny_checkpoint, lo
     assert reason in message
 
 
+ODD_VALUES = {
+    "rope_parameters.rope_type 'odd'": {"rope_parameters": {"rope_type": "odd", "rope_theta": 1e4}},
+    "rope_parameters.rope_type 'old'": {
+        "rope_scaling": {"rope_type": "old", "factor": 2.0},
+        "rope_parameters": None,
+    },
+    "hidden_act 'none_such'": {"hidden_act": "none_such"},
+    'attn_implementation="none_such"': {"attn_implementation": "none_such"},
+    "division": {"num_key_value_heads": 0},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*rope")
+@pytest.mark.parametrize("reason", ODD_VALUES)
+@pytest.mark.parametrize("load", ["load_model", "load_packed", "skeleton"])
+def test_a_value_that_no_model_can_be_made_of_is_named(tiny_checkpoint, load, reason):
+    edit_config(tiny_checkpoint, **ODD_VALUES[reason])
+    make = {
+        "load_model": lambda: load_model(tiny_checkpoint, CPU),
+        "load_packed": lambda: load_model(tiny_checkpoint, CPU, pack=True),
+        "skeleton": lambda: skeleton(tiny_checkpoint, CPU, torch.float32),
+    }
+    message = refusal(make[load], kind=SppError)
+    assert "cannot be built from its config.json" in message
+    assert reason in message
+    assert "KeyError" not in message
+
+
 @pytest.mark.parametrize("load", [load_model, load_config])
 def test_a_damaged_or_missing_configuration_is_refused(tiny_checkpoint, load):
     (tiny_checkpoint / "config.json").write_text("{")
@@ -214,6 +242,13 @@ def test_a_missing_tokenizer_is_refused(family, tiny_model, tmp_path):
 def test_a_damaged_tokenizer_is_refused(tiny_checkpoint, content):
     (tiny_checkpoint / "tokenizer.json").write_text(content)
     assert "has no usable tokenizer" in refusal(load_tokenizer, tiny_checkpoint, CPU)
+
+
+def test_a_tokenizer_that_brings_code_is_refused_with_the_option_that_trusts_it(tiny_checkpoint):
+    write_json(tiny_checkpoint / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}})
+    message = refusal(load_tokenizer, tiny_checkpoint, CPU)
+    assert "has no usable tokenizer" in message
+    assert "pass --trust-remote-code if you trust it" in message
 
 
 @pytest.mark.parametrize(

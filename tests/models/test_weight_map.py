@@ -389,7 +389,7 @@ def test_a_skeleton_of_a_damaged_configuration_is_refused(saved: Saved) -> None:
     folder = saved("llama")
     config = read_json(folder / "config.json")
     write_json(folder / "config.json", {**config, "hidden_act": "nonsense"})
-    with pytest.raises(SppError, match="cannot be built: .*nonsense"):
+    with pytest.raises(SppError, match="cannot be built from its config.json and weights: .*nonsense"):
         skeleton(folder, CPU, torch.float32)
     write_json(folder / "config.json", {**config, "num_attention_heads": "many"})
     with pytest.raises(UsageError, match="no usable config.json"):

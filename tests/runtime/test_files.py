@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from spp.checkpoints.json_files import read_json, read_object, write_json, write_text
 from spp.checkpoints.safetensors_file import Layout, TensorFile, read_header, save_tensors
 from spp.errors import SppError, UsageError, brief, shown
+from spp.pruning.calibration.hidden_states import FolderStates, State, StatesWriter
 from spp.runtime.files import is_disk_full, reading, user_path, writing
 
 
@@ -102,6 +103,8 @@ def test_a_full_disk_names_the_file_whatever_library_writes(tmp_path):
             torch.save(tensors, tmp_path / "optimizer.pt")
         with pytest.raises(OSError, match="report.html"):
             write_text(tmp_path / "report.html", "x" * 10_000)
+        with pytest.raises(OSError, match="000003.safetensors"):
+            FolderStates(tmp_path, StatesWriter())[3] = State(torch.ones(1, 1, 100_000))
     assert not list(tmp_path.glob("*report*"))
 
 

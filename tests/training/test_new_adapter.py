@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from families import tiny_model_of
+from families import tiny_model_of, whole_model_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -85,6 +85,18 @@ def test_layers_on_which_an_adapter_has_no_effect_get_none(caplog):
     assert not caplog.text
     with pytest.raises(UsageError, match=r"no effect on out_proj: the model reads its weight .*; leave it out"):
         target_layers(model, "out_proj,q_proj")
+
+
+def test_blocks_that_text_does_not_reach_get_no_adapter(caplog):
+    """Llama 3.2 Vision's cross attention, which is called where there is an image."""
+    model = whole_model_of("mllama")
+    with caplog.at_level(logging.WARNING, "spp"):
+        targets = target_layers(model, "all-linear")
+    assert "7 linear layers get no adapter" in caplog.text
+    assert "the model does not call its block on text" in caplog.text
+    assert {name.partition("layers.")[2][0] for name in targets} == {"0", "2"}
+    with pytest.raises(UsageError, match=r"no effect on 1.mlp.up_proj: the model does not call its block"):
+        target_layers(model, "1.mlp.up_proj")
 
 
 @pytest.mark.parametrize("family", ["falcon_h1", "mamba2"])

@@ -94,7 +94,7 @@ def test_the_card_of_an_adapter_says_how_to_load_it(options, pruned):
     card = (train(options(max_steps=1)).out / "README.md").read_text()
     beginning = card[:1200]
     assert "import spp" in beginning and "KeyError: 'SPP'" in beginning and str(pruned) in beginning
-    assert "spp convert THIS OUT --to hira" in card and "| steps | `1` |" in card
+    assert "spp convert THIS OUT --to hira" in beginning and "| steps | `1` |" in card
 
 
 def test_tokens_are_counted_without_padding(options, tmp_path):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from spp.checkpoints.json_files import read_json, write_json
+from spp.errors import SppError
 from spp.models.architecture import prunable_linears
 from spp.runtime.tensor_memory import LiveBytes
 from spp.training import memory_estimate
@@ -131,3 +134,20 @@ def test_checkpointing_comes_on_where_the_batch_would_not_fit(request_for, monke
     never = TrainOptions.build({**options.model_dump(), "gradient_checkpointing": False, "out": tmp_path / "never"})
     train(never)
     assert asked == [True, False]
+
+
+@pytest.mark.filterwarnings("ignore:.*rope")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rope_parameters": {"rope_type": "odd", "rope_theta": 1e4}}, "knows no rope_parameters.rope_type 'odd'"),
+        ({"hidden_act": "none_such"}, "knows no hidden_act 'none_such'"),
+        ({"num_hidden_layers": 10**7}, "config.json says 10000000 layers"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused(request_for, changes, reason):
+    options = TrainOptions.build(request_for())
+    path = Path(options.model) / "config.json"
+    write_json(path, {**read_json(path), **changes})
+    with pytest.raises(SppError, match=reason):
+        predict_training(options)

@@ -82,9 +82,8 @@ class Checkpoint:
         packed: dict[str, packed_archive.PackedEntry] = {}
         headers = {path: read_header(path) for path in paths}
         for path, header in headers.items():
-            names = list(header.layouts)
-            entries = packed_archive.entries(path, names, header.metadata)
-            plain = packed_archive.plain_names(names, entries)
+            entries = packed_archive.entries(path, header)
+            plain = packed_archive.plain_names(list(header.layouts), entries)
             if repeated := [name for name in plain if name in files]:
                 other = files[repeated[0]].name
                 raise SppError(f"{path}: it holds {repeated[0]}, which {other} holds as well; copy the archive again")

@@ -9,6 +9,7 @@ packed weight as it was stored, and whether that is (I, O) instead of (O, I).
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -19,13 +20,15 @@ from typing import Any
 from torch import Tensor
 
 from spp import ops
+from spp.checkpoints.safetensors_file import Header
 from spp.errors import SppError, brief
 from spp.ops.packed import PackedWeight, require_sound
 
 FORMAT, VERSION = "spp-packed", "1"
 _SINGLE = "packed.safetensors"
 VALUES = "values"
-_PARTS = (VALUES, "bitmask", "row_offsets")
+_DIMENSIONS = {VALUES: 1, "bitmask": 2, "row_offsets": 1}
+_PARTS = tuple(_DIMENSIONS)
 _PART_OF = re.compile(r"packed-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -72,12 +75,13 @@ def dense_name(name: str) -> str:
     return f"model{name.removeprefix('packed')}" if name == _SINGLE or _PART_OF.fullmatch(name) else name
 
 
-def entries(path: Path, names: list[str], metadata: dict[str, str]) -> dict[str, PackedEntry]:
-    """The packed weights in a file of an archive, from its tensors' names and its metadata.
+def entries(path: Path, header: Header) -> dict[str, PackedEntry]:
+    """The packed weights in a file of an archive, from its header.
 
     Raises:
         SppError: this version of spp does not read the file's version, or the file contradicts its metadata.
     """
+    metadata = header.metadata
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise SppError(
             f"{path}: its metadata say format {metadata.get('format')!r}, version {metadata.get('version')!r}; "
@@ -92,9 +96,16 @@ def entries(path: Path, names: list[str], metadata: dict[str, str]) -> dict[str,
         sound = all(len(entry.shape) == 2 and min(entry.shape) > 0 for entry in found.values())
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise SppError(f"{path}: its metadata do not describe packed weights ({brief(error)})") from error
-    lacking = [f"{name}.{part}" for name in found for part in _PARTS if f"{name}.{part}" not in names]
-    if lacking or not sound:
-        raise SppError(f"{path}: not a sound packed archive: {lacking[0] + ' is missing' if lacking else 'bad shapes'}")
+    problems = [] if sound else ["bad shapes"]
+    for name, part in itertools.product(found, _PARTS):
+        if (layout := header.layouts.get(f"{name}.{part}")) is None:
+            problems.append(f"{name}.{part} is missing")
+        elif len(layout.shape) != _DIMENSIONS[part]:
+            problems.append(
+                f"{name}.{part} has the shape {layout.shape}, and {_DIMENSIONS[part]} dimensions are expected"
+            )
+    if problems:
+        raise SppError(f"{path}: not a sound packed archive: {problems[0]}; copy the archive again, or pack again")
     return found
 
 

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from spp.errors import UsageError
-from spp.models.bypassed import bypassed
+from spp.models.bypassed import bypassed, is_for_images
 from spp.models.packed_linear import PackedLinear
 from spp.ops.dtypes import dtype_name
 from spp.ops.zeros import is_float
@@ -216,6 +216,14 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
 def bypassed_linears(model: PreTrainedModel) -> dict[str, str]:
     """Full name of each linear layer in the blocks that neither an adapter nor a packed weight suits -> why."""
     return {name: why for name, _, why in _linears_of_blocks(model) if why is not None}
+
+
+def linears_for_images(model: PreTrainedModel) -> dict[str, str]:
+    """Full name of each linear layer in the blocks that the model does not call on text -> why."""
+    prefix, blocks = decoder_blocks(model)
+    unused = [f"{prefix}.{index}." for index, block in enumerate(blocks) if is_for_images(block)]
+    names = [name for name, _, _ in _linears_of_blocks(model) if name.startswith(tuple(unused))]
+    return dict.fromkeys(names, "the model does not call its block on text")
 
 
 def _linears_of_blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str | None]]:

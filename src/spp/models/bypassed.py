@@ -52,6 +52,15 @@ def bypassed(block: nn.Module) -> dict[nn.Module, str]:
     return found | {module: f"its class, {kind}, has a forward of its own" for module, kind in kinds.items()}
 
 
+def is_for_images(block: nn.Module) -> bool:
+    """Whether a block's forward cannot do without an image, so that the model does not call it on text.
+
+    Llama 3.2 Vision's cross attention is such a block. Packed weights suit it; text would not train an adapter there.
+    """
+    states = inspect.signature(block.forward).parameters.get("cross_attention_states")
+    return states is not None and states.default is inspect.Parameter.empty
+
+
 def computes_otherwise(layer: nn.Module) -> bool:
     """Whether a linear layer's class has a forward of its own that is not x W^T + b; a subclass may only rewrite it.
 

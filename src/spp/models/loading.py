@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import __version__ as version
 
 from spp.checkpoints.checkpoint import Checkpoint, is_plain
 from spp.errors import SppError, UsageError, brief
@@ -60,16 +63,12 @@ def load_model(
         "ignore_mismatched_sizes": True,  # reported below, with names
     }
     trust: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
-    try:
+    with building(folder, config):
         loading: Any = (
             load_packed(kind, checkpoint, config, wanted, trust)
             if pack or checkpoint.packed
             else kind.from_pretrained(folder, config=config, **wanted, **trust)
         )
-    except SppError:
-        raise
-    except Exception as error:  # transformers, its back-ends and the model's own code may raise anything
-        raise SppError(f"model {str(folder)!r} cannot be loaded: {brief(error)}") from error
     loaded, info = loading
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
@@ -109,16 +108,38 @@ def skeleton(folder: Path, options: LoadingOptions, dtype: str | torch.dtype) ->
         "experts_implementation": "eager",
         "trust_remote_code": options.trust_remote_code,
     }
-    try:
-        with init_empty_weights(include_buffers=False):
-            built = kind.from_config(config, **wanted)
-    except Exception as error:  # transformers and the model's own code may raise anything
-        raise SppError(f"model {str(folder)!r} cannot be built: {brief(error)}") from error
+    with building(folder, config), init_empty_weights(include_buffers=False):
+        built = kind.from_config(config, **wanted)
     built.tie_weights()  # moving a parameter to the meta device replaces it, which unties it
     _compute_buffers(built)
     _keep_in_fp32(built, wanted["dtype"])
     built.name_or_path = built.config.name_or_path = str(checkpoint.folder)
     return built.eval()
+
+
+@contextmanager
+def building(model: str | Path, config: Any) -> Iterator[None]:
+    """Context manager that turns what transformers raises, while it makes a model of `config`, into one clear error.
+
+    Raises:
+        SppError: says which field of config.json is at fault, where that is known.
+    """
+    try:
+        yield
+    except SppError:
+        raise
+    except Exception as error:  # transformers, its back-ends and the model's own code may raise anything
+        reason = brief(error)
+        if isinstance(error, KeyError) and error.args and (fields := _fields(config.to_dict(), error.args[0])):
+            reason = f"transformers {version} knows no {' or '.join(fields)} {error.args[0]!r}"
+        raise SppError(f"model {str(model)!r} cannot be built from its config.json and weights: {reason}") from error
+
+
+def _fields(config: Mapping[str, Any], value: Any) -> list[str]:
+    """The fields of a configuration that have this value, `outer.inner` for one inside another."""
+    own = [name for name, one in config.items() if type(one) is type(value) and one == value]
+    inner = ((name, one) for name, one in config.items() if isinstance(one, Mapping))
+    return own + [f"{name}.{field}" for name, one in inner for field in _fields(one, value)]
 
 
 def kind_of(model: str | Path, config: Any) -> AutoClass:
@@ -178,7 +199,7 @@ def load_tokenizer(folder: Path, options: LoadingOptions) -> PreTrainedTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UsageError(f"model {str(folder)!r} has no usable tokenizer: {brief(error)}") from error
+        raise UsageError(f"model {str(folder)!r} has no usable tokenizer: {_with_remedy(error)}") from error
     # For some families, transformers returns an empty tokenizer if the files are missing.
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
         raise UsageError(f"model {str(folder)!r} has no usable tokenizer: no vocabulary is in {folder}")
@@ -194,14 +215,19 @@ def load_config(folder: Path, options: LoadingOptions) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # families check their values, with various exceptions
-        remedy = "; pass --trust-remote-code if you trust it" if "trust_remote_code" in str(error) else ""
-        raise UsageError(f"model {str(folder)!r} has no usable config.json: {brief(error)}{remedy}") from error
+        raise UsageError(f"model {str(folder)!r} has no usable config.json: {_with_remedy(error)}") from error
     announced = getattr(config, "quantization_config", None)
     if hasattr(config, "quantization_config") and is_plain(announced):
         delattr(config, "quantization_config")  # or transformers would ask for the library that it names
         if announced:
             logger.info("the quantization_config in config.json quantizes nothing, and is ignored")
     return config
+
+
+def _with_remedy(error: Exception) -> str:
+    """An error of transformers in short, and the option for a model that brings code of its own."""
+    remedy = "; pass --trust-remote-code if you trust it" if "trust_remote_code" in str(error) else ""
+    return brief(error) + remedy
 
 
 def context_window(config: Any, asked: int | None) -> int:

@@ -34,3 +34,7 @@ KERNEL_DTYPES = {dtype: one.native for dtype, one in FLOATS.items() if one.nativ
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype without its module: `bfloat16`, not `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+KERNEL_DTYPE_NAMES = ", ".join(map(dtype_name, KERNEL_DTYPES))
+"""Those dtypes as a phrase, for messages."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spp.errors import SppError
-from spp.ops.dtypes import FLOATS
+from spp.ops.dtypes import FLOATS, KERNEL_DTYPE_NAMES
 
 WORTH_PACKING = 0.3
 """Sparsity from which packing saves more than it costs to compute with."""
@@ -102,7 +102,7 @@ def require_packable(weight: Tensor) -> None:
     if weight.ndim != 2 or not weight.numel():
         raise ValueError(f"only a matrix can be packed, and this tensor has the shape {tuple(weight.shape)}")
     if weight.dtype not in FLOATS:
-        raise ValueError(f"a {weight.dtype} weight cannot be packed; convert it to bfloat16, float16 or float32 first")
+        raise ValueError(f"a {weight.dtype} weight cannot be packed; convert it first ({KERNEL_DTYPE_NAMES})")
 
 
 def pack(weight: Tensor) -> PackedWeight:

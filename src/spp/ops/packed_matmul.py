@@ -18,8 +18,6 @@ from spp.ops import native
 from spp.ops.autograd import expanded
 from spp.ops.packed import PackedWeight
 
-# How often the packed weight may be read, each time for a part of the tokens, before torch's product is faster.
-_MOST_PARTS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
 _PART_BYTES = 5 * 2**17  # of x: leaves room for the rest in a CPU's L2 cache
 
 
@@ -60,11 +58,19 @@ def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, backend: str
     if backend == "native":
         parts = -(-len(x) // native.most_tokens(weight, x.dtype))
         fits = x.nbytes <= parts * _PART_BYTES
-        if parts == 1 or (1 < parts <= _MOST_PARTS[x.dtype] and fits):
+        if parts == 1 or (1 < parts <= _most_parts(x.dtype) and fits):
             ys = [native.matvec(part, weight, bias) for part in x.contiguous().tensor_split(parts)]
             return ys[0] if parts == 1 else torch.cat(ys)
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x, expanded(weight, x.dtype, backend), bias)
+
+
+def _most_parts(dtype: torch.dtype) -> int:
+    """How often the packed weight may be read, each time for a part of the tokens, before torch's product is faster.
+
+    What that costs more is to write W, expanded, and to read it again: the bytes of an entry.
+    """
+    return dtype.itemsize
 
 
 @torch.library.custom_op("spp::packed_input_gradient", mutates_args=())

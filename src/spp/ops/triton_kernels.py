@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from spp.errors import SppError
-from spp.ops.dtypes import KERNEL_DTYPES
+from spp.ops.dtypes import KERNEL_DTYPE_NAMES, KERNEL_DTYPES
 from spp.ops.packed import PackedWeight, Weight, word_count
 
 try:
@@ -190,7 +190,7 @@ def why_not(*tensors: Tensor | PackedWeight) -> str | None:
         if tensor.device != tensors[0].device:
             return f"the tensors are on {tensors[0].device} and {tensor.device}"
         if tensor.dtype not in KERNEL_DTYPES:
-            return f"it computes in bfloat16, float16 and float32, and a tensor is {tensor.dtype}"
+            return f"it computes in {KERNEL_DTYPE_NAMES}, and a tensor is {tensor.dtype}"
     return None
 
 

@@ -14,6 +14,7 @@ from spp.options import (
     OutputOptions,
     PatternOption,
     SeedSettings,
+    TableSettings,
     WindowSettings,
 )
 from spp.patterns import NM
@@ -103,7 +104,7 @@ def _conflicts(settings: PruningSettings) -> list[str]:
     return problems
 
 
-class PruneOptions(PruningSettings, WindowSettings, SeedSettings, LoadingOptions, OutputOptions):
+class PruneOptions(PruningSettings, TableSettings, WindowSettings, SeedSettings, LoadingOptions, OutputOptions):
     """`spp prune MODEL OUT`: remove weights from a dense model."""
 
     model: str = Field(description="dense model: a folder or a hub id", json_schema_extra=NOT_OF_THE_RESULT)

@@ -201,7 +201,12 @@ def _calibrate(
     window = context_window(model.config, options.window)
     tokenizer = load_tokenizer(folder, options)
     calibration: Calibration = calibration_windows(
-        tokenizer, options.calibration or _DEFAULT_TEXT, samples=options.samples, window=window, seed=options.seed
+        tokenizer,
+        options.calibration or _DEFAULT_TEXT,
+        samples=options.samples,
+        window=window,
+        seed=options.seed,
+        columns=options.column_names,
     )
     samples, window = calibration.windows.shape
     facts = CalibrationFacts(calibration.source, samples, window, options.seed, calibration.sha256, calibration.kind)

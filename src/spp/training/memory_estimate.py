@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from spp.checkpoints.checkpoint import Checkpoint
 from spp.checkpoints.hub import resolve_model
 from spp.models.architecture import prunable_linears, shape_oi, weight_oi
-from spp.models.loading import context_window, kind_of, load_config
+from spp.models.completeness import check_size
+from spp.models.loading import building, context_window, kind_of, load_config
 from spp.models.weight_map import known_parts
 from spp.ops import packs_well
 from spp.ops.autograd import scratch_bytes
@@ -67,6 +68,7 @@ def predict_training(options: TrainOptions) -> TrainingPrediction:
     checkpoint = Checkpoint.open(resolve_model(options.model, code=options.trust_remote_code))
     checkpoint.require_unquantized("give the sparse model as it was before quantization")
     config = load_config(checkpoint.folder, options)
+    check_size(config, checkpoint)
     device = pick_device(options.device)
     sequences, _ = batching(options)
     examples, _ = training_examples(
@@ -158,10 +160,9 @@ def _skeleton(options: TrainOptions, config: Any, device: torch.device) -> PreTr
     """The model on the meta device, in the dtype that it would compute in."""
     dtype = compute_dtype(options.dtype, device)
     dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
-    with torch.device("meta"):
-        return kind_of(options.model, config).from_config(
-            config, dtype=dtype, trust_remote_code=options.trust_remote_code
-        )
+    kind = kind_of(options.model, config)
+    with building(options.model, config), torch.device("meta"):
+        return kind.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
 
 
 def _weights(

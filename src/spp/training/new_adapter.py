@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from spp.adapters.options import AdapterSettings
 from spp.adapters.tuner import SppConfig
 from spp.errors import UsageError
-from spp.models.architecture import bypassed_linears, prunable_linears
+from spp.models.architecture import bypassed_linears, linears_for_images, prunable_linears
 from spp.options import is_one_of, listed_names
 
 logger = logging.getLogger("spp")
@@ -29,7 +29,8 @@ def target_layers(model: PreTrainedModel, names: str, *, warn: bool = True) -> d
     Raises:
         UsageError: the model has no layer of a name, or an adapter would have no effect on any of them.
     """
-    linears, bypassed = prunable_linears(model), bypassed_linears(model)
+    bypassed = bypassed_linears(model) | linears_for_images(model)
+    linears = {full: layer for full, layer in prunable_linears(model).items() if full not in bypassed}
     wanted = listed_names(names)
     if not wanted:
         raise UsageError("target-modules is empty; name modules, or pass all-linear")

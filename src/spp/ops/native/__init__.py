@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.ops.dtypes import KERNEL_DTYPES
+from spp.ops.dtypes import KERNEL_DTYPE_NAMES, KERNEL_DTYPES
 from spp.ops.packed import DamagedWeightError, PackedWeight, Weight, require_all_values, require_packable, word_count
 from spp.ops.reference import MOST_DIRECTIONS
 
@@ -135,7 +135,7 @@ def why_not(weight: Weight, *others: Tensor) -> str | None:
         if tensor.device.type != "cpu":
             return f"it runs on the CPU, and a tensor is on {tensor.device}"
         if tensor.dtype not in KERNEL_DTYPES:
-            return f"it computes in bfloat16, float16 and float32, and a tensor is {tensor.dtype}"
+            return f"it computes in {KERNEL_DTYPE_NAMES}, and a tensor is {tensor.dtype}"
     if isinstance(weight, Tensor) and weight.stride(-1) != 1 and weight.shape[-1] > 1:
         return "it needs rows that are contiguous, and the weight is transposed"
     return None

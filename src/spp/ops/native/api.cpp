@@ -129,12 +129,10 @@ SPP_API int spp_reduce(int level, int threads, const Weight* weight, const Facto
                        Dtype gradient_dtype, int64_t first, const Block* blocks, int64_t count, float* partial,
                        float* da, float* db) {
   const Kernels* k = kernels(level);
-  const int64_t columns = weight->in_features, sums = factors->directions * columns;
-  const int64_t entry = gradient_dtype == Dtype::fp32 ? 4 : 2;
+  const int64_t sums = factors->directions * weight->in_features;
   const bool sound = in_parallel(count, threads, [=](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
-      const char* rows = static_cast<const char*>(gradient) + (blocks[i].first - first) * columns * entry;
-      if (!k->reduce(*weight, *factors, rows, gradient_dtype, partial + i * sums, db, blocks[i].first,
+      if (!k->reduce(*weight, *factors, gradient, gradient_dtype, first, partial + i * sums, db, blocks[i].first,
                      blocks[i].last)) {
         return false;
       }

@@ -1,5 +1,6 @@
 // AVX2 with FMA and F16C (Haswell, Zen and later): a table of permutations puts eight packed values at their columns.
 
+#define SPP_AVX2
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -14,8 +15,7 @@
 
 namespace {
 
-using spp::bf16;
-using spp::fp16;
+using namespace spp;
 
 struct V {
   __m256 low, high;
@@ -46,36 +46,18 @@ inline V where_nonzero(const V& w, const V& v) {
   return {where_nonzero(w.low, v.low), where_nonzero(w.high, v.high)};
 }
 
-inline __m128i words(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-inline __m256 from_words(__m128i x, bf16) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-}
-inline __m256 from_words(__m128i x, fp16) { return _mm256_cvtph_ps(x); }
+}  // namespace
 
-inline V widen(const float* p) { return load(p); }
-template <class T>  // bf16 and fp16
+#include "dtypes.h"
+
+namespace {
+
+inline __m128i words(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+template <class T>  // of 16 bits
 inline V widen(const T* p) {
   return {from_words(words(p), T{}), from_words(words(p + 8), T{})};
 }
 
-// Rounds to nearest, ties to even.
-inline __m256i bf16_bits(__m256 v) {
-  const __m256i bits = _mm256_castps_si256(v);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
-}
-inline void narrow(bf16* out, const V& v) {
-  // The instruction packs each 128-bit half by itself, which leaves the four quarters in the order 0, 2, 1, 3.
-  const __m256i packed = _mm256_packus_epi32(bf16_bits(v.low), bf16_bits(v.high));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(packed, 0xd8));
-}
-inline void narrow(fp16* out, const V& v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(v.low, _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8), _mm256_cvtps_ph(v.high, _MM_FROUND_TO_NEAREST_INT));
-}
-inline void narrow(float* out, const V& v) { store(out, v); }
 template <class Out>
 inline void narrow_one(Out* out, float x) {
   Out whole[16];
@@ -126,8 +108,9 @@ struct Eight {
   }
 };
 
-template <class T>  // bf16 and fp16
+template <class T>
 inline __m128i expand_eight(uint32_t mask, const T* p, const T* end) {
+  static_assert(sizeof(T) == 2);
   return _mm_shuffle_epi8(words(Eight<T>(p, end).at), words(places.bytes[mask]));
 }
 inline __m256 expand_eight(uint32_t mask, const float* p, const float* end) {
@@ -137,7 +120,7 @@ inline __m256 expand_eight(uint32_t mask, const float* p, const float* end) {
   const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bit), bit);
   return _mm256_and_ps(values, _mm256_castsi256_ps(set));
 }
-template <class T>  // bf16 and fp16
+template <class T>  // of 16 bits
 inline V expand(uint32_t mask, const T* p, const T* end) {
   const T* second = p + count(mask & 0xff);
   return {from_words(expand_eight(mask & 0xff, p, end), T{}),

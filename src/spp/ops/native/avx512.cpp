@@ -1,5 +1,6 @@
 // AVX-512 with VBMI2 (Ice Lake, Zen 4 and later): one instruction puts packed 16-bit values at their columns.
 
+#define SPP_AVX512
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -14,8 +15,7 @@
 
 namespace {
 
-using spp::bf16;
-using spp::fp16;
+using namespace spp;
 using V = __m512;
 
 inline V zero() { return _mm512_setzero_ps(); }
@@ -28,27 +28,17 @@ inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(V v) { return _mm512_reduce_add_ps(v); }
 inline V where_nonzero(V w, V v) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(w, zero(), _CMP_NEQ_UQ), v); }
 
-inline V from_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-inline V from_fp16(__m256i x) { return _mm512_cvtph_ps(x); }
+}  // namespace
+
+#include "dtypes.h"
+
+namespace {
+
 inline __m256i words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-
-inline V widen(const float* p) { return load(p); }
-inline V widen(const bf16* p) { return from_bf16(words(p)); }
-inline V widen(const fp16* p) { return from_fp16(words(p)); }
-
-// Rounds to nearest, ties to even. Not VCVTNEPS2BF16, which treats denormals as zeros.
-inline void narrow(bf16* out, V v) {
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  const __m512i high = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(high));
+template <class T>  // of 16 bits
+inline V widen(const T* p) {
+  return from_words(words(p), T{});
 }
-inline void narrow(fp16* out, V v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
-inline void narrow(float* out, V v) { store(out, v); }
 template <class Out>
 inline void narrow_one(Out* out, float x) {
   Out whole[16];
@@ -87,18 +77,17 @@ inline __m256i some_words(const void* p, const void* end) {
   const int64_t there = static_cast<const uint16_t*>(end) - static_cast<const uint16_t*>(p);
   return there >= 16 ? words(p) : _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << there) - 1u), p);
 }
-inline V expand(uint32_t mask, const bf16* p, const bf16* end) {
-  return from_bf16(expand_words(mask, some_words(p, end)));
-}
-inline V expand(uint32_t mask, const fp16* p, const fp16* end) {
-  return from_fp16(expand_words(mask, some_words(p, end)));
+template <class T>  // of 16 bits
+inline V expand(uint32_t mask, const T* p, const T* end) {
+  return from_words(expand_words(mask, some_words(p, end)), T{});
 }
 inline V expand(uint32_t mask, const float* p, const float*) {
   return _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(mask), p);
 }
 
-template <class T>  // bf16 and fp16
+template <class T>
 inline void expand_bits(T* out, uint32_t mask, const T* p, const T* end) {
+  static_assert(sizeof(T) == 2);
   const int64_t there = end - p;
   const __m512i values =
       there >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << there) - 1u), p);

@@ -30,14 +30,6 @@ constexpr int32_t kAbi = 1;
 
 enum class Dtype : int32_t { bf16 = 0, fp16 = 1, fp32 = 2 };
 
-// bf16 and fp16 as bits; two types, so that overloads tell them apart.
-struct bf16 {
-  uint16_t bits;
-};
-struct fp16 {
-  uint16_t bits;
-};
-
 struct Weight {
   const void* values;          // dense: (O, I) with row_stride; packed: (nonzeros,)
   const int32_t* bitmask;      // (O, ceil(I / 32)), or null where the weight is dense
@@ -76,9 +68,9 @@ struct Kernels {
                     int64_t last);
 
   // For P = G * W over rows of one group: db[i, k] = sum_j P[i, j] A[K g + k, j], da[k, j] = sum_i P[i, j] b[i, k]. G has
-  // the rows from `first` on, (last - first, I); da (K, I) is written, db is indexed by row.
-  bool (*reduce)(const Weight&, const Factors&, const void* gradient, Dtype gradient_dtype, float* da, float* db,
-                 int64_t first, int64_t last);
+  // the rows from `start` on, (..., I); da (K, I) is written, db is indexed by row.
+  bool (*reduce)(const Weight&, const Factors&, const void* gradient, Dtype gradient_dtype, int64_t start, float* da,
+                 float* db, int64_t first, int64_t last);
 
   // How many tokens `matvec` and `arrange` take, for x in a dtype.
   int64_t (*most_tokens)(const Weight&, Dtype dtype);

@@ -33,7 +33,7 @@ struct MultiplyPairs {
   }
 };
 
-// In fp32. For bf16, x has the even columns of every 32 before the odd ones: widening is a shift or a mask then.
+// In fp32, for every dtype of 16 bits. Where widening is easier so, x has the even columns of every 32 before the odd ones.
 template <class T>
 struct MultiplyFloats {
   using Weights = T;
@@ -45,15 +45,7 @@ struct MultiplyFloats {
   };
   V low, high;
 
-  explicit MultiplyFloats(__m512i words) { widen_words(T{}, words); }
-  void widen_words(bf16, __m512i words) {
-    low = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-    high = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-  }
-  void widen_words(fp16, __m512i words) {
-    low = from_fp16(_mm512_castsi512_si256(words));
-    high = from_fp16(_mm512_extracti64x4_epi64(words, 1));
-  }
+  explicit MultiplyFloats(__m512i words) { widen_32(words, T{}, low, high); }
   void add_to(V (&sums)[2], bool, X x) const {
     sums[0] = fma(low, x.low, sums[0]);
     sums[1] = fma(high, x.high, sums[1]);
@@ -159,18 +151,28 @@ inline bool in_pairs(const Weight& w, Dtype dtype) {
 
 bool matvec_512(const Weight& w, const float* x, Dtype dtype, int64_t tokens, const float* bias, void* y, int64_t first,
                 int64_t last) {
-  if (!w.bitmask || w.dtype == Dtype::fp32) return matvec(w, x, dtype, tokens, bias, y, first, last);
-  return with_dtype(dtype, [&](auto* type) {
-    auto* to = static_cast<decltype(type)>(y);
-    return w.dtype == Dtype::bf16
-               ? matvec_packed_tokens<MultiplyFloats<bf16>>(w, x, tokens, bias, to, first, last)
-               : matvec_packed_tokens<MultiplyFloats<fp16>>(w, x, tokens, bias, to, first, last);
+  return with_dtype(w.dtype, [&](auto* weight_type) {
+    using T = typename Pointee<decltype(weight_type)>::type;
+    if constexpr (sizeof(T) == 2) {
+      if (w.bitmask) {
+        return with_dtype(dtype, [&](auto* type) {
+          auto* to = static_cast<decltype(type)>(y);
+          return matvec_packed_tokens<MultiplyFloats<T>>(w, x, tokens, bias, to, first, last);
+        });
+      }
+    }
+    return matvec(w, x, dtype, tokens, bias, y, first, last);
   });
 }
 
 void arrange_512(const Weight& w, const void* x, Dtype dtype, int64_t tokens, float* out) {
   arrange(w, x, dtype, tokens, out);
-  if (!w.bitmask || w.dtype != Dtype::bf16) return;
+  const bool even_first = with_dtype(w.dtype, [](auto* weight_type) {
+    using T = typename Pointee<decltype(weight_type)>::type;
+    if constexpr (sizeof(T) == 2) return even_columns_first(T{});
+    return false;
+  });
+  if (!w.bitmask || !even_first) return;
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   for (float* const past = out + tokens * padded(w.in_features); out < past; out += kChunk) {

@@ -4,10 +4,7 @@
 
 namespace {
 
-using spp::bf16;
-using spp::fp16;
-using spp::from_bits;
-using spp::to_bits;
+using namespace spp;
 
 struct V {
   float lanes[16];
@@ -40,37 +37,15 @@ inline float sum(const V& v) {
   return total;
 }
 
-inline float widen_one(float x) { return x; }
-inline float widen_one(bf16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
-inline float widen_one(fp16 x) {
-  const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
-  if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-  // 2^112 moves the exponent from fp16's bias to fp32's, for denormals too; the product is exact.
-  return from_bits(sign | to_bits(from_bits(rest << 13) * from_bits(0x77800000u)));
-}
+}  // namespace
+
+#include "dtypes.h"
+
+namespace {
+
 template <class T>
 inline V widen(const T* p) {
   return each([=](int i) { return widen_one(p[i]); });
-}
-
-inline void narrow_one(float* out, float x) { *out = x; }
-inline void narrow_one(bf16* out, float x) {
-  const uint32_t bits = to_bits(x);
-  out->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-inline void narrow_one(fp16* out, float x) {
-  const uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
-  uint32_t half;
-  if (size > 0x7f800000u) {
-    half = 0x7e00u;
-  } else if (size >= 0x477ff000u) {  // 65520 and more round to infinity
-    half = 0x7c00u;
-  } else if (size < 0x38800000u) {  // below 2^-14: adding 1/2 leaves the denormal's bits, rounded, at the low end
-    half = to_bits(from_bits(size) + 0.5f) - 0x3f000000u;
-  } else {
-    half = (size - 0x38000000u + 0xfffu + (size >> 13 & 1u)) >> 13;
-  }
-  out->bits = static_cast<uint16_t>(sign | half);
 }
 template <class Out>
 inline void narrow(Out* out, const V& v) {

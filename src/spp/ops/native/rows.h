@@ -3,12 +3,11 @@
 // must stay two functions.
 //
 // From the including file: V; load, store, zero, broadcast, add, mul, fma, sum, where_nonzero(w, v) = v or +0.0 where w
-// is zero; widen(const T*) -> V and narrow(Out*, V) for bf16, fp16 and float; expand(mask, p, end) -> V, the next
-// count(mask) entries at p in the lanes of the bits of `mask`; expand_bits(out, mask, p, end), the same as bits; count.
+// is zero; count. From it and dtypes.h, for every dtype: widen(const T*) -> V, narrow(T*, V) and narrow_one(T*, float);
+// expand(mask, p, end) -> V, the next count(mask) entries at p in the lanes of the bits of `mask`, none from `end` on;
+// expand_bits(out, mask, p, end), the same for 32 columns, as bits.
 
 namespace {
-
-using namespace spp;
 
 inline uint32_t low_bits(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1u; }
 

@@ -2,23 +2,6 @@
 
 namespace {
 
-// Calls f with a null pointer of the C++ type of a dtype.
-template <class F>
-auto with_dtype(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::bf16: return f(static_cast<bf16*>(nullptr));
-    case Dtype::fp16: return f(static_cast<fp16*>(nullptr));
-    default: return f(static_cast<float*>(nullptr));
-  }
-}
-
-template <class T>
-struct Pointee;
-template <class T>
-struct Pointee<T*> {
-  using type = T;
-};
-
 template <class Rows, class Out, int fixed>
 bool effective_mixed(const Weight& w, const Factors& f, bool with_base, Out* out, int64_t first, int64_t last) {
   return with_base ? effective_rows<Rows, Out, true, fixed>(w, f, out, first, last)
@@ -55,12 +38,13 @@ bool reduce_mixed(const Weight& w, const Factors& f, const G* g, float* da, floa
     default: return reduce_rows<Rows, G, 0>(w, f, g, da, db, first, last);
   }
 }
-bool reduce(const Weight& w, const Factors& f, const void* gradient, Dtype gradient_dtype, float* da, float* db,
-            int64_t first, int64_t last) {
+bool reduce(const Weight& w, const Factors& f, const void* gradient, Dtype gradient_dtype, int64_t start, float* da,
+            float* db, int64_t first, int64_t last) {
   return with_dtype(w.dtype, [&](auto* weight_type) {
     using T = typename Pointee<decltype(weight_type)>::type;
     return with_dtype(gradient_dtype, [&](auto* gradient_type) {
       auto* g = static_cast<const typename Pointee<decltype(gradient_type)>::type*>(gradient);
+      g += (first - start) * w.in_features;
       return w.bitmask ? reduce_mixed<PackedRows<T>>(w, f, g, da, db, first, last)
                        : reduce_mixed<DenseRows<T>>(w, f, g, da, db, first, last);
     });
@@ -105,10 +89,6 @@ void arrange(const Weight& w, const void* x, Dtype dtype, int64_t tokens, float*
     }
   });
 }
-
-inline uint32_t nonzero(bf16 w) { return (w.bits & 0x7fff) != 0; }
-inline uint32_t nonzero(fp16 w) { return (w.bits & 0x7fff) != 0; }
-inline uint32_t nonzero(float w) { return (to_bits(w) & 0x7fffffff) != 0; }
 
 void scan(const Weight& w, int32_t* bitmask, int64_t* counts, int64_t first, int64_t last) {
   with_dtype(w.dtype, [&](auto* type) {

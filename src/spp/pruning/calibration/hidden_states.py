@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spp.checkpoints.json_files import sync
+from spp.checkpoints.safetensors_file import save_tensors
 from spp.errors import SppError
 
 _KEY, _CARRIED = "hidden", "carried"
@@ -102,7 +102,7 @@ def _save(state: State, path: Path) -> None:
     numbered = {
         str(number): tensor.cpu().clone(memory_format=torch.contiguous_format) for number, tensor in enumerate(tensors)
     }
-    save_file({_KEY: state.hidden.cpu().contiguous(), **numbered}, path, metadata={_CARRIED: carried})
+    save_tensors(path, {_KEY: state.hidden.cpu(), **numbered}, {_CARRIED: carried})
 
 
 def _save_later(copied: torch.cuda.Event, state: State, path: Path) -> None:
