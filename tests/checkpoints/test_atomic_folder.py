@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -160,6 +161,16 @@ def test_work_of_another_request_is_kept_until_the_user_lets_it_go(tmp_path: Pat
 def test_work_that_came_nowhere_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), resumable_folder(tmp_path / "out", ASKED, overwrite=False):
         raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_work_that_cannot_even_begin_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("spp.checkpoints.request.write_json", full)
+    with pytest.raises(OSError, match="No space"), resumable_folder(tmp_path / "out", ASKED, overwrite=False):
+        pass
     assert list(tmp_path.iterdir()) == []
 
 

@@ -109,7 +109,7 @@ _MADE = (
 )
 """What the commands make of the models and texts: folder, words."""
 
-_MEASURED = re.compile(rb'"(seconds|tokens_per_second|peak_rss_bytes|output_sha256)": [^,\n]*')
+_MEASURED = {"seconds", "tokens_per_second", "peak_rss_bytes", "peak_memory_bytes", "output_sha256"}
 """Measurements in JSON files, and the digest of files that hold some."""
 
 _TEMPLATE = (
@@ -350,4 +350,10 @@ def _comparable(path: Path) -> bytes:
     if path.name == "report.html" or path.parent.name == "stages":
         return b""  # full of measurements, in many forms
     content = path.read_bytes()
-    return _MEASURED.sub(b"", content) if path.suffix in (".json", ".jsonl", ".md") else content
+    return json.dumps(_unmeasured(json.loads(content))).encode() if path.suffix == ".json" else content
+
+
+def _unmeasured(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unmeasured(one) for key, one in value.items() if key not in _MEASURED}
+    return [_unmeasured(one) for one in value] if isinstance(value, list) else value

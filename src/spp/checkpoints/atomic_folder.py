@@ -98,10 +98,7 @@ def resumable_folder(
             if _is_untidied(out):
                 shutil.rmtree(work)
                 check_output(out, overwrite)
-            _make_empty(partial)
-            _make_empty(work)
-            write_json(work / _FOLDER, partial.stat().st_ino)
-            request.write(work / _REQUEST)
+            _begin(partial, work, request)
         elif _is_untidied(out):
             out.rename(partial)  # killed between the last two steps: both are done once more
         try:
@@ -135,6 +132,19 @@ def _can_go_on(work: Path, request: Request, out: Path, overwrite: bool) -> bool
     if _begun(work):
         logger.info("%s is of another run (%s); starting over", work, "; ".join(differences))
     return False
+
+
+def _begin(partial: Path, work: Path, request: Request) -> None:
+    """Make both folders anew, or none of them."""
+    try:
+        _make_empty(partial)
+        _make_empty(work)
+        write_json(work / _FOLDER, partial.stat().st_ino)
+        request.write(work / _REQUEST)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _begun(work: Path) -> bool:
