@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from reprlib import Repr
 from typing import Any, ParamSpec, TypeVar
 
 _LONGEST_LINE = 400  # characters that are quoted of a library's message
+_LONGEST_WORD = 1000  # a path may have some hundred
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD},}}")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,7 +60,16 @@ def brief(error: BaseException) -> str:
     text = repr(error) if isinstance(error, KeyError) else str(error)  # a bare key explains nothing
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return line if len(line) <= _LONGEST_LINE else line[: _LONGEST_LINE - 3] + "..."
+    return _cut(line, _LONGEST_LINE)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def readable(message: str) -> str:
+    """A message in which words of more than 1000 characters, such as a value that a user pasted, are cut."""
+    return _LONG_WORD.sub(lambda word: _cut(word[0], _LONGEST_WORD), message)
 
 
 _LONGEST = 60
@@ -71,4 +83,4 @@ def shown(value: Any) -> str:
         text = _PARTS.repr(value)
     except (ValueError, RecursionError):  # an integer of more digits than Python writes
         text = f"a very long {type(value).__name__}"
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    return _cut(text, _LONGEST)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from spp.adapters.convert import convert
@@ -102,6 +102,19 @@ def test_hira_factors_that_are_not_finite_are_not_converted(adapter, tmp_path):
         convert(ConvertOptions(adapter=tmp_path / "hira", out=tmp_path / "out"))
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(0, 8), (4, 0)])
+def test_factors_of_no_features_are_refused_in_every_format(adapter, tmp_path, rows, columns):
+    save_file({A: torch.ones(2, columns), B: torch.ones(rows, 1)}, adapter / "adapter_model.safetensors")
+    name = "base_model.model.layer.hira_"
+    hira = {f"{name}A": torch.ones(2, columns), f"{name}B": torch.ones(rows, 2)}
+    (tmp_path / "hira").mkdir()
+    save_file(hira, tmp_path / "hira" / "adapter_model.safetensors")
+    for folder, kind in ((adapter, "SPP"), (tmp_path / "hira", "HIRA")):
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "r": 2, "scale": 2.0}))
+        with pytest.raises(SppError, match=r"are? expected"):
+            convert(ConvertOptions(adapter=folder, out=tmp_path / "out"))
+
+
 def test_a_scale_under_which_factors_overflow_is_refused(adapter, tmp_path):
     write_scale(adapter, "1e308")
     with pytest.raises(SppError, match="its scale is so large"):
@@ -120,10 +133,10 @@ def test_an_adapter_that_may_not_be_read_is_not_called_missing(adapter, monkeypa
 
 def test_a_full_disk_leaves_nothing_of_a_conversion(adapter, tmp_path, monkeypatch, capsys):
     def full(*_: object, **__: object) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("spp.checkpoints.safetensors_file.save_file", full)
+    monkeypatch.setattr("spp.checkpoints.safetensors_file.sync", full)
     assert main(["convert", str(adapter), str(tmp_path / "out")]) == 1
     message = capsys.readouterr().err
-    assert "adapter_model.safetensors: No space left on device" in message and message.count("\n") == 1
+    assert "adapter_model.safetensors.partial: No space left on device" in message and message.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]

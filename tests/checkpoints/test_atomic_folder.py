@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -71,6 +77,10 @@ def test_outputs_never_cost_the_user_something(tmp_path):
             check_output(out, overwrite=True, inputs=[model])
     with pytest.raises(UsageError, match="is a file"):
         check_output(model / "config.json", overwrite=True)
+    for target in (tmp_path / "nowhere", model):
+        (link := tmp_path / f"link-to-{target.name}").symlink_to(target)
+        with pytest.raises(UsageError, match="is a link to .*; name that folder itself"):
+            check_output(link, overwrite=True)
 
 
 def test_json_is_read_or_explained(tmp_path):
@@ -154,6 +164,16 @@ def test_work_that_came_nowhere_is_not_kept(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_work_that_cannot_even_begin_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("spp.checkpoints.request.write_json", full)
+    with pytest.raises(OSError, match="No space"), resumable_folder(tmp_path / "out", ASKED, overwrite=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_request_that_cannot_succeed_leaves_nothing(tmp_path: Path) -> None:
     begin(tmp_path / "out", error=SppError)
     assert list(tmp_path.iterdir()) == []
@@ -171,7 +191,7 @@ def test_work_whose_output_was_deleted_starts_over(tmp_path: Path) -> None:
 def untidied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that was published just before its process was killed."""
 
-    def killed(work: Path) -> None:
+    def killed(work: Path, partial: Path) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -188,6 +208,46 @@ def test_a_kill_after_publishing_is_tidied_up_by_the_same_request(untidied: Path
     with resumable_folder(untidied, ASKED, overwrite=False) as (folder, work):
         assert (folder / "shard").exists() and (work / "record.json").exists()
     assert [path.name for path in untidied.parent.iterdir()] == ["out"]
+
+
+def test_a_kill_at_any_step_of_tidying_up_leaves_work_to_repeat_or_none_at_all(tmp_path: Path) -> None:
+    for number in count(1):
+        out = tmp_path / f"{number}" / "out"
+        begin(out)
+        finishing = resumable_folder(out, ASKED, overwrite=False)
+        with dying_at_change(number) as changes, suppress(KeyboardInterrupt), finishing:
+            pass
+        if work_folder(out).exists():
+            with resumable_folder(out, ASKED, overwrite=False):
+                pass
+        assert not work_folder(out).exists() and (out / "shard").read_text() == "done"
+        if len(changes) < number:
+            break
+    assert number > 3
+
+
+@contextmanager
+def dying_at_change(number: int) -> Iterator[list[Path]]:
+    """Context manager in which change `number` of a file or folder, and every later one, does not happen any more."""
+    changes: list[Path] = []
+
+    def dies(change: Any) -> Any:
+        def changed(path: Path, *args: Any, **named: Any) -> Any:
+            if not Path(path).name.endswith(".lock"):  # which ends with a process
+                changes.append(Path(path))
+                if len(changes) >= number:
+                    raise KeyboardInterrupt
+            return change(path, *args, **named)
+
+        return changed
+
+    with (
+        patch.object(Path, "unlink", dies(Path.unlink)),
+        patch.object(Path, "rename", dies(Path.rename)),
+        patch.object(Path, "rmdir", dies(Path.rmdir)),
+        patch.object(shutil, "rmtree", dies(shutil.rmtree)),
+    ):
+        yield changes
 
 
 def test_a_kill_after_publishing_costs_no_other_request_the_result(untidied: Path) -> None:

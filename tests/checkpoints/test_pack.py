@@ -67,6 +67,14 @@ def prunable_names(folder):
     ]
 
 
+def test_the_same_model_gives_the_same_bytes_that_others_may_read(source, tmp_path):
+    for name in ("first", "second"):
+        pack(PackOptions(model=str(source), out=tmp_path / name))
+    for path in (tmp_path / "first").iterdir():
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
+        assert path.stat().st_mode == (tmp_path / "first" / "spp.json").stat().st_mode
+
+
 def test_an_archive_is_the_same_model_to_the_other_commands(source, tmp_path):
     pack(PackOptions(model=str(source), out=tmp_path / "archive"))
     assert base_fingerprint(tmp_path / "archive") == base_fingerprint(source) or has_negative_zero(source)

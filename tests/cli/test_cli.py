@@ -134,6 +134,15 @@ def test_wrong_words_are_argparse_errors(capsys):
     assert "usage: spp" in capsys.readouterr().err
 
 
+def test_a_value_that_a_user_pasted_does_not_fill_the_screen(tmp_path, capsys):
+    text = "x" * 100_000
+    for words in (["inspect", text], ["prune", "m", tmp_path, "--calibration", text], ["report", text]):
+        assert run(*words) in (1, 2)
+    with pytest.raises(SystemExit):
+        run("inspect", "m", text)
+    assert len(capsys.readouterr().err) < 8000
+
+
 def test_one_model_is_verified_with_a_record_only(capsys):
     assert run("verify", "a") == 2
     assert "give two models, or one model and --record" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from spp.checkpoints.json_files import read_json, write_json
@@ -73,6 +74,16 @@ def test_a_weight_that_is_missing(tiny_checkpoint, stories, tmp_path, capsys, na
     save_file(tensors, tiny_checkpoint / WEIGHTS, metadata={"format": "pt"})
     for one in refusals(tiny_checkpoint, stories, tmp_path, capsys):
         assert "lacks" in one and name.removesuffix(".weight") in one
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats(tiny_checkpoint, stories, tmp_path, capsys, dtype):
+    """What the numbers mean is not known, where config.json does not say it."""
+    tensors = load_file(tiny_checkpoint / WEIGHTS)
+    tensors[LAYER] = tensors[LAYER].to(dtype)
+    save_file(tensors, tiny_checkpoint / WEIGHTS, {"format": "pt"})
+    for message in refusals(tiny_checkpoint, stories, tmp_path, capsys):
+        assert f"1 weights are no floats, e.g. {LAYER}" in message
 
 
 def test_buffers_and_copies_of_a_tied_head_are_harmless(tiny_checkpoint, stories, tmp_path):

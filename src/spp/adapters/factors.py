@@ -67,7 +67,7 @@ def check_factors(factors: Mapping[str, Factors], folder: Path) -> dict[str, Fac
     for module, one in factors.items():
         A, B = tuple(one.A.shape), tuple(one.B.shape)
         whole = len(A) == len(B) == 2 and 0 < B[1] <= MOST_DIRECTIONS and 0 < A[0] <= B[0] and A[0] % B[1] == 0
-        if not whole:
+        if not (whole and A[1]):
             problems.append(f"{module}: A is {A} and B is {B}, where (R K, I) and (O, K) with R K <= O are expected")
         elif not (is_float(one.A) and is_float(one.B)):
             problems.append(f"{module}: A is {one.A.dtype} and B is {one.B.dtype}, and only floats are factors")

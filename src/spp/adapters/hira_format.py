@@ -70,7 +70,8 @@ def read_hira(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     parts = parts_by_module(read_tensors(folder), (_A, _B), folder, what)
     pairs = {module: (part[_A], part[_B]) for module, part in parts.items()}
     for module, (A, B) in pairs.items():
-        if not (A.ndim == B.ndim == 2 and len(A) == B.shape[1] > 0 and is_float(A) and is_float(B)):
+        whole = A.ndim == B.ndim == 2 and len(A) == B.shape[1] and A.numel() and B.numel()
+        if not (whole and is_float(A) and is_float(B)):
             raise SppError(
                 f"adapter {folder}: {module} has A {tuple(A.shape)} of {A.dtype} and B {tuple(B.shape)} of {B.dtype}, "
                 "where floats of (N, I) and (O, N) are expected"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,8 +25,10 @@ def check_output(out: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> Non
     """Refuse an output folder that must not be written to, before any work is done.
 
     Raises:
-        UsageError: `out` is a file, holds something and `overwrite` is off, or is or holds one of `inputs`.
+        UsageError: `out` is a file or a link, holds something and `overwrite` is off, or is or holds one of `inputs`.
     """
+    if out.is_symlink():  # which cannot be replaced by a folder, and has its temporary neighbours elsewhere
+        raise UsageError(f"output {out} is a link to {os.readlink(out)}; name that folder itself")
     if out.exists() and not out.is_dir():
         raise UsageError(f"output {out} is a file; name a folder")
     for source in inputs:
@@ -95,16 +98,13 @@ def resumable_folder(
             if _is_untidied(out):
                 shutil.rmtree(work)
                 check_output(out, overwrite)
-            _make_empty(partial)
-            _make_empty(work)
-            write_json(work / _FOLDER, partial.stat().st_ino)
-            request.write(work / _REQUEST)
+            _begin(partial, work, request)
         elif _is_untidied(out):
             out.rename(partial)  # killed between the last two steps: both are done once more
         try:
             yield partial, work
             _publish(partial, out)
-            _tidy(work)
+            _tidy(work, partial)
         except BaseException as error:
             if not _begun(work) or (isinstance(error, SppError) and not keep_after_failure):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -134,6 +134,19 @@ def _can_go_on(work: Path, request: Request, out: Path, overwrite: bool) -> bool
     return False
 
 
+def _begin(partial: Path, work: Path, request: Request) -> None:
+    """Make both folders anew, or none of them."""
+    try:
+        _make_empty(partial)
+        _make_empty(work)
+        write_json(work / _FOLDER, partial.stat().st_ino)
+        request.write(work / _REQUEST)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
 def _begun(work: Path) -> bool:
     """Whether there is a record of progress."""
     return any(path.name not in (_REQUEST, _FOLDER) for path in work.rglob("*.json"))
@@ -148,11 +161,13 @@ def _is_untidied(out: Path) -> bool:
     return not partial_folder(out).exists() and out.is_dir() and out.stat().st_ino == made
 
 
-def _tidy(work: Path) -> None:
-    """Delete the work folder; the file that says which result it belongs to comes last."""
-    for path in sorted(work.iterdir(), key=lambda path: path.name in (_REQUEST, _FOLDER)):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    work.rmdir()
+def _tidy(work: Path, partial: Path) -> None:
+    """Delete the work folder. The files that say what it belongs to go last and at once: till then, a run can go on."""
+    for path in work.iterdir():
+        if path.name not in (_REQUEST, _FOLDER):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    work.rename(partial)  # a name that is free now, and that the next run sweeps away
+    shutil.rmtree(partial)
 
 
 def partial_folder(out: Path) -> Path:

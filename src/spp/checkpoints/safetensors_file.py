@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spp.checkpoints.json_files import sync
@@ -38,13 +37,35 @@ class Layout:
 
 
 _DTYPES = {one.safetensors: dtype for dtype, one in FLOATS.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()} | {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
+}
 
 
 def in_dtype(layout: Layout, dtype: torch.dtype) -> Layout:
     """The layout of the tensor in another float dtype; unchanged unless it holds floats of 16 bits or more."""
-    if layout.dtype not in _DTYPES:
+    if not is_float_layout(layout):
         return layout
     return Layout(FLOATS[dtype].safetensors, layout.shape, torch.Size(layout.shape).numel() * dtype.itemsize)
+
+
+def is_float_layout(layout: Layout) -> bool:
+    """Whether a tensor holds floats of 16 bits or more."""
+    return layout.dtype in _DTYPES
 
 
 @dataclass(frozen=True)
@@ -86,15 +107,18 @@ def read_header(path: Path) -> Header:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file at once, from tensors in memory.
+    """Write a safetensors file from tensors in memory: the same bytes for the same content, unlike safetensors' own.
 
     Raises:
         OSError: it cannot be written; it names the file.
     """
-    with writing(path):
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt", **(metadata or {})}
-        )
+    layouts = {
+        name: Layout(_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+        for name, tensor in sorted(tensors.items())
+    }
+    file = TensorFile(path, layouts, metadata)
+    for name, tensor in tensors.items():
+        file.write(name, tensor)
 
 
 def read_floats(path: Path, offset: int, layout: Layout) -> Tensor | None:
@@ -106,7 +130,7 @@ def read_floats(path: Path, offset: int, layout: Layout) -> Tensor | None:
     Raises:
         OSError: the file ends too early.
     """
-    if layout.dtype not in _DTYPES:
+    if not is_float_layout(layout):
         return None
     tensor = torch.empty(layout.nbytes, dtype=torch.uint8)
     array: Any = tensor.numpy()
@@ -127,14 +151,15 @@ class TensorFile:
     Args:
         path: the file; an existing one is continued.
         tensors: name -> layout.
+        metadata: name -> text.
 
     Raises:
         OSError: the disk has no room for it.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, Layout]) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, Layout], metadata: Mapping[str, str] | None = None) -> None:
         self.path = path
-        header, self._offsets = _header(tensors)
+        header, self._offsets = _header(tensors, metadata or {})
         self._sizes = {name: layout.nbytes for name, layout in tensors.items()}
         if not path.is_file():
             self._lay_out(header, len(header) + sum(self._sizes.values()))
@@ -194,9 +219,9 @@ def _write_all(file: FileIO, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
-def _header(tensors: Mapping[str, Layout]) -> tuple[bytes, dict[str, int]]:
+def _header(tensors: Mapping[str, Layout], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """The file's first bytes, and where each tensor begins; wide dtypes come first, so that all are aligned."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     starts: dict[str, int] = {}
     end = 0
     for name, layout in sorted(tensors.items(), key=lambda item: -_width(item[1])):

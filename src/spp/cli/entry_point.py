@@ -16,7 +16,7 @@ from typing import Any
 from spp.cli.commands import COMMANDS, Command
 from spp.cli.interrupts import INTERRUPTED, ends_at_once
 from spp.cli.parser import build_parser
-from spp.errors import SppError, brief
+from spp.errors import SppError, brief, readable
 from spp.options import Options
 from spp.pipeline.options import RunOptions
 from spp.pipeline.recipes import load_recipe
@@ -112,7 +112,7 @@ def _show_messages() -> None:
 
 
 def _complain(message: str) -> None:
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {readable(message)}\n")
 
 
 def _of_the_system(error: OSError) -> str:

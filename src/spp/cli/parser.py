@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from spp._version import __version__
 from spp.cli.commands import COMMANDS, Command
 from spp.cli.other_flags import OtherFlags
+from spp.errors import readable
 from spp.options import RENAMED, Options
 
 _DOCTOR_HELP = "Versions, devices and active back-ends of this installation."
@@ -53,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
             usage, listed = " ".join([self.prog, *positional, "[OPTION ...]"]), "its options"
         else:
             usage, listed = f"{self.prog} COMMAND ...", "the commands"
-        self.exit(2, f"usage: {usage}\nerror: {message}\n`{self.prog} --help` lists {listed}\n")
+        self.exit(2, f"usage: {usage}\nerror: {readable(message)}\n`{self.prog} --help` lists {listed}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

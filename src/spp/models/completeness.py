@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from spp.checkpoints.checkpoint import Checkpoint, is_buffer
+from spp.checkpoints.safetensors_file import is_float_layout
 from spp.errors import SppError
 from spp.models.weight_map import require_filled, weight_map
 
@@ -38,6 +39,23 @@ def check_size(config: Any, checkpoint: Checkpoint) -> None:
         raise SppError(
             f"{checkpoint.folder}: config.json says {tokens} tokens of {features} features, and the files hold "
             f"{entries:,} numbers in all; {_REMEDY}"
+        )
+
+
+def require_floats(config: Any, checkpoint: Checkpoint) -> None:
+    """Refuse weights that are stored as integers or the like, which transformers would take for the numbers themselves.
+
+    Raises:
+        SppError: names one of them. Where config.json says how they are quantized, nothing is checked.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    odd = [name for name, one in checkpoint.layouts.items() if name.endswith("weight") and not is_float_layout(one)]
+    if odd:
+        raise SppError(
+            f"{checkpoint.folder}: {len(odd)} weights are no floats, e.g. {min(odd)}, which is stored as "
+            f"{checkpoint.layouts[min(odd)].dtype}, and config.json has no quantization_config that says what the "
+            "numbers mean; use the model in bf16, fp16 or fp32"
         )
 
 

@@ -17,7 +17,7 @@ from transformers import __version__ as version
 from spp.checkpoints.checkpoint import Checkpoint, is_plain
 from spp.errors import SppError, UsageError, brief
 from spp.models.architecture import AutoClass, auto_class
-from spp.models.completeness import check_size, require_used
+from spp.models.completeness import check_size, require_floats, require_used
 from spp.models.pack_model import pack_, unpack_
 from spp.models.packed_loading import load_packed, stored_dtype
 from spp.ops import packs_well
@@ -56,6 +56,7 @@ def load_model(
     target = pick_device(device or options.device)
     config = load_config(folder, options)
     check_size(config, checkpoint)
+    require_floats(config, checkpoint)
     kind = kind_of(folder, config)
     wanted: dict[str, Any] = {
         "dtype": dtype or compute_dtype(options.dtype, target),
@@ -102,6 +103,7 @@ def skeleton(folder: Path, options: LoadingOptions, dtype: str | torch.dtype) ->
     checkpoint = Checkpoint.open(folder)
     config = load_config(folder, options)
     check_size(config, checkpoint)
+    require_floats(config, checkpoint)
     kind = kind_of(folder, config)
     wanted: dict[str, Any] = {
         "dtype": stored_dtype(checkpoint, config) if dtype == "auto" else dtype,
