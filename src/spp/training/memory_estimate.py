@@ -26,7 +26,7 @@ from spp.runtime.devices import compute_dtype, pick_device
 from spp.runtime.memory_estimate import MemoryPrediction, available_bytes, libraries
 from spp.runtime.progress import track
 from spp.runtime.tensor_memory import peak_of_a_step
-from spp.training.new_adapter import target_layers, with_new_adapter
+from spp.training.new_adapter import target_layers, target_stacks, with_new_adapter
 from spp.training.options import TrainOptions
 from spp.training.teacher import cache_manifest, teacher_dtype
 from spp.training.trainer_arguments import batching
@@ -140,18 +140,28 @@ def needs_of_a_step(
     scratch = max(scratch_bytes(rows, columns, model.dtype, device) for rows, columns in shapes)
     adapted = with_new_adapter(model, targets, options)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    on_experts = _factors_of_experts(options, config, device)
     if checkpointing:
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
     inputs: dict[str, torch.Size] = {name: batch for name in ("input_ids", "attention_mask", "labels")}
     step = peak_of_a_step(adapted.train(), inputs, device)
     slack = {} if checkpointing or device.type != "cpu" else {"allocator's slack": int(_HEAP_SLACK * step)}
     return {
-        "adapter": 4 * trained,
-        "optimizer": 2 * 4 * trained,  # AdamW's two moments
-        "activations and gradients": step,
+        "adapter": 4 * (trained + on_experts),
+        "optimizer": 2 * 4 * (trained + on_experts),  # AdamW's two moments
+        "activations and gradients": step + 4 * on_experts,
         **slack,
         "scratch": scratch,
     }
+
+
+def _factors_of_experts(options: TrainOptions, config: Any, device: torch.device) -> int:
+    """Entries of the factors on stacked experts, which are not traced: which experts are called depends on the data."""
+    model = _skeleton(options, config, device)
+    if not (stacks := target_stacks(model, options.target_modules)):
+        return 0
+    adapted = with_new_adapter(model, {}, options, stacks=stacks)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 def _skeleton(options: TrainOptions, config: Any, device: torch.device) -> PreTrainedModel:
