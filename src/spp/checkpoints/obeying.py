@@ -9,8 +9,8 @@ from torch import Tensor
 
 from spp.checkpoints.checkpoint import Checkpoint
 from spp.errors import UsageError
-from spp.options import is_one_of, listed_names
 from spp.ops.zeros import SPARSE_FROM
+from spp.options import is_one_of, listed_names
 from spp.patterns import NM, Pattern
 
 
@@ -81,6 +81,11 @@ class Obedience:
         if transposed is None:
             return min(self.pattern.violations(matrix), self.pattern.violations(matrix.T))
         return self.pattern.violations(matrix.T if transposed else matrix)
+
+
+def is_pruned(checkpoint: Checkpoint, name: str, weight: Tensor) -> bool:
+    """Whether a tensor of a model is pruned: its manifest lists it, or else, without such a list, its zeros tell."""
+    return name in checkpoint.manifest["tensors"] if _lists_tensors(checkpoint) else _looks_pruned(weight)
 
 
 def _looks_pruned(weight: Tensor) -> bool:

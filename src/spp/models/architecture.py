@@ -151,8 +151,8 @@ def _matrices_of_experts(name: str, owner: nn.Module, parameter: str, stack: Ten
 def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters (E, O, I) of experts that are computed as `linear(x, parameter[expert])`, by name.
 
-    Only one layout is accepted here: gates before ups, and outputs before inputs. All modules with it compute that way in
-    their own forward, which the implementation `eager` runs.
+    Only one layout is accepted here: gates before ups, and outputs before inputs. All modules with it compute that way
+    in their own forward, which the implementation `eager` runs.
     """
     if not getattr(module, "is_concatenated", False):
         return {}

@@ -1,9 +1,9 @@
 """Experts whose weights are stacked in one parameter, as transformers 5 stores most mixtures of experts.
 
-A module of experts has a parameter for each of its layers (`gate_up_proj`, `down_proj`) with the matrices of all experts.
-transformers' `use_experts_implementation` records on the module how they are stored, and chooses at each call among
-implementations. All of them compute what the module's own forward computes, named `eager`: it multiplies the inputs of
-one expert after the other by `parameter[expert]`.
+A module of experts has a parameter for each of its layers (`gate_up_proj`, `down_proj`) with the matrices of all
+experts. transformers' `use_experts_implementation` records on the module how they are stored, and chooses at each call
+among implementations. All of them compute what the module's own forward computes, named `eager`: it multiplies the
+inputs of one expert after the other by `parameter[expert]`.
 
 Shapes: E experts, O output features, I input features.
 """
@@ -46,7 +46,7 @@ class Stack:
 
 
 def stacks_of(module: nn.Module) -> dict[str, Stack]:
-    """The stacks that are parameters of this module itself, by their names there; empty if it is no module of experts."""
+    """The stacks that are parameters of this module itself, by name; none if it is no module of experts."""
     if not (hasattr(module, "is_concatenated") and hasattr(type(module).forward, "__wrapped__")):
         return {}
     transposed = bool(getattr(module, "is_transposed", False))
@@ -67,10 +67,9 @@ def stacks_in(model: nn.Module) -> dict[str, Stack]:
 
 
 def pruned_stacks(model: nn.Module) -> dict[str, Stack]:
-    """The `stacks_in` a model that have zeros to keep; without weights (on the meta device), those that are (E, O, I)."""
+    """The `stacks_in` a model that have zeros to keep; on the meta device, which has none, the (E, O, I) ones."""
     return {
         name: stack
         for name, stack in stacks_in(model).items()
         if (not stack.transposed if stack.weight.is_meta else is_sparse(list(stack.weight)))
     }
-

@@ -28,8 +28,8 @@ def target_layers(model: PreTrainedModel, names: str, *, warn: bool = True) -> d
         warn: log a warning if some of these layers get no adapter, because it would have no effect there.
 
     Raises:
-        UsageError: the model has neither a layer nor a stack of experts of a name, or an adapter would have no effect on
-            any of them.
+        UsageError: the model has neither a layer nor a stack of experts of a name, or an adapter would have no effect
+            on any of them.
     """
     linears, bypassed = prunable_linears(model), bypassed_linears(model)
     wanted = listed_names(names)

@@ -50,8 +50,8 @@ class SppConfig(PeftConfig):
     target_parameters: list[str] | None = field(
         default=None,
         metadata={
-            "help": "stacks of experts to adapt, such as mlp.experts.down_proj: names or the ends of names (default: where "
-            "all linear layers are adapted, those that are pruned)"
+            "help": "stacks of experts to adapt, such as mlp.experts.down_proj: names or the ends of names (default: "
+            "where all linear layers are adapted, those that are pruned)"
         },
     )
     exclude_modules: list[str] | set[str] | str | None = field(

@@ -2,9 +2,9 @@
 
     W'[e] = W[e] + s * W[e] * (A[e][g] B[e])        for every expert e and each of its matrices
 
-The model's own code of the experts runs, but for it a stand-in takes the parameter's place. `linear(x, stand_in[e])` and
-`x @ stand_in[e]` are then the operator with the factors of expert e. So no W' outlives its own product, and autograd
-saves none.
+The model's own code of the experts runs, but for it a stand-in takes the parameter's place. `linear(x, stand_in[e])`
+and `x @ stand_in[e]` are then the operator with the factors of expert e. So no W' outlives its own product, and
+autograd saves none.
 
 Shapes: E experts, O output features, I input features, R row groups, K directions.
 """
@@ -163,14 +163,16 @@ class SppExperts(nn.Module, SppLayer):
         transposed = self.stacks[stack].transposed
         weight = self._unmerged(stack)
         deltas = [
-            torch.stack([
-                delta_weight(one, A, B, self.scale[adapter])
-                for one, A, B in zip(
-                    weight.mT if transposed else weight,
-                    *(factor.to(weight.device) for factor in self._factors(adapter, stack)),
-                    strict=True,
-                )
-            ])
+            torch.stack(
+                [
+                    delta_weight(one, A, B, self.scale[adapter])
+                    for one, A, B in zip(
+                        weight.mT if transposed else weight,
+                        *(factor.to(weight.device) for factor in self._factors(adapter, stack)),
+                        strict=True,
+                    )
+                ]
+            )
             for adapter in adapters
             if stack in self.r[adapter]
         ]
@@ -180,13 +182,7 @@ class SppExperts(nn.Module, SppLayer):
     def _applied(self, adapters: list[str], stack: str) -> list[_Applied]:
         """What is applied to a stack in a forward."""
         return [
-            _Applied(
-                # Unbound at once: an index per expert would have backward fill a gradient of the whole for each.
-                *(factor.unbind() for factor in self._factors(name, stack)),
-                self.scale[name],
-                self.mode[name],
-                cast(nn.Dropout, self.spp_dropout[name]),
-            )
+            _Applied.of(*self._factors(name, stack), self.scale[name], self.mode[name], self.spp_dropout[name])
             for name in adapters
             if stack in self.r[name]
         ]
@@ -200,7 +196,17 @@ class _Applied:
     B: tuple[Tensor, ...]
     scale: float
     mode: Mode
-    dropout: nn.Dropout
+    dropout: nn.Module
+
+    @classmethod
+    def of(cls, A: Tensor, B: Tensor, scale: float, mode: Mode, dropout: nn.Module) -> _Applied:
+        """Of the factors of a stack, which are unbound at once: a gradient of all is not filled for each expert."""
+        return cls(A.unbind(), B.unbind(), scale, mode, dropout)
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is at work."""
+        return self.dropout.training and cast(nn.Dropout, self.dropout).p > 0
 
 
 class _AdaptedStack:
@@ -221,7 +227,7 @@ class _AdaptedStack:
         """x W'[e]^T for the inputs (T, I) of one expert."""
         weight = self._stack.weight[expert]
         first = self.applied[0]
-        if len(self.applied) == 1 and not (first.dropout.training and first.dropout.p > 0):
+        if len(self.applied) == 1 and not first.drops:
             return spp_linear(x, weight, first.A[expert], first.B[expert], first.scale, mode=first.mode)
         result = F.linear(x, weight)
         for one in self.applied:

@@ -96,7 +96,7 @@ class SppModel(BaseTuner):
             peft_config.target_modules |= packed
 
     def _pruned_stacks(self, config: SppConfig) -> list[str]:
-        """Full names of the pruned stacks of experts that neither exclude_modules nor layers_to_transform leaves out."""
+        """Full names of the pruned stacks of experts that exclude_modules and layers_to_transform leave in."""
 
         def selected(key: str) -> bool:
             by_last_part = copy.copy(config)

@@ -27,7 +27,9 @@ def warn_of_unsuitable(model: nn.Module) -> None:
     weights = list(_adapted(model))
     if weights and not any(weight is None or weight.is_meta for weight in weights):
         counted = [weight for weight in weights if weight is not None]
-        warn_if_dense(getattr(model, "name_or_path", "") or type(model).__name__, share_of_zeros(counted, up_to=SPARSE_FROM))
+        warn_if_dense(
+            getattr(model, "name_or_path", "") or type(model).__name__, share_of_zeros(counted, up_to=SPARSE_FROM)
+        )
     if left := _left_out(model):
         known = stacks_in(model)
         why = "it is dense, and has no zeros to keep" if left[0] in known else "SPP does not know how it is used"
@@ -50,7 +52,9 @@ def _adapted(model: nn.Module) -> Iterator[Tensor | None]:
     for module in model.modules():
         if isinstance(module, SppLinear):
             base = module.get_base_layer()
-            yield None if isinstance(base, PackedLinear) or is_quantized(base) else base.get_parameter("weight").detach()
+            yield (
+                None if isinstance(base, PackedLinear) or is_quantized(base) else base.get_parameter("weight").detach()
+            )
         elif isinstance(module, SppExperts):
             for name, stack in module.stacks.items():
                 if module.adapts(name):
