@@ -80,9 +80,10 @@ def split_whole(
 
 
 def _is_inside(name: str, modules: list[str]) -> bool:
-    """Whether a tensor is in one of some modules."""
+    """Whether a tensor is in one of some modules, which are named by the ends of their names, as in PEFT."""
     parts = name.split(".")
-    return any(is_one_of(".".join(parts[:end]), modules) for end in range(1, len(parts)))
+    around = [".".join(parts[:end]) for end in range(1, len(parts))]
+    return any(module.endswith(end) for module in around for end in modules)
 
 
 def _rows(settings: Mapping[str, Any], module: str, count: int, folder: Path) -> Tensor:

@@ -107,9 +107,7 @@ class _Comparison:
         self._proofs: dict[str, TensorProof] = {}
         self._digests: tuple[dict[str, str], dict[str, str]] = ({}, {})
         self._may_be_replaced = set(replaced_tensors(other.manifest))
-        self._replaced = sorted(
-            name for name in self._may_be_replaced if name in other.files and name not in base.files
-        )
+        self._replaced = list((self._may_be_replaced & other.files.keys()) - base.files.keys())
         self._zeros = self._compared = 0
 
     def add(self, name: str, before: Tensor, digest: str, after: Tensor | None, other_digest: str | None) -> None:
@@ -172,7 +170,7 @@ class _Comparison:
             tensors=self._proofs,
             problems=self._problems,
             compared=self._compared,
-            replaced=self._replaced,
+            replaced=sorted(self._replaced),
             matrices_checked=checked.matrices if checked else 0,
             matrices_dense=checked.dense if checked else [],
             matrices_because=checked.because if checked else None,

@@ -11,8 +11,11 @@ Shapes: E experts, O output features, I input features.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spp.ops.zeros import is_sparse
 
@@ -73,3 +76,30 @@ def pruned_stacks(model: nn.Module) -> dict[str, Stack]:
         for name, stack in stacks_in(model).items()
         if (not stack.transposed if stack.weight.is_meta else is_sparse(list(stack.weight)))
     }
+
+
+def trace_as_one_expert_(model: nn.Module) -> None:
+    """Make every module of experts compute with its first expert for all tokens, for tracing without data, in place.
+
+    What is computed means nothing, but its tensors are as large as those of all experts together, whatever the tokens'
+    choice, which cannot be traced.
+    """
+    for module in model.modules():
+        if stacks_of(module):
+            module.forward = partial(_one_expert, module)
+
+
+def _one_expert(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts' output (T, H) for T tokens, each with k experts."""
+
+    def layer(name: str, x: Tensor) -> Tensor:
+        bias = getattr(experts, f"{name}_bias")[0] if experts.has_bias else None
+        return F.linear(x, stacks[name].weight[0], bias)
+
+    stacks = stacks_of(experts)
+    count = top_k_index.shape[-1]
+    inputs = hidden_states.repeat_interleave(count, dim=0)
+    gate = experts._apply_gate if experts.has_gate else experts.act_fn
+    inner = gate(layer("gate_up_proj" if experts.has_gate else "up_proj", inputs))
+    outputs = layer("down_proj", inner) * top_k_weights.reshape(-1, 1)
+    return outputs.reshape(len(hidden_states), count, -1).sum(dim=1).to(hidden_states.dtype)

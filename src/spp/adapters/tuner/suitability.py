@@ -22,11 +22,14 @@ def warn_of_unsuitable(model: nn.Module) -> None:
     """Warn if the adapted weights have no zeros to keep, or if experts get no adapter.
 
     Args:
-        model: with adapters. Where its weights are packed, quantized, or on the meta device, zeros are not counted.
+        model: with adapters. Where weights are packed or quantized, zeros are not counted, and on the meta device there
+            is nothing to warn of.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
     weights = list(_adapted(model))
-    if weights and not any(weight is None or weight.is_meta for weight in weights):
-        counted = [weight for weight in weights if weight is not None]
+    counted = [weight for weight in weights if weight is not None]
+    if weights and len(counted) == len(weights):
         warn_if_dense(
             getattr(model, "name_or_path", "") or type(model).__name__, share_of_zeros(counted, up_to=SPARSE_FROM)
         )
