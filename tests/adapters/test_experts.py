@@ -178,6 +178,12 @@ def test_from_python_a_dense_base_and_experts_of_an_unknown_kind_are_warned_of(c
     assert "get no adapter, e.g. model.layers.0.feed_forward.experts.gate_up_proj: SPP does not know" in caplog.text
 
 
+def test_a_compiled_model_computes_the_same():
+    adapted = with_adapter(pruned("mixtral"))
+    expected = logits(adapted)
+    torch.testing.assert_close(logits(torch.compile(adapted, backend="eager")), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_two_adapters_and_dropout_add_up():
     model = with_adapter(pruned("mixtral"))
     first = logits(model)

@@ -46,6 +46,7 @@ def test_pruned_experts_are_trained_by_default(request_for, tmp_path, family, ch
     assert {name for name, one in found.items() if one.of_experts} == STACKS
     assert all(one.A.any() for one in found.values())
     assert report.losses[-1][1] < report.losses[0][1]
+    assert "spp convert" not in (tmp_path / "adapter" / "README.md").read_text()  # HiRA has no place for experts
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert report.trainable_parameters == sum(tensor.numel() for tensor in tensors.values())
     assert 0.2 < report.sparsity < 0.5  # half of the experts, which are most of the adapted weights

@@ -100,6 +100,10 @@ class SppExperts(nn.Module, SppLayer):
         active = [name for name in self.active_adapters if name in self.spp_A]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(*args, **kwargs)
+        return self._adapted(active, *args, **kwargs)
+
+    @torch.compiler.disable  # which experts are called, and on how many tokens, is different in each call
+    def _adapted(self, active: list[str], *args: Any, **kwargs: Any) -> Any:
         base = self.get_base_layer()
         adapted = {name: _AdaptedStack(stack, self._applied(active, name)) for name, stack in self.stacks.items()}
         with onloaded(base), _eager(base, {name: stack for name, stack in adapted.items() if stack.applied}):
