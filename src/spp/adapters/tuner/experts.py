@@ -100,7 +100,7 @@ class SppExperts(nn.Module, SppLayer):
         active = [name for name in self.active_adapters if name in self.spp_A]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(*args, **kwargs)
-        return self._adapted(active, *args, **kwargs)
+        return self._adapted(active, *args, **kwargs)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     @torch.compiler.disable  # which experts are called, and on how many tokens, is different in each call
     def _adapted(self, active: list[str], *args: Any, **kwargs: Any) -> Any:
