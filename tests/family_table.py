@@ -31,10 +31,17 @@ def matrices_of(model: PreTrainedModel) -> list[str]:
 
 
 def row_of(model: PreTrainedModel, adapted: Iterable[str]) -> Row:
-    """The row of a model of which these layers have adapters."""
-    prefix, names = decoder_blocks(model)[0], matrices_of(model)
-    without = set(names).difference(adapted)
-    return f"`{prefix}`", _by_module(names, prefix), _by_module([name for name in names if name in without], prefix)
+    """The row of a model of which these layers, and stacks of experts, have adapters."""
+    prefix, names, adapted = decoder_blocks(model)[0], matrices_of(model), list(adapted)
+    without = [name for name in names if name not in adapted and not _is_in_a_stack(name, adapted)]
+    return f"`{prefix}`", _by_module(names, prefix), _by_module(without, prefix)
+
+
+def _is_in_a_stack(name: str, stacks: list[str]) -> bool:
+    """Whether `experts.0.gate_proj` is part of `experts.gate_up_proj`."""
+    expert, _, layer = name.rpartition(".")
+    experts, part = expert.rpartition(".")[0], layer.partition("_")[0]
+    return any(stack.startswith(f"{experts}.") and part in stack.rpartition(".")[2].split("_") for stack in stacks)
 
 
 def _by_module(names: Iterable[str], prefix: str) -> str:

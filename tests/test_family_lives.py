@@ -19,6 +19,7 @@ from spp.adapters.spp_format import read_adapter
 from spp.checkpoints.options import VerifyOptions
 from spp.checkpoints.verify import verify
 from spp.models.architecture import auto_class, decoder_blocks, prunable_linears
+from spp.models.experts import stacks_in
 from spp.models.loading import load_model
 from spp.options import LoadingOptions
 from spp.pruning.options import PruneOptions
@@ -54,7 +55,7 @@ def live(dense: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerFas
     tokenizer.save_pretrained(before)
     prune(PruneOptions.build({"model": str(before), "out": pruned, "criterion": "magnitude", "device": "cpu"}))
     adapter = trained(pruned, folder / "adapter", stories)
-    factors = read_adapter(adapter)
+    factors = read_adapter(adapter).factors
     report = merge(MergeOptions.build({"model": str(pruned), "adapter": adapter, "out": merged}))
     assert len(report.tensors) >= len(factors)  # more, if the files hold a matrix in parts
     assert verify(VerifyOptions.build({"base": str(pruned), "other": str(merged), "pattern": "2:4"})).verified
@@ -64,7 +65,7 @@ def live(dense: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerFas
     torch.testing.assert_close(logits(stock), adapted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(adapted, logits(loaded_without_spp(pruned)), atol=1e-4)
     assert not [name for name, one in factors.items() if not one.A.any()]
-    assert set(factors) <= set(prunable_linears(stock))
+    assert set(factors) <= {*prunable_linears(stock), *stacks_in(stock)}
     return set(factors)
 
 

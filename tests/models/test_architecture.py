@@ -28,10 +28,10 @@ from spp.models.architecture import (
     is_transposed,
     prunable_linears,
     prunable_matrices,
-    stacked_weights,
     unreached_weights,
     weight_oi,
 )
+from spp.models.experts import stacks_in
 from spp.models.pack_model import pack_
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -169,14 +169,15 @@ def test_a_packed_layer_has_no_matrix(tiny_model: MakeModel) -> None:
         matrices_of(model)
 
 
-def test_no_stack_is_reached_by_adapters_and_some_not_by_pruning() -> None:
+def test_some_stacks_are_not_reached_by_pruning() -> None:
     """GPT-OSS multiplies with its stacks as (I, O), and mixes the rows of gates and ups."""
     mixtral, gpt_oss = tiny_model_of("mixtral"), tiny_model_of("gpt_oss")
     stacks = [f"model.layers.{index}.mlp.experts.{part}_proj" for index in range(2) for part in ("gate_up", "down")]
-    assert stacked_weights(mixtral) == stacked_weights(gpt_oss) == stacks
+    assert list(stacks_in(mixtral)) == list(stacks_in(gpt_oss)) == stacks
     assert unreached_weights(mixtral) == []
     assert unreached_weights(gpt_oss) == stacks
     assert not [name for name in [*matrices_of(gpt_oss), *prunable_linears(mixtral)] if "experts" in name]
+    assert {stack.shape for stack in stacks_in(gpt_oss).values()} == {(4, 96, 32), (4, 32, 48)}
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # spp merge unties
             adapted = PeftModel.from_pretrained(model, str(adapter))
         # Loaded again, because only this call reports mismatches: PEFT leaves factors that the file lacks at their
         # initial values, and drops those of modules that the model lacks.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +16,21 @@ from torch import Tensor
 
 from spp._version import __version__
 from spp.adapters.attach import check_adapter
-from spp.adapters.factors import SETTINGS, WEIGHTS, Factors, check_factors, read_settings
+from spp.adapters.factors import (
+    KEY_PREFIX,
+    SETTINGS,
+    WEIGHTS,
+    Factors,
+    check_factors,
+    read_settings,
+    read_tensors,
+)
 from spp.adapters.hira_format import factors_of_hira, hira_rank, hira_tensors, read_hira
-from spp.adapters.merge import match_adapter
+from spp.adapters.matching import match_adapter
 from spp.adapters.options import ConvertOptions
 from spp.adapters.published_format import read_published
-from spp.adapters.spp_format import read_adapter, tensors_of
+from spp.adapters.spp_format import Adapter, read_adapter, tensors_of
+from spp.adapters.trained_whole import Whole, split_whole
 from spp.adapters.tuner import SppConfig
 from spp.adapters.tuner.ranks import rank_of
 from spp.checkpoints.atomic_folder import check_output, new_folder
@@ -39,7 +48,7 @@ Layout = Literal["SPP", "HiRA", "published"]
 
 _LAYOUTS: dict[str, Layout] = {"SPP": "SPP", "HIRA": "HiRA", "LORA": "published"}  # by PEFT's type
 _TARGETS: dict[str, Layout] = {"spp": "SPP", "hira": "HiRA"}
-_SHARED = ("task_type", "base_model_name_or_path", "revision")
+_SHARED = ("task_type", "base_model_name_or_path", "revision", "modules_to_save")
 _ORIGINAL = "spp_settings"
 """Key in the manifest of a HiRA adapter for the settings of the SPP adapter that it was converted from."""
 
@@ -68,6 +77,7 @@ class _Source:
     Attributes:
         manifest: the content of spp.json; empty if there is none.
         original: the settings of the SPP adapter, also of one that was converted to HiRA; None for all others.
+        whole: weights that were trained whole, which every layout has in the same form.
     """
 
     layout: Layout
@@ -75,6 +85,7 @@ class _Source:
     manifest: dict[str, Any]
     original: SppConfig | None
     factors: dict[str, Factors]
+    whole: dict[str, Whole] = field(default_factory=dict)
 
 
 def convert(options: ConvertOptions) -> ConvertReport:
@@ -98,6 +109,7 @@ def convert(options: ConvertOptions) -> ConvertReport:
     if options.base:
         config.base_model_name_or_path, config.revision = options.base, None
     tensors = hira_tensors(source.factors) if target == "HiRA" else tensors_of(source.factors)
+    tensors |= {f"{KEY_PREFIX}{name}": one.values.contiguous() for name, one in source.whole.items()}
     if overflown := [name for name, tensor in tensors.items() if not all_finite(tensor)]:
         raise SppError(
             f"adapter {options.adapter}: its scale is so large that {overflown[0]} overflows; nothing was written"
@@ -137,20 +149,38 @@ def _target(layout: Layout, settings: Mapping[str, Any], options: ConvertOptions
 def _read(folder: Path, layout: Layout, settings: dict[str, Any]) -> _Source:
     manifest = read_object(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     original = None
+    whole: dict[str, Whole] = {}
     if layout == "SPP":
-        factors = read_adapter(folder)
+        adapter = read_adapter(folder)
+        factors, whole = adapter.factors, adapter.whole
+        _require_linear(adapter, folder)
         settings = {"directions": 1, **settings}
         original = _spp_settings(settings, folder / SETTINGS)
     elif layout == "published":
         factors = read_published(folder, settings)
     else:
         original = _spp_settings(manifest[_ORIGINAL], folder / MANIFEST) if _ORIGINAL in manifest else None
-        factors = check_factors(_read_hira(folder, original), folder)
-    return _Source(layout=layout, settings=settings, manifest=manifest, original=original, factors=factors)
+        tensors, whole = split_whole(read_tensors(folder), settings, folder)
+        factors = check_factors(_read_hira(tensors, folder, original), folder)
+    return _Source(layout=layout, settings=settings, manifest=manifest, original=original, factors=factors, whole=whole)
 
 
-def _read_hira(folder: Path, original: SppConfig | None) -> dict[str, Factors]:
-    pairs = read_hira(folder)
+def _require_linear(adapter: Adapter, folder: Path) -> None:
+    """Refuse what no other layout has a place for."""
+    if stacks := [name for name, one in adapter.factors.items() if one.of_experts]:
+        raise UsageError(
+            f"adapter {folder} has factors of stacked experts, e.g. {stacks[0]}, and HiRA is of linear layers alone; "
+            "merge the adapter instead (spp merge)"
+        )
+    if rows := [name for name, one in adapter.whole.items() if one.rows is not None]:
+        raise UsageError(
+            f"adapter {folder} has trained rows of {rows[0]}, and HiRA has no trainable_token_indices; merge the "
+            "adapter instead (spp merge)"
+        )
+
+
+def _read_hira(tensors: Mapping[str, Tensor], folder: Path, original: SppConfig | None) -> dict[str, Factors]:
+    pairs = read_hira(tensors, folder)
     try:
         if original is None:
             return factors_of_hira(pairs)
@@ -162,7 +192,7 @@ def _read_hira(folder: Path, original: SppConfig | None) -> dict[str, Factors]:
 
 def _spp_settings(settings: Mapping[str, Any], path: Path) -> SppConfig:
     """The settings of an SPP adapter, as they were read from `path`."""
-    known = {field.name for field in fields(SppConfig)}
+    known = {one.name for one in fields(SppConfig)}
     try:
         return SppConfig(**{name: value for name, value in settings.items() if name in known})
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
@@ -184,7 +214,7 @@ def _fitting_base(source: _Source, options: ConvertOptions) -> Checkpoint | None
     if options.base is None:
         return None
     base = Checkpoint.open(resolve_model(options.base))
-    match_adapter(base, source.factors, options.adapter)
+    match_adapter(base, Adapter(source.factors, source.whole), options.adapter)
     check_adapter(options.adapter, options.base, base.folder)
     return base
 

@@ -1,6 +1,6 @@
 """Read adapters of any format from disk: their settings, their tensors, and the factors A and B.
 
-Shapes: O output features, I input features, R row groups, K directions.
+Shapes: E experts, O output features, I input features, R row groups, K directions.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,10 @@ KEY_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Factors:
-    """The trained factors of one weight: `A` (R K, I), `B` (O, K) and the scale s."""
+    """The trained factors of one weight: `A` (R K, I), `B` (O, K) and the scale s.
+
+    Those of a stack of experts are (E, R K, I) and (E, O, K).
+    """
 
     A: Tensor
     B: Tensor
@@ -40,21 +43,41 @@ class Factors:
     @property
     def directions(self) -> int:
         """K."""
-        return self.B.shape[1]
+        return self.B.shape[-1]
 
     @property
     def groups(self) -> int:
         """R."""
-        return self.A.shape[0] // self.directions
+        return self.A.shape[-2] // self.directions
 
-    def stored_shape(self, transposed: bool) -> tuple[int, int]:
-        """Shape of the weight that the factors fit: (O, I), or (I, O) if it is stored transposed."""
-        out_features, in_features = self.B.shape[0], self.A.shape[1]
-        return (in_features, out_features) if transposed else (out_features, in_features)
+    @property
+    def of_experts(self) -> bool:
+        """Whether they are those of a stack of experts."""
+        return self.A.ndim == 3
+
+    def __getitem__(self, expert: int) -> Factors:
+        """The factors of one expert of a stack."""
+        return Factors(A=self.A[expert], B=self.B[expert], scale=self.scale)
+
+    @classmethod
+    def stack(cls, experts: Sequence[Factors]) -> Factors:
+        """The factors of a stack, from those of its experts."""
+        A, B = (torch.stack([getattr(one, name) for one in experts]) for name in ("A", "B"))
+        return cls(A=A, B=B, scale=experts[0].scale)
+
+    def stored_shape(self, transposed: bool) -> tuple[int, ...]:
+        """Shape of the weight that the factors fit: (O, I), or (I, O) if stored transposed; a stack has E, too."""
+        out_features, in_features = self.B.shape[-2], self.A.shape[-1]
+        return (*self.A.shape[:-2], *((in_features, out_features) if transposed else (out_features, in_features)))
 
     def merge(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """W' = W + s * W * (A[g] B) (paper, eq. 5), in fp32, rounded once to W's dtype or another; zeros are +0.0."""
-        return merged_weight(weight, self.A, self.B, self.scale, dtype)
+        if not self.of_experts:
+            return merged_weight(weight, self.A, self.B, self.scale, dtype)
+        out = torch.empty(weight.shape, dtype=dtype or weight.dtype)
+        for expert, one in enumerate(weight):
+            out[expert] = self[expert].merge(one, dtype)
+        return out
 
 
 def check_factors(factors: Mapping[str, Factors], folder: Path) -> dict[str, Factors]:
@@ -66,8 +89,7 @@ def check_factors(factors: Mapping[str, Factors], folder: Path) -> dict[str, Fac
     problems = []
     for module, one in factors.items():
         A, B = tuple(one.A.shape), tuple(one.B.shape)
-        whole = len(A) == len(B) == 2 and 0 < B[1] <= MOST_DIRECTIONS and 0 < A[0] <= B[0] and A[0] % B[1] == 0
-        if not (whole and A[1]):
+        if not (len(A) == len(B) in (2, 3) and A[:-2] == B[:-2] and 0 not in (*A, *B) and _fit(A[-2], *B[-2:])):
             problems.append(f"{module}: A is {A} and B is {B}, where (R K, I) and (O, K) with R K <= O are expected")
         elif not (is_float(one.A) and is_float(one.B)):
             problems.append(f"{module}: A is {one.A.dtype} and B is {one.B.dtype}, and only floats are factors")
@@ -75,6 +97,11 @@ def check_factors(factors: Mapping[str, Factors], folder: Path) -> dict[str, Fac
             problems.append(f"{module}: A or B holds NaN or infinity; the training was ruined, or the file is damaged")
     raise_problems([f"adapter {folder}: {problem}" for problem in problems], SppError)
     return dict(factors)
+
+
+def _fit(rows: int, out_features: int, directions: int) -> bool:
+    """Whether A with so many rows fits B (O, K)."""
+    return 0 < directions <= MOST_DIRECTIONS and rows <= out_features and rows % directions == 0
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spp.adapters.factors import KEY_PREFIX, Factors, parts_by_module, read_tensors
+from spp.adapters.factors import KEY_PREFIX, Factors, parts_by_module
 from spp.errors import SppError, UsageError
 from spp.ops.reference import MOST_DIRECTIONS, fitting_groups, row_groups, wide_dtype
 from spp.ops.zeros import is_float
@@ -59,15 +59,18 @@ def _columns(out_features: int, groups: int, directions: int) -> Tensor:
     return directions * row_groups(out_features, groups)[:, None] + torch.arange(directions)
 
 
-def read_hira(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read a saved HiRA adapter: module name -> A_h, B_h.
+def read_hira(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors of a saved HiRA adapter: module name -> A_h, B_h.
+
+    Args:
+        tensors: of its file, without weights that were trained whole.
+        folder: the adapter's folder, for errors.
 
     Raises:
-        UsageError: the file with its weights is missing.
-        SppError: the file is damaged, or holds more than factors of linear layers.
+        SppError: there is more than factors of linear layers.
     """
-    what = "pairs of HiRA factors of linear layers (embeddings and modules_to_save have no place in an SPP adapter)"
-    parts = parts_by_module(read_tensors(folder), (_A, _B), folder, what)
+    what = "pairs of HiRA factors of linear layers (factors of embeddings have no place in an SPP adapter)"
+    parts = parts_by_module(tensors, (_A, _B), folder, what)
     pairs = {module: (part[_A], part[_B]) for module, part in parts.items()}
     for module, (A, B) in pairs.items():
         whole = A.ndim == B.ndim == 2 and len(A) == B.shape[1] and A.numel() and B.numel()

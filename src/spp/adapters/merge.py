@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor
 
 from spp._version import __version__
-from spp.adapters.factors import WEIGHTS, Factors
+from spp.adapters.factors import WEIGHTS
+from spp.adapters.matching import Changes, match_adapter
 from spp.adapters.merge_record import MergeRecord, finished
 from spp.adapters.options import MergeOptions
-from spp.adapters.spp_format import read_adapter
+from spp.adapters.spp_format import Adapter, read_adapter
 from spp.adapters.stochastic_rounding import round_stochastically
 from spp.checkpoints.atomic_folder import check_output, resumable_folder
 from spp.checkpoints.checkpoint import MANIFEST, VERIFICATION, Checkpoint
@@ -42,13 +42,11 @@ from spp.checkpoints.model_card import read_licence, write_model_card
 from spp.checkpoints.prefetch import read_ahead
 from spp.checkpoints.request import Request
 from spp.checkpoints.rewrite import Rewriting
-from spp.checkpoints.verification_record import digests_of
+from spp.checkpoints.verification_record import REPLACED, digests_of, replaced_tensors
 from spp.checkpoints.verify import failures
 from spp.errors import SppError, raise_problems
-from spp.models.weight_map import Part
-from spp.models.weight_names import weights_in_files
-from spp.ops.dtypes import FLOATS
-from spp.ops.reference import mixture, row_groups, wide_dtype
+from spp.models.weight_names import WeightNames, weights_in_files
+from spp.ops.reference import wide_dtype
 from spp.ops.zero_proof import TensorProof, compare
 from spp.ops.zeros import canonical_zeros, count_non_finite
 from spp.runtime.progress import track_bytes
@@ -56,7 +54,7 @@ from spp.runtime.progress import track_bytes
 logger = logging.getLogger("spp")
 
 _UNCHANGED_WORTH_A_WARNING = 0.5
-_MERGED_DTYPES = [one.safetensors for one in FLOATS.values()]
+_TIED = "tie_word_embeddings"
 _AT_ONCE = 2**28  # bytes written before they are flushed to disk, which happens while the next ones are written
 
 
@@ -69,6 +67,7 @@ class MergeReport:
         zeros: zeros of the base in merged and converted tensors; every one of them is +0.0 in the result.
         tensors: proof of each merged tensor.
         converted: proof of each tensor that only got another dtype; all others are copied byte for byte.
+        replaced: names of tensors that were trained whole, without SPP: dense weights, of which nothing is proved.
         underflowed: survivors (non-zeros of the base) that rounding turned into zeros.
         unchanged_share: share of the survivors in merged tensors whose change was lost in rounding.
     """
@@ -78,6 +77,7 @@ class MergeReport:
     zeros: int
     tensors: dict[str, TensorProof]
     converted: dict[str, TensorProof]
+    replaced: list[str]
     underflowed: int
     unchanged_share: float
     seconds: float
@@ -94,16 +94,18 @@ def merge(options: MergeOptions) -> MergeReport:
     base = Checkpoint.open(resolve_model(options.model))
     check_output(options.out, options.overwrite, inputs=(base.folder, options.adapter))
     base.require_unquantized("merge into the sparse model before quantization")
-    factors = match_adapter(base, read_adapter(options.adapter), options.adapter)
+    adapter = read_adapter(options.adapter)
+    changes = match_adapter(base, adapter, options.adapter)
     digests = tensor_digests(base)
-    request = _request(base, digests, factors, options)
+    request = _request(base, digests, adapter, options)
     warn_of_other_base(options.adapter, options.model, lambda: str(request.inputs[WEIGHTS_OF_MODEL]))
     with resumable_folder(options.out, request, overwrite=options.overwrite) as (folder, work):
-        record = _write(base, factors, options, folder, work)
+        record = _write(base, changes, options, folder, work)
         raise_problems([f"{problem}; nothing was written" for problem in _problems(record, options)], SppError)
-        report = _report(options.out, record.proofs, factors, time.perf_counter() - start)
+        _require_untied(folder, changes)
+        report = _report(options.out, record, changes, time.perf_counter() - start)
         write_json(
-            folder / VERIFICATION, _verification(base, options, report) | digests_of(digests, record.digests(digests))
+            folder / VERIFICATION, _verification(record, options, report) | digests_of(digests, record.digests(digests))
         )
         write_json(folder / MANIFEST, _manifest(base, options, report))
         write_model_card(folder)
@@ -130,32 +132,33 @@ def _problems(record: MergeRecord, options: MergeOptions) -> list[str]:
     return problems
 
 
-def _request(
-    base: Checkpoint, digests: dict[str, str], factors: Mapping[str, Factors], options: MergeOptions
-) -> Request:
+def _request(base: Checkpoint, digests: dict[str, str], adapter: Adapter, options: MergeOptions) -> Request:
     """All that the bits of the result depend on."""
-    adapter = {"adapter": file_digest(options.adapter / WEIGHTS), "scales of the adapter": _digest_of_scales(factors)}
-    inputs = {**model_digests(base.folder, fingerprint(base, digests)), **adapter}
+    scales = _digest({name: one.scale for name, one in adapter.factors.items()})
+    whole = {name: one.rows if one.rows is None else one.rows.tolist() for name, one in adapter.whole.items()}
+    inputs = {
+        **model_digests(base.folder, fingerprint(base, digests)),
+        "adapter": file_digest(options.adapter / WEIGHTS),
+        "scales of the adapter": scales,
+        **({"weights that the adapter replaces": _digest(whole)} if whole else {}),
+    }
     return Request(options.of_the_result(), inputs, {"spp": __version__})
 
 
-def _digest_of_scales(factors: Mapping[str, Factors]) -> str:
-    return hashlib.sha256(json.dumps({name: one.scale for name, one in factors.items()}).encode()).hexdigest()
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _write(
-    base: Checkpoint, factors: Mapping[str, Factors], options: MergeOptions, folder: Path, work: Path
-) -> MergeRecord:
+def _write(base: Checkpoint, changes: Changes, options: MergeOptions, folder: Path, work: Path) -> MergeRecord:
     """Write every tensor that no earlier run has written; return the record of all.
 
     While one tensor is merged, the next one is read, the previous one is written, and earlier ones are flushed to disk.
     """
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    files = Rewriting(base, folder, dtype)
+    files = Rewriting(base, folder, dtype, added=changes.added, settings=_untying(base) if changes.unties else {})
     record = MergeRecord(work, files)
-    copied = {name for name in base.names if name not in factors and files.layouts[name] == base.layouts[name]}
-    sizes = {name: layout.nbytes for name, layout in base.layouts.items()}
-    left = [name for name in base.names if name not in record.done]
+    sizes = {name: layout.nbytes for name, layout in files.layouts.items()}
+    left = [name for name in files.layouts if name not in record.done]
     total, unsaved = sum(sizes.values()), 0
     with (
         ThreadPoolExecutor(1) as writer,
@@ -163,14 +166,15 @@ def _write(
         track_bytes("merging", total, done=total - sum(sizes[name] for name in left)) as advance,
     ):
         writing = finished()
-        for name, before in read_ahead(base.read, left):
+        for name, before in read_ahead(lambda name: base.read(changes.source(name)), left):
             writing.result()
             non_finite = count_non_finite(before)
-            if name in copied:
+            if changes.keep(base, name) and files.layouts[name] == base.layouts[name]:
                 writing = writer.submit(record.copy, name, non_finite)
             else:
-                after = _new(name, before, factors.get(name), base.transposed(name), dtype or before.dtype, options)
-                writing = writer.submit(record.write, name, after, compare(before, after), non_finite)
+                after = _new(name, before, changes, dtype or before.dtype, options)
+                proof = None if changes.is_dense(name) else compare(before, after)
+                writing = writer.submit(record.write, name, after, proof, non_finite)
                 del after  # or it would be in memory beside the next ones
             del before
             advance(sizes[name])
@@ -183,19 +187,17 @@ def _write(
     return record
 
 
-def _new(
-    name: str, weight: Tensor, factors: Factors | None, transposed: bool, dtype: torch.dtype, options: MergeOptions
-) -> Tensor:
-    """W' = W + s * W * (A[g] B) (paper, eq. 5), rounded once; or W itself in another dtype. Zeros are +0.0."""
-    if factors is None:
+def _new(name: str, weight: Tensor, changes: Changes, dtype: torch.dtype, options: MergeOptions) -> Tensor:
+    """W' = W + s * W * (A[g] B) (paper, eq. 5), rounded once, zeros as +0.0; or a dense W; or W in another dtype."""
+    if name in changes.replaced:
+        return changes.replaced[name].applied(weight).to(dtype)
+    if name not in changes.updates:
         return canonical_zeros(weight.to(dtype))
-    weight = weight.T if transposed else weight
+    update = changes.updates[name]
     if options.rounding == "stochastic":
-        wide = factors.merge(weight, wide_dtype(weight, factors.A, factors.B))
-        merged = _rounded(wide, dtype, options.seed, name)
-    else:
-        merged = factors.merge(weight, dtype)
-    return merged.T.contiguous() if transposed else merged
+        wide = update.merge(weight, wide_dtype(weight, update.factors.A, update.factors.B))
+        return _rounded(wide, dtype, options.seed, name)
+    return update.merge(weight, dtype)
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype, seed: int, name: str) -> Tensor:
@@ -206,76 +208,42 @@ def _rounded(weight: Tensor, dtype: torch.dtype, seed: int, name: str) -> Tensor
     return round_stochastically(weight, dtype, torch.Generator().manual_seed(int.from_bytes(digest[:7])))
 
 
-def match_adapter(base: Checkpoint, adapter: dict[str, Factors], folder: Path) -> dict[str, Factors]:
-    """The factors by the tensor that they change: its name in the checkpoint -> factors.
-
-    Raises:
-        SppError: some do not fit, so that the adapter belongs to another model.
-    """
-    matched: dict[str, Factors] = {}
-    problems = []
-    weights = weights_in_files(base)
-    for module, factors in adapter.items():
-        parts = weights.get(module, {})
-        problem = None if parts else f"it has no weight for {module}"
-        for name, part in parts.items():
-            found = _of_part(factors, part)
-            problem = problem or _misfit(base, name, found)
-            if found is not None and matched.setdefault(name, found) is not found:
-                problem = problem or f"it has {name} for {module}, and for another module as well"
-        problems += [problem] if problem else []
-    if problems:
-        raise SppError(
-            f"adapter {folder} was trained for another model than {base.folder}: {len(problems)} of {len(adapter)} "
-            f"weights do not fit; first of them: {problems[0]}"
-        )
-    return matched
-
-
-def _misfit(base: Checkpoint, name: str, factors: Factors | None) -> str | None:
-    """Why factors cannot be merged into a tensor, or None."""
-    if factors is None:
-        return f"its {name} is laid out in another way than the model's weight"
-    if base.layouts[name].dtype not in _MERGED_DTYPES:
-        return f"its {name} is {base.layouts[name].dtype}, and only {', '.join(_MERGED_DTYPES)} can be merged into"
-    if base.shape(name) != (wanted := factors.stored_shape(base.transposed(name))):
-        return f"its {name} is {base.shape(name)}, the adapter's {wanted}"
-    return None
-
-
-def _of_part(factors: Factors, part: Part) -> Factors | None:
-    """The factors of a whole weight, or of rows of it that the files hold by themselves; None for other parts."""
-    if not part.steps:
-        return factors
-    shape = factors.stored_shape(transposed=False)
-    if (rows := part.rows(shape)) is None:
-        return None
-    count, directions = factors.groups, factors.directions
-    groups, B = row_groups(shape[0], count)[rows], factors.B[rows]
-    A = factors.A.unflatten(0, (count, directions))
-    finer = row_groups(len(rows), count)
-    outer = torch.zeros(count, dtype=groups.dtype).scatter_(0, finer, groups)
-    if count * directions <= len(rows) and outer[finer].equal(groups):
-        return Factors(A=A[outer].flatten(0, 1), B=B, scale=factors.scale)
-    # Groups do not end where the part does: what each row is multiplied with, with the bits that merging gives it.
-    wide = wide_dtype(A, B)
-    multiplier = mixture([A[groups, k].to(wide) for k in range(directions)], factors.scale * B.to(wide))
-    return Factors(A=multiplier, B=torch.ones(len(rows), 1), scale=1.0)
-
-
-def _report(out: Path, proofs: dict[str, TensorProof], factors: Container[str], seconds: float) -> MergeReport:
-    merged = {name: proof for name, proof in proofs.items() if name in factors}
+def _report(out: Path, record: MergeRecord, changes: Changes, seconds: float) -> MergeReport:
+    proofs = record.proofs
+    merged = {name: proof for name, proof in proofs.items() if name in changes.updates}
     survivors = sum(proof.survivors for proof in merged.values())
     return MergeReport(
         verified=True,
         out=out,
         zeros=sum(proof.zeros for proof in proofs.values()),
         tensors=merged,
-        converted={name: proof for name, proof in proofs.items() if name not in factors},
+        converted={name: proof for name, proof in proofs.items() if name not in changes.updates},
+        replaced=sorted(changes.replaced.keys() | changes.added.keys()),
         underflowed=sum(proof.underflowed for proof in proofs.values()),
         unchanged_share=sum(proof.unchanged for proof in merged.values()) / max(survivors, 1),
         seconds=seconds,
     )
+
+
+def _untying(base: Checkpoint) -> dict[str, Any]:
+    """The settings in config.json that untie a model's embeddings, also those of its language model."""
+    inner = {name: part for name, part in base.config.items() if isinstance(part, dict) and _TIED in part}
+    return {_TIED: False, **{name: {**part, _TIED: False} for name, part in inner.items()}}
+
+
+def _require_untied(folder: Path, changes: Changes) -> None:
+    """Check that the new files give weights that were tied values of their own.
+
+    Raises:
+        SppError: the model's class ties them whatever its configuration says.
+    """
+    names = weights_in_files(Checkpoint.open(folder)) if changes.unties else WeightNames({})
+    if tied := sorted(names.tied):
+        raise SppError(
+            f"the adapter trained {tied[0]} and {names.tied[tied[0]]} apart, and this model's class ties them whatever "
+            "config.json says; train it again without the one of them in modules_to_save, or merge it in memory with "
+            "PeftModel.merge_and_unload; nothing was written"
+        )
 
 
 def _manifest(base: Checkpoint, options: MergeOptions, report: MergeReport) -> dict[str, Any]:
@@ -293,10 +261,11 @@ def _manifest(base: Checkpoint, options: MergeOptions, report: MergeReport) -> d
         "adapter": str(options.adapter),
         "training": {key: training[key] for key in ("data", "settings", "steps", "tokens") if key in training},
         "verification": _totals(report),
+        REPLACED: sorted({*report.replaced, *replaced_tensors(base.manifest)}),
     }
 
 
-def _verification(base: Checkpoint, options: MergeOptions, report: MergeReport) -> dict[str, Any]:
+def _verification(record: MergeRecord, options: MergeOptions, report: MergeReport) -> dict[str, Any]:
     return {
         "tool": "spp",
         "version": __version__,
@@ -304,9 +273,10 @@ def _verification(base: Checkpoint, options: MergeOptions, report: MergeReport) 
         "adapter": str(options.adapter),
         **options.model_dump(include={"dtype", "rounding", "seed"}),
         **_totals(report),
-        "copied": len(base.names) - len(report.tensors) - len(report.converted),
+        "copied": len(record.done) - len(report.tensors) - len(report.converted) - len(report.replaced),
         "tensors": {name: asdict(proof) for name, proof in report.tensors.items()},
         "converted": {name: asdict(proof) for name, proof in report.converted.items()},
+        REPLACED: report.replaced,
     }
 
 

@@ -27,7 +27,8 @@ class MergeRecord:
 
     Attributes:
         done: name of each tensor that is written -> what is known of it, as JSON values: its proof (None if it was
-            copied), its SHA-256 (None if that is the base's), and how many entries of the base are NaN or infinite.
+            copied, or is a dense weight that replaces the base's), its SHA-256 (None if that is the base's), and how
+            many entries of the base are NaN or infinite.
     """
 
     def __init__(self, folder: Path, files: Rewriting) -> None:
@@ -35,11 +36,11 @@ class MergeRecord:
         self._saver, self._saving = ThreadPoolExecutor(1), finished()
         self.done: dict[str, Any] = read_object(self._path) if self._path.is_file() else {}
 
-    def write(self, name: str, tensor: Tensor, proof: TensorProof, non_finite: int) -> None:
-        """Write a new tensor."""
+    def write(self, name: str, tensor: Tensor, proof: TensorProof | None, non_finite: int) -> None:
+        """Write a new tensor; a dense one that replaces the base's has no proof."""
         self.done[name] = {
             "sha256": self._files.write(name, tensor),
-            "proof": asdict(proof),
+            "proof": None if proof is None else asdict(proof),
             "non_finite": non_finite,
         }
 

@@ -25,6 +25,7 @@ def write_adapter_card(folder: Path) -> None:
         _TEMPLATE,
         card_data=metadata.to_yaml(),
         base=manifest["base"]["model"],
+        convertible=not read_object(folder / "adapter_config.json").get("target_parameters"),  # HiRA knows no experts
         facts=[(label, value) for label, value in facts if value is not None],
     )
     write_text(folder / CARD, card)

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from spp.checkpoints.checkpoint import MANIFEST, VERIFICATION
 from spp.checkpoints.companions import CARD
 from spp.checkpoints.json_files import read_object, write_json, write_text
+from spp.checkpoints.verification_record import replaced_tensors
 from spp.errors import SppError, UsageError
 from spp.patterns import parse_pattern
 
@@ -71,6 +72,7 @@ def _rendered(manifest: Mapping[str, Any], verification: Mapping[str, Any], name
             **{key: verification[key] for key in ("zeros", "underflowed", "unchanged_share", "copied")},
             "merged": len(verification["tensors"]),
             "converted": len(verification["converted"]),
+            "replaced": replaced_tensors(verification),
         },
     )
 

@@ -9,11 +9,9 @@ from torch import Tensor
 
 from spp.checkpoints.checkpoint import Checkpoint
 from spp.errors import UsageError
+from spp.ops.zeros import SPARSE_FROM
 from spp.options import is_one_of, listed_names
 from spp.patterns import NM, Pattern
-
-_PRUNED_FROM = 0.01
-"""Share of zeros from which a matrix counts as pruned where nothing says which ones were."""
 
 
 @dataclass
@@ -50,7 +48,7 @@ class Obedience:
             return cls(pattern, _named(targets, base), "named by --targets", orientation)
         if stored:
             return cls(pattern, set(stored), "listed in the manifest as pruned", orientation)
-        return cls(pattern, None, f"{_PRUNED_FROM:.0%} zeros or more in BASE, as nothing lists those pruned", {})
+        return cls(pattern, None, f"{SPARSE_FROM:.0%} zeros or more in BASE, as nothing lists those pruned", {})
 
     def check(self, name: str, base: Tensor, weight: Tensor, *, transposed: bool) -> str | None:
         """What is wrong with a tensor of OTHER, given with that of BASE; in words, or None."""
@@ -85,11 +83,16 @@ class Obedience:
         return self.pattern.violations(matrix.T if transposed else matrix)
 
 
+def is_pruned(checkpoint: Checkpoint, name: str, weight: Tensor) -> bool:
+    """Whether a tensor of a model is pruned: its manifest lists it, or else, without such a list, its zeros tell."""
+    return name in checkpoint.manifest["tensors"] if _lists_tensors(checkpoint) else _looks_pruned(weight)
+
+
 def _looks_pruned(weight: Tensor) -> bool:
     """Whether enough is zero outside of rows that are all zero, as embeddings of padding tokens are."""
     rows = weight.reshape(-1, weight.shape[-1])
     rows = rows[(rows != 0).any(dim=-1)]
-    return int((rows == 0).count_nonzero()) >= max(1, _PRUNED_FROM * weight.numel())
+    return int((rows == 0).count_nonzero()) >= max(1, SPARSE_FROM * weight.numel())
 
 
 def _lists_tensors(checkpoint: Checkpoint) -> bool:

@@ -7,6 +7,7 @@ setting.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class Rewriting:
         checkpoint: the model to copy.
         folder: the new model's folder; files that an earlier run laid out there are continued.
         dtype: dtype of all float tensors in the new model; None keeps each tensor's own.
+        added: name of a new tensor -> tensor of the checkpoint that it is like, and beside which it is stored.
+        settings: entries of config.json to set.
 
     Attributes:
         layouts: tensor name -> layout in the new model.
@@ -45,15 +48,26 @@ class Rewriting:
         SppError: the disk has no room for them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None = None) -> None:
-        self._checkpoint, self._folder, self._dtype = checkpoint, folder, dtype
-        self.layouts = {
-            name: in_dtype(layout, dtype) if dtype else layout for name, layout in checkpoint.layouts.items()
-        }
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        dtype: torch.dtype | None = None,
+        *,
+        added: Mapping[str, str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._checkpoint, self._folder, self._dtype, self._settings = checkpoint, folder, dtype, settings or {}
+        like = {name: name for name in checkpoint.names} | dict(added or {})
+        layouts = {name: checkpoint.layouts[model] for name, model in like.items()}
+        self.layouts = {name: in_dtype(layout, dtype) if dtype else layout for name, layout in layouts.items()}
         self._size = sum(layout.nbytes for layout in self.layouts.values())
         self._files: dict[str, TensorFile] = {}
         try:
-            for path, names in checkpoint.shards.items():
+            shards: dict[Path, list[str]] = {}
+            for name, model in like.items():
+                shards.setdefault(checkpoint.files[model], []).append(name)
+            for path, names in shards.items():
                 file = TensorFile(folder / dense_name(path.name), {name: self.layouts[name] for name in names})
                 self._files |= dict.fromkeys(names, file)
         except OSError as error:
@@ -81,16 +95,22 @@ class Rewriting:
 
     def finish(self) -> None:
         """Write the index and the model's other files (config, tokenizer)."""
-        write_companions(self._checkpoint, self._folder, self._dtype)
+        write_companions(self._checkpoint, self._folder, self._dtype, self._settings)
         files = {name: file.path.name for name, file in self._files.items()}
         if set(files.values()) != {SINGLE}:
             write_json(self._folder / INDEX, {"metadata": {"total_size": self._size}, "weight_map": files})
 
 
-def write_companions(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None = None) -> None:
+def write_companions(
+    checkpoint: Checkpoint,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Copy the files of a model besides its weights.
 
-    In the configuration, a sparsity config is left out, and the dtype is replaced if `dtype` is given.
+    In the configuration, a sparsity config is left out, and the dtype is replaced if `dtype` is given, and so are
+    `settings`.
     """
     for path in companions(checkpoint.folder):
         if path.name not in _NOT_COPIED:
@@ -101,6 +121,7 @@ def write_companions(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | 
         for name, value in checkpoint.config.items()
         if name not in _ANNOUNCEMENTS and not (name == "quantization_config" and is_plain(value))
     }
+    config |= settings or {}
     if dtype is not None:
         config = _with_dtype(config, dtype_name(dtype))
     if config != checkpoint.config:

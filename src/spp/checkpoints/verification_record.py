@@ -14,6 +14,15 @@ from spp.errors import SppError
 
 _BASE, _MODEL = "base", "model"
 
+REPLACED = "replaced"
+"""Key of a merged model's manifest and record: names of its tensors that training replaced whole, by dense weights."""
+
+
+def replaced_tensors(manifest: Mapping[str, Any]) -> list[str]:
+    """The names that a manifest or a record has there."""
+    names = manifest.get(REPLACED)
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
 
 def digests_of(base: Mapping[str, str], model: Mapping[str, str]) -> dict[str, Any]:
     """The part of a record that says what it was made of: SHA-256 of every tensor before and after the merge."""
@@ -28,12 +37,14 @@ class RecordCheck:
         problems: what is wrong, one sentence a tensor; empty where the model is the one that was proved.
         zeros: that the record counts.
         compared: tensors that both have.
+        replaced: those that it says were replaced by dense weights, so that nothing is proved of them.
         sha256: fingerprint of the model.
     """
 
     problems: list[str]
     zeros: int
     compared: int
+    replaced: list[str]
     sha256: str
 
 
@@ -64,4 +75,5 @@ def check_record(model: Checkpoint, path: Path) -> RecordCheck:
         for name, digest in found.items()
         if proved.get(name, digest) != digest
     ]
-    return RecordCheck(problems, zeros, len(found.keys() & proved.keys()), fingerprint(model, found))
+    compared = len(found.keys() & proved.keys())
+    return RecordCheck(problems, zeros, compared, replaced_tensors(record), fingerprint(model, found))

@@ -10,10 +10,10 @@ from torch import Tensor
 from spp.checkpoints.checkpoint import Checkpoint, is_buffer
 from spp.checkpoints.fingerprint import fingerprint, tensor_digest
 from spp.checkpoints.hub import resolve_model
-from spp.checkpoints.obeying import Obedience
+from spp.checkpoints.obeying import Obedience, is_pruned
 from spp.checkpoints.options import VerifyOptions
 from spp.checkpoints.prefetch import read_ahead
-from spp.checkpoints.verification_record import check_record
+from spp.checkpoints.verification_record import check_record, replaced_tensors
 from spp.errors import UsageError
 from spp.ops.dtypes import dtype_name
 from spp.ops.zero_proof import TensorProof, compare
@@ -34,6 +34,8 @@ class VerifyReport:
         tensors: proof of each tensor that has zeros or differs.
         problems: one sentence for each tensor that fails; empty if verified.
         compared: tensors that were looked into.
+        replaced: tensors of which nothing is proved, because OTHER's manifest, or the record, says that training
+            replaced them whole, by dense weights; a tensor that is pruned in BASE is never one.
         matrices_checked: matrices that were checked against the pattern, each expert by itself.
         matrices_dense: names of tensors with matrices that need not obey it.
         matrices_because: how it was known which have to obey.
@@ -49,6 +51,7 @@ class VerifyReport:
     tensors: dict[str, TensorProof]
     problems: list[str]
     compared: int
+    replaced: list[str] = field(default_factory=list)
     matrices_checked: int = 0
     matrices_dense: list[str] = field(default_factory=list)
     matrices_because: str | None = None
@@ -88,6 +91,7 @@ def _by_record(options: VerifyOptions, base: Checkpoint) -> VerifyReport:
         tensors={},
         problems=found.problems,
         compared=found.compared,
+        replaced=found.replaced,
         base_sha256=found.sha256,
         other_sha256=None,
     )
@@ -102,6 +106,8 @@ class _Comparison:
         self._problems: list[str] = []
         self._proofs: dict[str, TensorProof] = {}
         self._digests: tuple[dict[str, str], dict[str, str]] = ({}, {})
+        self._may_be_replaced = set(replaced_tensors(other.manifest))
+        self._replaced = list((self._may_be_replaced & other.files.keys()) - base.files.keys())
         self._zeros = self._compared = 0
 
     def add(self, name: str, before: Tensor, digest: str, after: Tensor | None, other_digest: str | None) -> None:
@@ -121,7 +127,10 @@ class _Comparison:
             if not same:
                 self._problems.append(f"{name}: {dtype_name(before.dtype)} cannot be looked into, and the two differ")
             return
-        self._compare(name, wide_before, wide_after, same=same)
+        if name in self._may_be_replaced and not same and not is_pruned(self._base, name, wide_before):
+            self._replaced.append(name)
+        else:
+            self._compare(name, wide_before, wide_after, same=same)
 
     def _compare(self, name: str, before: Tensor, after: Tensor, *, same: bool) -> None:
         proof = compare(before, after)
@@ -161,6 +170,7 @@ class _Comparison:
             tensors=self._proofs,
             problems=self._problems,
             compared=self._compared,
+            replaced=sorted(self._replaced),
             matrices_checked=checked.matrices if checked else 0,
             matrices_dense=checked.dense if checked else [],
             matrices_because=checked.because if checked else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +108,16 @@ def _train_dry_run(report: TrainingPrediction) -> Iterable[RenderableType]:
 
 def _merge(report: MergeReport) -> Iterable[RenderableType]:
     yield f"proved: all {report.zeros:,} zeros of the base are +0.0; {len(report.tensors)} matrices were merged"
+    yield from _replaced(report.replaced)
     if report.converted:
         yield f"{len(report.converted)} other tensors were converted, the rest copied byte for byte"
     yield f"rounding left {report.unchanged_share:.1%} of the survivors unchanged, and made {report.underflowed:,} zero"
     yield f"written to {report.out}, with verification.json and a model card, README.md"
+
+
+def _replaced(names: Sequence[str]) -> Iterable[RenderableType]:
+    if names:
+        yield f"not proved: {len(names)} tensors that were trained whole, as dense weights: {', '.join(names)}"
 
 
 def _convert(report: ConvertReport) -> Iterable[RenderableType]:
@@ -131,6 +137,7 @@ def _verify(report: VerifyReport) -> Iterable[RenderableType]:
         )
     else:
         yield f"verified: all {report.zeros:,} zeros of {report.base} are +0.0 in {report.other}"
+    yield from _replaced(report.replaced)
     if report.pattern is not None:
         yield (
             f"pattern {report.pattern}: {report.matrices_checked:,} matrices checked ({report.matrices_because}); "

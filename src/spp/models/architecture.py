@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spp.errors import UsageError
 from spp.models.bypassed import bypassed, is_for_images
+from spp.models.experts import stacks_of
 from spp.models.packed_linear import PackedLinear
 from spp.ops.dtypes import dtype_name
 from spp.ops.zeros import is_float
@@ -150,13 +151,12 @@ def _matrices_of_experts(name: str, owner: nn.Module, parameter: str, stack: Ten
 def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters (E, O, I) of experts that are computed as `linear(x, parameter[expert])`, by name.
 
-    transformers' `use_experts_implementation` records on a module how its experts are stored. Only one layout is
-    accepted here: gates before ups, and outputs before inputs. All modules with it compute that way in their own
-    forward, which the implementation `eager` runs.
+    Only one layout is accepted here: gates before ups, and outputs before inputs. All modules with it compute that way
+    in their own forward, which the implementation `eager` runs.
     """
-    if not getattr(module, "is_concatenated", False) or getattr(module, "is_transposed", True):
+    if not getattr(module, "is_concatenated", False):
         return {}
-    return {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3}
+    return {name: module.get_parameter(name) for name, stack in stacks_of(module).items() if not stack.transposed}
 
 
 def _linears(block: nn.Module) -> dict[nn.Module, str]:
@@ -260,9 +260,13 @@ def shape_oi(module: nn.Module) -> tuple[int, int]:
     return out_features, in_features
 
 
-def sparsity(modules: Iterable[nn.Module]) -> float:
-    """Share of zeros over the weights of linear layers; all values that a packed layer stores count as non-zero."""
+def sparsity(modules: Iterable[nn.Module], stacks: Iterable[Tensor] = ()) -> float:
+    """Share of zeros over the weights of linear layers, and over stacks of experts' matrices.
+
+    All values that a packed layer stores count as non-zero.
+    """
     counts = [_count_zeros(module) for module in modules]
+    counts += [(int((one == 0).count_nonzero()), one.numel()) for stack in stacks for one in stack]
     return sum(zeros for zeros, _ in counts) / sum(entries for _, entries in counts)
 
 
@@ -275,26 +279,17 @@ def _count_zeros(module: nn.Module) -> tuple[int, int]:
     return int((weight == 0).count_nonzero()), weight.numel()
 
 
-def stacked_weights(model: PreTrainedModel) -> list[str]:
-    """Names of parameters with three or more dimensions in the decoder blocks; adapters cannot be put on these.
-
-    Most mixtures of experts store their experts as such parameters; others are kernels of convolutions.
-    """
-    return [name for name, _ in _stacked(model)]
-
-
 def unreached_weights(model: PreTrainedModel) -> list[str]:
-    """The `stacked_weights` that are never pruned, because they are not computed as `linear(x, parameter[expert])`."""
-    return [name for name, reached in _stacked(model) if not reached]
+    """Names of parameters with three or more dimensions in the decoder blocks that are never pruned.
 
-
-def _stacked(model: PreTrainedModel) -> list[tuple[str, bool]]:
-    """Name of every parameter with three or more dimensions in the decoder blocks, and whether it is pruned."""
+    Most mixtures of experts store their experts as such parameters. These are not computed as
+    `linear(x, parameter[expert])`, or are no experts, but kernels of convolutions.
+    """
     prefix, blocks = decoder_blocks(model)
     return [
-        (f"{name}.{parameter}", parameter in _stacks(module))
+        f"{name}.{parameter}"
         for index, block in enumerate(blocks)
         for name, module in block.named_modules(prefix=f"{prefix}.{index}")
         for parameter, value in module.named_parameters(recurse=False)
-        if value.ndim > 2
+        if value.ndim > 2 and parameter not in _stacks(module)
     ]

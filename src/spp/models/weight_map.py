@@ -7,7 +7,8 @@ without data, so that no architecture is described twice. The joined tensors bec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import accumulate
@@ -51,12 +52,20 @@ class Part:
         """A view of the part of `parameter`, in the shape that the tensor has in the files."""
         return reduce(lambda tensor, step: step(tensor), self.steps, parameter)
 
-    def rows(self, shape: tuple[int, int]) -> Tensor | None:
-        """The rows of a matrix of this shape that the part consists of, in order; None if it is not whole rows."""
-        seen = self.view(torch.arange(shape[0])[:, None].expand(shape))
-        if seen.ndim != 2 or seen.shape[1] != shape[1] or not seen.eq(seen[:, :1]).all():
-            return None
-        return seen[:, 0]
+    def rows(self, shape: Sequence[int]) -> tuple[Tensor, bool] | None:
+        """The rows of a matrix (O, I), or of a stack (E, O, I), that the part is made of; None if it is not whole rows.
+
+        Returns:
+            Their numbers, (n,) or (E', n), counted through all matrices of the stack; and whether the part has them as
+            columns.
+        """
+        *outer, in_features = shape
+        numbers = torch.arange(math.prod(outer)).reshape(*outer, 1).expand(*outer, in_features)
+        seen = self.view(numbers)  # views keep the expanded dimension's stride, 0
+        for dim, transposed in ((-1, False), (-2, True)):
+            if seen.ndim > 1 and seen.stride(dim) == 0 and seen.shape[dim] == in_features:
+                return seen.select(dim, 0), transposed
+        return None
 
 
 def weight_map(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Part]:

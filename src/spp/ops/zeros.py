@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from spp.ops.dtypes import FLOATS
+
+SPARSE_FROM = 0.01
+"""Share of zeros from which weights count as pruned; below, they are dense but for a few zeros by chance."""
 
 # Every number of these is one in fp32, and of those one in fp64.
 _BYTES = {torch.bool, torch.int8, torch.uint8, torch.int16, torch.uint16} | {
@@ -55,3 +60,19 @@ def count_non_finite(tensor: Tensor) -> int:
     if wide is None or all_finite(wide):
         return 0
     return int((~torch.isfinite(wide)).count_nonzero())
+
+
+def share_of_zeros(weights: Sequence[Tensor], *, up_to: float = 1.0) -> float:
+    """Share of the entries that are zero; or at least `up_to` where there are more, which saves reading the rest."""
+    entries = max(sum(weight.numel() for weight in weights), 1)
+    zeros = 0
+    for weight in weights:
+        zeros += int((weight == 0).count_nonzero())
+        if zeros >= up_to * entries:
+            break
+    return zeros / entries
+
+
+def is_sparse(weights: Sequence[Tensor]) -> bool:
+    """Whether at least `SPARSE_FROM` of the entries are zero."""
+    return share_of_zeros(weights, up_to=SPARSE_FROM) >= SPARSE_FROM

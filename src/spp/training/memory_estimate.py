@@ -18,6 +18,7 @@ from spp.checkpoints.checkpoint import Checkpoint
 from spp.checkpoints.hub import resolve_model
 from spp.models.architecture import prunable_linears, shape_oi, weight_oi
 from spp.models.completeness import check_size
+from spp.models.experts import trace_as_one_expert_
 from spp.models.loading import building, context_window, kind_of, load_config
 from spp.models.weight_map import known_parts
 from spp.ops import packs_well
@@ -27,7 +28,7 @@ from spp.runtime.devices import compute_dtype, pick_device
 from spp.runtime.memory_estimate import MemoryPrediction, available_bytes, libraries
 from spp.runtime.progress import track
 from spp.runtime.tensor_memory import peak_of_a_step
-from spp.training.new_adapter import target_layers, with_new_adapter
+from spp.training.new_adapter import target_layers, target_stacks, with_new_adapter
 from spp.training.options import TrainOptions
 from spp.training.teacher import cache_manifest, teacher_dtype
 from spp.training.trainer_arguments import batching
@@ -138,10 +139,13 @@ def needs_of_a_step(
     """Bytes by part that training takes besides the base's weights: adapter, optimizer, activations, scratch."""
     model = _skeleton(options, config, device)
     targets = target_layers(model, options.target_modules, warn=False)
-    shapes = (weight_oi(layer).shape for layer in targets.values())
+    traced = targets or prunable_linears(model)  # where experts alone are trained, for the activations
+    shapes = (weight_oi(layer).shape for layer in traced.values())
     scratch = max(scratch_bytes(rows, columns, model.dtype, device) for rows, columns in shapes)
-    adapted = with_new_adapter(model, targets, options)
-    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    adapted = with_new_adapter(model, traced, options)
+    trace_as_one_expert_(adapted)
+    on_experts = _factors_of_experts(options, config, device)
+    trained = on_experts + (_trained(adapted) if targets else 0)
     if checkpointing:
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
     inputs: dict[str, torch.Size] = {name: batch for name in ("input_ids", "attention_mask", "labels")}
@@ -150,10 +154,23 @@ def needs_of_a_step(
     return {
         "adapter": 4 * trained,
         "optimizer": 2 * 4 * trained,  # AdamW's two moments
-        "activations and gradients": step,
+        "activations and gradients": step + 4 * on_experts,
         **slack,
         "scratch": scratch,
     }
+
+
+def _factors_of_experts(options: TrainOptions, config: Any, device: torch.device) -> int:
+    """Entries of the factors on stacked experts, which are not traced."""
+    model = _skeleton(options, config, device)
+    if not (stacks := target_stacks(model, options.target_modules)):
+        return 0
+    return _trained(with_new_adapter(model, {}, options, stacks=stacks))
+
+
+def _trained(adapted: nn.Module) -> int:
+    """Number of trained entries."""
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 def _skeleton(options: TrainOptions, config: Any, device: torch.device) -> PreTrainedModel:

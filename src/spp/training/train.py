@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from spp._version import __version__
+from spp.adapters.tuner.suitability import warn_if_dense
 from spp.checkpoints.adapter_card import write_adapter_card
 from spp.checkpoints.atomic_folder import check_output, partial_folder, resumable_folder, work_folder
 from spp.checkpoints.checkpoint import MANIFEST, Checkpoint
@@ -23,7 +24,7 @@ from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import write_json
 from spp.checkpoints.request import Request
 from spp.data.examples import Example, digest
-from spp.models.architecture import sparsity, stacked_weights
+from spp.models.architecture import sparsity
 from spp.models.loading import context_window, load_base
 from spp.models.packed_linear import PackedLinear
 from spp.models.quantized import quantize_
@@ -33,7 +34,7 @@ from spp.runtime.files import writing
 from spp.runtime.memory import peak_memory_bytes, return_freed_memory
 from spp.training.checks import check_settings
 from spp.training.memory_estimate import needs_checkpointing
-from spp.training.new_adapter import target_layers, with_new_adapter
+from spp.training.new_adapter import target_layers, target_stacks, with_new_adapter
 from spp.training.options import TrainingSettings, TrainOptions
 from spp.training.teacher import open_teacher, teacher_digest
 from spp.training.trainer_arguments import batching
@@ -41,8 +42,6 @@ from spp.training.training_data import hold_out, training_examples
 from spp.training.training_run import TrainingResult, TrainingRun
 
 logger = logging.getLogger("spp")
-
-_DENSE_BELOW = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +100,15 @@ def train(options: TrainOptions) -> TrainReport:
     data = _load_data(options, folder, model)
     teacher = open_teacher(options, data.examples, _vocabulary(model), device)
     targets = target_layers(model, options.target_modules)
-    share_of_zeros = sparsity(targets.values())
-    _warn_of_unsuitable(model, options.model, share_of_zeros)
+    stacks = target_stacks(model, options.target_modules)
+    share_of_zeros = sparsity(targets.values(), (stack.weight.detach() for stack in stacks.values()))
+    if options.quantize != "none":  # later, no zeros can be counted; otherwise the tuner does so
+        warn_if_dense(options.model, share_of_zeros)
     checkpointing = _use_checkpointing(options, model, data.examples, device)
     if options.quantize != "none":
         targets = quantize_(model, targets, options.quantize, device)
     set_seed(options.seed)
-    adapted = with_new_adapter(model, targets, options)
+    adapted = with_new_adapter(model, targets, options, stacks=stacks)
     request = _request(options, inputs, data.examples) if is_first else None
     with _output(options, request) as (out, work):
         run = TrainingRun(
@@ -171,19 +172,6 @@ def _load_data(options: TrainOptions, folder: Path, model: PreTrainedModel) -> _
 
 def _vocabulary(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
-
-
-def _warn_of_unsuitable(model: PreTrainedModel, name: str, share_of_zeros: float) -> None:
-    """Warn if the model has no zeros to keep, or weights that get no adapter."""
-    if share_of_zeros < _DENSE_BELOW:
-        logger.warning(
-            "%s IS DENSE: %.2f %% of its weights are zero. SPP keeps zeros, and there are none to keep; "
-            "prune it first (spp prune), or use LoRA",
-            name,
-            100 * share_of_zeros,
-        )
-    if unreached := stacked_weights(model):
-        logger.warning("%d weights are not linear layers and get no adapter, e.g. %s", len(unreached), unreached[0])
 
 
 def _use_checkpointing(

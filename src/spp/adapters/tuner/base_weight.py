@@ -32,7 +32,7 @@ def weight_to_compute_with(layer: nn.Module, dtype: torch.dtype) -> Iterator[Wei
         layer: the base layer.
         dtype: of a dequantized copy, the input's; autograd does not save that copy, but makes it again in backward.
     """
-    with _onloaded(layer):
+    with onloaded(layer):
         if not is_quantized(layer):
             yield layer.packed if isinstance(layer, PackedLinear) else oriented(layer, stored(layer))
             return
@@ -80,8 +80,8 @@ def oriented(layer: nn.Module, weight: Tensor) -> Tensor:
 
 
 @contextmanager
-def _onloaded(layer: nn.Module) -> Iterator[None]:
-    """A context manager in which a weight that accelerate offloads is loaded, as when the layer is called."""
+def onloaded(layer: nn.Module) -> Iterator[None]:
+    """A context manager in which weights that accelerate offloads are loaded, as when the layer is called."""
     hook = getattr(layer, "_hf_hook", None)
     if hook is None or not getattr(hook, "offload", False):
         yield

@@ -47,6 +47,13 @@ class SppConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "names, a regular expression, or all-linear (also if None)"}
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "stacks of experts to adapt, such as mlp.experts.down_proj: names or the ends of names (default: "
+            "where all linear layers are adapted, those that are pruned)"
+        },
+    )
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "modules not to adapt: names or a regular expression"}
     )
@@ -109,6 +116,9 @@ class SppConfig(PeftConfig):
             named = isinstance(value, list | set | tuple) and all(isinstance(one, str) for one in value)
             if value is not None and not isinstance(value, str) and not named:
                 yield f"{name} must be names or a regular expression, but it is {shown(value)}"
+        stacks = self.target_parameters
+        if stacks is not None and not (isinstance(stacks, list) and all(isinstance(one, str) for one in stacks)):
+            yield f"target_parameters must be a list of names, but it is {shown(stacks)}"
         indices = self.layers_to_transform
         if indices is not None and not all(map(_is_whole, indices if isinstance(indices, list) else [indices])):
             yield f"layers_to_transform must be indices of layers, but it is {shown(indices)}"

@@ -93,26 +93,9 @@ class SppLinear(nn.Module, SppLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_spp_parameters(self, adapter_name: str, *, init_weights: bool | str) -> None:
-        """Start at W' = W, unless `init_weights` is False.
-
-        ones: A = 0, and each row of B has a single 1. So A, which is nearly all of the adapter, has its full gradient
-        from the first step, and a learning rate changes weights by the same share whatever their number of columns. The
-        rows of a group are divided into K equal parts, and those of part k have their 1 in column k: the adapter starts
-        as one with K times as many groups of one direction each.
-        published: A from U(-1/sqrt(I), 1/sqrt(I)), which is kaiming_uniform(a = sqrt(5)), and B = 0.
-        """
+        """Start at W' = W, unless `init_weights` is False; see `initialize`."""
         A, B, _ = self._factors(adapter_name)
-        if init_weights in (True, "ones"):
-            nn.init.zeros_(A)
-            own = row_groups(len(B), len(A), B.device) - B.shape[1] * row_groups(len(B), self.r[adapter_name], B.device)
-            with torch.no_grad():
-                B.copy_(nn.functional.one_hot(own, B.shape[1]))
-            return
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if init_weights:
-            nn.init.zeros_(B)
-        else:
-            nn.init.normal_(B)
+        initialize(A.detach(), B.detach(), self.r[adapter_name], init_weights)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output (..., O) for x (..., I), with the active adapters unless they are disabled or merged."""
@@ -161,14 +144,9 @@ class SppLinear(nn.Module, SppLayer):
             raise ValueError(
                 "the weight is quantized; merge into the model as it was before (spp merge MODEL ADAPTER OUT)"
             )
-        before = dense(base, self._weight_before_merge)
         with torch.no_grad():
-            delta = sum(self.get_delta_weight(name) for name in [*self.merged_adapters, *names])
-            merged = add_delta(before, delta)  # pyright: ignore[reportArgumentType]
-        if safe_merge and not all_finite(merged):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        if lost := lost_zeros(before, merged):
-            raise SppError(f"merging {', '.join(names)} would turn {lost} zeros of the weight into something else")
+            delta: Any = sum(self.get_delta_weight(name) for name in [*self.merged_adapters, *names])
+            merged = merged_or_error(dense(base, self._weight_before_merge), delta, names, safe=safe_merge)
         if self._weight_before_merge is None:
             self._weight_before_merge = stored(base).detach().to("cpu", copy=True)
         set_dense(base, merged)
@@ -195,3 +173,45 @@ class SppLinear(nn.Module, SppLayer):
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
         return self.spp_A[adapter](), self.spp_B[adapter](), self.scale[adapter]
+
+
+def initialize(A: Tensor, B: Tensor, groups: int, init_weights: bool | str) -> None:
+    """Set factors to values with W' = W, unless `init_weights` is False.
+
+    ones: A = 0, and each row of B has a single 1. So A, which is nearly all of the adapter, has its full gradient from
+    the first step, and a learning rate changes weights by the same share whatever their number of columns. The rows of
+    a group are divided into K equal parts, and those of part k have their 1 in column k: the adapter starts as one with
+    K times as many groups of one direction each.
+    published: A from U(-1/sqrt(I), 1/sqrt(I)), which is kaiming_uniform(a = sqrt(5)), and B = 0.
+
+    Args:
+        A: (R K, I), changed in place, without gradient.
+        B: (O, K), likewise.
+        groups: R.
+        init_weights: ones (or True), published, or False for random factors.
+    """
+    if init_weights in (True, "ones"):
+        nn.init.zeros_(A)
+        own = row_groups(len(B), len(A), B.device) - B.shape[1] * row_groups(len(B), groups, B.device)
+        B.copy_(nn.functional.one_hot(own, B.shape[1]))
+        return
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    if init_weights:
+        nn.init.zeros_(B)
+    else:
+        nn.init.normal_(B)
+
+
+def merged_or_error(before: Tensor, delta: Tensor, adapters: list[str], *, safe: bool) -> Tensor:
+    """W + Delta, rounded once to W's dtype, with every zero of W proved to be +0.0.
+
+    Raises:
+        ValueError: `safe`, and the result is not finite.
+        SppError: a zero was lost.
+    """
+    merged, names = add_delta(before, delta), ", ".join(adapters)
+    if safe and not all_finite(merged):
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
+    if lost := lost_zeros(before, merged):
+        raise SppError(f"merging {names} would turn {lost} zeros of the weight into something else")
+    return merged

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from accelerate import init_empty_weights
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -21,13 +23,17 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from spp.adapters.tuner.config import SppConfig
+from spp.adapters.tuner.experts import SppExperts
 from spp.adapters.tuner.layer import SppLayer, SppLinear
 from spp.adapters.tuner.ranks import rank_of, set_ranks
+from spp.adapters.tuner.suitability import warn_of_unsuitable
 from spp.models.architecture import shape_oi
 from spp.models.bypassed import bypassed
+from spp.models.experts import pruned_stacks, stacks_in
 from spp.models.packed_linear import PackedLinear
 from spp.models.quantized import is_quantized
 from spp.ops.dtypes import dtype_name
+from spp.options import is_one_of
 
 _HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 # Parts that wrappers insert into module names, but not into the keys of a state dict.
@@ -51,13 +57,17 @@ class SppModel(BaseTuner):
         """Put the adapter on the layers that its config selects, and record their row groups in the config."""
         reasons = bypassed(model)
         self._bypassed = {name: reasons[module] for name, module in model.named_modules() if module in reasons}
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with warnings.catch_warnings():
+            # PEFT looks for the keys of rank_pattern among modules only, and SPP's are also names of stacks.
+            if self.peft_config[adapter_name].target_parameters:  # pyright: ignore[reportAttributeAccessIssue]
+                warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         assert isinstance(config, SppConfig)
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, SppLinear)}
-        ranks = {name: _rank(config, name, layer) for name, layer in layers.items() if adapter_name in layer.r}
-        if config.r is None and ranks:
+        if config.r is None and (ranks := _ranks(config, model, adapter_name)):
             set_ranks(config, ranks)
+        if not config.inference_mode:
+            warn_of_unsuitable(model)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         assert isinstance(peft_config, SppConfig)
@@ -66,6 +76,8 @@ class SppModel(BaseTuner):
         targets = peft_config.target_modules
         if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+            if peft_config.target_parameters is None:
+                peft_config.target_parameters = self._pruned_stacks(peft_config) or None
             self._exclude_heads(peft_config)
             self._exclude_bypassed(peft_config)
         return peft_config
@@ -82,6 +94,16 @@ class SppModel(BaseTuner):
             _maybe_include_all_linear_layers(peft_config, model)
             assert isinstance(peft_config.target_modules, set)
             peft_config.target_modules |= packed
+
+    def _pruned_stacks(self, config: SppConfig) -> list[str]:
+        """Full names of the pruned stacks of experts that exclude_modules and layers_to_transform leave in."""
+
+        def selected(key: str) -> bool:
+            by_last_part = copy.copy(config)
+            by_last_part.target_modules = {key.rpartition(".")[2]}
+            return bool(check_target_module_exists(by_last_part, key))
+
+        return [name for name in pruned_stacks(self.model) if selected(name) and selected(name.rpartition(".")[0])]
 
     def _exclude_heads(self, config: SppConfig) -> None:
         """Exclude a classification head, which is new and dense, from all-linear; PEFT does so for some tasks only."""
@@ -132,6 +154,35 @@ class SppModel(BaseTuner):
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is set active
         self._replace_module(parent, target_name, layer, target)
 
+    def _inject_parameters(
+        self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Put the adapter on the stacks of experts in `target_parameters`; returns their full names.
+
+        PEFT's method has one wrapper around the other for each parameter, which SPP has not.
+        """
+        assert isinstance(peft_config, SppConfig)
+        wanted = peft_config.target_parameters or []
+        stacks = {name: stack for name, stack in stacks_in(model).items() if is_one_of(name, wanted)}
+        for target in wanted:
+            if not any(is_one_of(name, [target]) for name in stacks):
+                raise ValueError(f"target_parameters: {target} is no stack of experts that SPP knows how to adapt")
+        ranks: dict[str, dict[str, int]] = {}
+        for name, stack in stacks.items():
+            rank = rank_of(peft_config, name, *stack.shape[1:])
+            ranks.setdefault(name.removesuffix(f".{stack.parameter}"), {})[stack.parameter] = rank
+        for name, own in ranks.items():
+            target = model.get_submodule(name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                if isinstance(target, SppExperts):
+                    target.update_layer(adapter_name, own, peft_config)
+                    continue
+                layer = SppExperts(target, adapter_name, own, peft_config)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            model.set_submodule(name, layer)
+        return list(stacks)
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put `new_module` in the place of `child`.
 
@@ -161,15 +212,19 @@ class SppModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         keys = _factor_keys(model, adapter_name)
-        return {key: value for key, value in state_dict.items() if key in keys}
+        # PEFT takes the adapter's name out of a key where it is the part before the last.
+        return {
+            f"{keys[key].removesuffix('.weight')}.{adapter_name}.weight": value
+            for key, value in state_dict.items()
+            if key in keys
+        }
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         in_model: dict[str, str] = {}
-        for key in _factor_keys(model, adapter_name):
-            saved = key.removesuffix(f".{adapter_name}.weight") + ".weight"
+        for key, saved in _factor_keys(model, adapter_name).items():
             # A model that transformers put the adapter on (add_adapter) lacks the prefix that PEFT saves with.
             in_model[saved] = in_model[f"base_model.model.{saved}"] = key
         return {in_model.get(key, key): value for key, value in state_dict.items()}
@@ -181,15 +236,32 @@ def _rank(config: SppConfig, name: str, layer: nn.Module) -> int:
     return rank_of(config, name, *shape_oi(base))
 
 
-def _factor_keys(model: nn.Module, adapter_name: str) -> set[str]:
-    """Keys of an adapter's factors in the model's state dict."""
-    keys = set()
+def _ranks(config: SppConfig, model: nn.Module, adapter_name: str) -> dict[str, int]:
+    """Full name of each weight that has this adapter -> the R that the config has for it."""
+    ranks = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SppLinear) and adapter_name in module.r:
+            ranks[name] = _rank(config, name, module)
+        elif isinstance(module, SppExperts):
+            for stack in module.r.get(adapter_name, ()):
+                full = f"{name}.{stack}"
+                ranks[full] = rank_of(config, full, *module.stacks[stack].shape[1:])
+    return ranks
+
+
+def _factor_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Key of each of an adapter's factors in the model's state dict -> its key in the adapter's file."""
+    keys = {}
     for name, module in model.named_modules():
         if isinstance(module, SppLayer):
             for wrapper in _WRAPPERS:
                 name = name.replace(wrapper, "")
             start = f"{name}." if name else ""
-            keys |= {f"{start}{factor}.{adapter_name}.weight" for factor in SppLayer.adapter_layer_names}
+            for factor in SppLayer.adapter_layer_names:
+                held = getattr(module, factor)
+                if adapter_name in held:
+                    for key, _ in held[adapter_name].named_parameters():
+                        keys[f"{start}{factor}.{adapter_name}.{key}"] = f"{start}{factor}.{key}"
     return keys
 
 
