@@ -40,7 +40,7 @@ FILES_NOT_RUN = {
     ),
     "conversion to LoRA: SPP's Delta has full rank": "lora_conversion",
     "a fixed list of methods that PEFT mixes in one model": "mixed",
-    "parameters that are not modules (3-D experts), by LoRA only": "target_parameters",
+    "parameters that are not modules (3-D experts), with LoRA's config written out": "target_parameters",
     "quantized weights, which SPP refuses": "gptqmodel quantization",
     "a GPU, with fixed methods, and mostly quantized weights": "common_gpu gpu_examples",
     "files that only the hub has": "auto hub_features",
