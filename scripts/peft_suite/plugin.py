@@ -40,7 +40,7 @@ FILES_NOT_RUN = {
     ),
     "conversion to LoRA: SPP's Delta has full rank": "lora_conversion",
     "a fixed list of methods that PEFT mixes in one model": "mixed",
-    "parameters that are not modules (3-D experts), by LoRA only": "target_parameters",
+    "parameters that are not modules (3-D experts), with LoRA's config written out": "target_parameters",
     "GPTQ's weights, which SPP refuses": "gptqmodel",
     "PEFT's own back-ends for quantized weights, which it looks for in every layer and merges into; SPP dequantizes "
     "bitsandbytes' weights itself, merges into the model as it was before, and has tests/models/test_quantized.py": (

@@ -175,7 +175,18 @@ def test_from_python_a_dense_base_and_experts_of_an_unknown_kind_are_warned_of(c
     caplog.clear()
     with caplog.at_level(logging.WARNING, "spp"):
         get_peft_model(tiny_model_of("llama4_text"), SppConfig(task_type="CAUSAL_LM"))
-    assert "get no adapter, e.g. model.layers.0.feed_forward.experts.gate_up_proj: SPP does not know" in caplog.text
+    assert (
+        "weights of experts get no adapter, e.g. model.layers.0.feed_forward.experts.gate_up_proj: SPP does not know"
+        in caplog.text
+    )
+
+
+def test_from_python_layers_on_which_an_adapter_has_no_effect_are_warned_of(caplog):
+    with caplog.at_level(logging.WARNING, "spp"):
+        get_peft_model(tiny_model_of("bamba"), SppConfig(task_type="CAUSAL_LM"))
+    assert (
+        "1 linear layers get no adapter, e.g. model.layers.0.mamba.out_proj: the model reads its weight" in caplog.text
+    )
 
 
 def test_a_compiled_model_computes_the_same():

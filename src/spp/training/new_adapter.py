@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 
 from peft import PeftModel, get_peft_model
@@ -11,12 +10,11 @@ from transformers import PreTrainedModel
 
 from spp.adapters.options import AdapterSettings
 from spp.adapters.tuner import SppConfig
+from spp.adapters.tuner.suitability import warn_of_bypassed
 from spp.errors import UsageError
 from spp.models.architecture import bypassed_linears, decoder_blocks, linears_for_images, prunable_linears
 from spp.models.experts import Stack, pruned_stacks, stacks_in
 from spp.options import is_one_of, listed_names
-
-logger = logging.getLogger("spp")
 
 
 def target_layers(model: PreTrainedModel, names: str, *, warn: bool = True) -> dict[str, nn.Module]:
@@ -40,9 +38,8 @@ def target_layers(model: PreTrainedModel, names: str, *, warn: bool = True) -> d
         _check_names(wanted, linears, bypassed, stacks_in(model))
         linears = {full: layer for full, layer in linears.items() if is_one_of(full, wanted)}
         bypassed = {full: why for full, why in bypassed.items() if is_one_of(full, wanted)}
-    if bypassed and warn:
-        name, why = next(iter(bypassed.items()))
-        logger.warning("%d linear layers get no adapter, e.g. %s: %s", len(bypassed), name, why)
+    if warn:
+        warn_of_bypassed(bypassed)
     return linears
 
 

@@ -26,7 +26,7 @@ from spp.adapters.tuner.config import SppConfig
 from spp.adapters.tuner.experts import SppExperts
 from spp.adapters.tuner.layer import SppLayer, SppLinear
 from spp.adapters.tuner.ranks import rank_of, set_ranks
-from spp.adapters.tuner.suitability import warn_of_unsuitable
+from spp.adapters.tuner.suitability import warn_of_bypassed, warn_of_unsuitable
 from spp.models.architecture import shape_oi
 from spp.models.bypassed import bypassed
 from spp.models.experts import pruned_stacks, stacks_in
@@ -115,6 +115,8 @@ class SppModel(BaseTuner):
         """Exclude layers on which an adapter would have no effect from all-linear."""
         linears = {name for name in self._bypassed if isinstance(self.model.get_submodule(name), nn.Linear)}
         if linears and not isinstance(config.exclude_modules, str):
+            if not config.inference_mode:
+                warn_of_bypassed({name: self._bypassed[name] for name in sorted(linears)})
             config.exclude_modules = {*(config.exclude_modules or ()), *linears}
 
     @staticmethod

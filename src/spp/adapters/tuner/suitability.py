@@ -1,9 +1,9 @@
-"""Warnings of a model for which SPP does little: without zeros, or with experts that get no adapter."""
+"""Warnings of a model for which SPP does little: without zeros, or with weights that get no adapter."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -37,6 +37,13 @@ def warn_of_unsuitable(model: nn.Module) -> None:
         known = stacks_in(model)
         why = "it is dense, and has no zeros to keep" if left[0] in known else "SPP does not know how it is used"
         logger.warning("%d weights of experts get no adapter, e.g. %s: %s", len(left), left[0], why)
+
+
+def warn_of_bypassed(layers: Mapping[str, str]) -> None:
+    """Warn of linear layers, by full name, that get no adapter because it would have no effect; why is their value."""
+    if layers:
+        name, why = next(iter(layers.items()))
+        logger.warning("%d linear layers get no adapter, e.g. %s: %s", len(layers), name, why)
 
 
 def warn_if_dense(name: str, zeros: float) -> None:
