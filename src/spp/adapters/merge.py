@@ -13,9 +13,9 @@ import logging
 import time
 from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from spp._version import __version__
 from spp.adapters.factors import WEIGHTS, Factors
 from spp.adapters.merge_record import MergeRecord, finished
-from spp.adapters.options import MergeOptions
+from spp.adapters.options import MergeOptions, WritingOptions
 from spp.adapters.spp_format import read_adapter
 from spp.adapters.stochastic_rounding import round_stochastically
 from spp.checkpoints.atomic_folder import check_output, resumable_folder
@@ -98,20 +98,72 @@ def merge(options: MergeOptions) -> MergeReport:
     digests = tensor_digests(base)
     request = _request(base, digests, factors, options)
     warn_of_other_base(options.adapter, options.model, lambda: str(request.inputs[WEIGHTS_OF_MODEL]))
+    updates = {name: Update(one, base.transposed(name)) for name, one in factors.items()}
+    origin = {"adapter": str(options.adapter), "training": _training(options.adapter)}
     with resumable_folder(options.out, request, overwrite=options.overwrite) as (folder, work):
-        record = _write(base, factors, options, folder, work)
-        raise_problems([f"{problem}; nothing was written" for problem in _problems(record, options)], SppError)
-        report = _report(options.out, record.proofs, factors, time.perf_counter() - start)
-        write_json(
-            folder / VERIFICATION, _verification(base, options, report) | digests_of(digests, record.digests(digests))
-        )
-        write_json(folder / MANIFEST, _manifest(base, options, report))
-        write_model_card(folder)
+        report = write_model(base, digests, updates, options, origin, folder=folder, work=work)
+    return replace(report, seconds=time.perf_counter() - start)
+
+
+class NewWeight(Protocol):
+    """What a weight becomes."""
+
+    def merge(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The new weight, laid out as the old one is, rounded once to `dtype`; +0.0 where the old one is zero."""
+        ...
+
+
+@dataclass(frozen=True)
+class Update:
+    """Factors that a tensor is merged with, and whether the files hold it as (I, O)."""
+
+    factors: Factors
+    transposed: bool
+
+    def merge(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """W' = W + s * W * (A[g] B) (paper, eq. 5), laid out as W is."""
+        if not self.transposed:
+            return self.factors.merge(weight, dtype)
+        return self.factors.merge(weight.T, dtype).T.contiguous()
+
+
+def write_model(
+    base: Checkpoint,
+    digests: dict[str, str],
+    updates: Mapping[str, NewWeight],
+    options: WritingOptions,
+    origin: Mapping[str, Any],
+    *,
+    folder: Path,
+    work: Path,
+) -> MergeReport:
+    """Write the base with new values in some tensors, the proof of its zeros, the manifest and the model card.
+
+    Args:
+        base: the sparse model.
+        digests: of its tensors.
+        updates: tensor -> what it becomes.
+        options: names, dtype, rounding, seed, and what is accepted.
+        origin: where the new values come from, for the manifest: its entry `training`, and others.
+        folder: the new folder.
+        work: folder for the record from which a killed run goes on.
+
+    Raises:
+        SppError: a file is damaged, or the proof failed.
+    """
+    start = time.perf_counter()
+    record = _write(base, updates, options, folder, work)
+    raise_problems([f"{problem}; nothing was written" for problem in _problems(record, options)], SppError)
+    report = _report(options.out, record.proofs, updates, time.perf_counter() - start)
+    proved = _verification(base, options, report) | {key: origin[key] for key in origin if key != "training"}
+    write_json(folder / VERIFICATION, proved | digests_of(digests, record.digests(digests)))
+    write_json(folder / MANIFEST, _manifest(base, options, origin, report))
+    write_model_card(folder)
     _warn(report)
     return report
 
 
-def _problems(record: MergeRecord, options: MergeOptions) -> list[str]:
+def _problems(record: MergeRecord, options: WritingOptions) -> list[str]:
     """What keeps a merge from being proved, in words."""
     proofs = record.proofs
     problems = [problem for name, proof in proofs.items() for problem in failures(name, proof)]
@@ -144,7 +196,7 @@ def _digest_of_scales(factors: Mapping[str, Factors]) -> str:
 
 
 def _write(
-    base: Checkpoint, factors: Mapping[str, Factors], options: MergeOptions, folder: Path, work: Path
+    base: Checkpoint, updates: Mapping[str, NewWeight], options: WritingOptions, folder: Path, work: Path
 ) -> MergeRecord:
     """Write every tensor that no earlier run has written; return the record of all.
 
@@ -153,7 +205,7 @@ def _write(
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     files = Rewriting(base, folder, dtype)
     record = MergeRecord(work, files)
-    copied = {name for name in base.names if name not in factors and files.layouts[name] == base.layouts[name]}
+    copied = {name for name in base.names if name not in updates and files.layouts[name] == base.layouts[name]}
     sizes = {name: layout.nbytes for name, layout in base.layouts.items()}
     left = [name for name in base.names if name not in record.done]
     total, unsaved = sum(sizes.values()), 0
@@ -169,7 +221,7 @@ def _write(
             if name in copied:
                 writing = writer.submit(record.copy, name, non_finite)
             else:
-                after = _new(name, before, factors.get(name), base.transposed(name), dtype or before.dtype, options)
+                after = _new(name, before, updates.get(name), dtype or before.dtype, options)
                 writing = writer.submit(record.write, name, after, compare(before, after), non_finite)
                 del after  # or it would be in memory beside the next ones
             del before
@@ -183,19 +235,13 @@ def _write(
     return record
 
 
-def _new(
-    name: str, weight: Tensor, factors: Factors | None, transposed: bool, dtype: torch.dtype, options: MergeOptions
-) -> Tensor:
-    """W' = W + s * W * (A[g] B) (paper, eq. 5), rounded once; or W itself in another dtype. Zeros are +0.0."""
-    if factors is None:
+def _new(name: str, weight: Tensor, update: NewWeight | None, dtype: torch.dtype, options: WritingOptions) -> Tensor:
+    """The new weight, rounded once; or the old one in another dtype. Zeros are +0.0."""
+    if update is None:
         return canonical_zeros(weight.to(dtype))
-    weight = weight.T if transposed else weight
-    if options.rounding == "stochastic":
-        wide = factors.merge(weight, wide_dtype(weight, factors.A, factors.B))
-        merged = _rounded(wide, dtype, options.seed, name)
-    else:
-        merged = factors.merge(weight, dtype)
-    return merged.T.contiguous() if transposed else merged
+    if options.rounding == "nearest":
+        return update.merge(weight, dtype)
+    return _rounded(update.merge(weight, wide_dtype(weight)), dtype, options.seed, name)
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype, seed: int, name: str) -> Tensor:
@@ -263,25 +309,31 @@ def _of_part(factors: Factors, part: Part) -> Factors | None:
     return Factors(A=multiplier, B=torch.ones(len(rows), 1), scale=1.0)
 
 
-def _report(out: Path, proofs: dict[str, TensorProof], factors: Container[str], seconds: float) -> MergeReport:
-    merged = {name: proof for name, proof in proofs.items() if name in factors}
+def _report(out: Path, proofs: dict[str, TensorProof], updates: Container[str], seconds: float) -> MergeReport:
+    merged = {name: proof for name, proof in proofs.items() if name in updates}
     survivors = sum(proof.survivors for proof in merged.values())
     return MergeReport(
         verified=True,
         out=out,
         zeros=sum(proof.zeros for proof in proofs.values()),
         tensors=merged,
-        converted={name: proof for name, proof in proofs.items() if name not in factors},
+        converted={name: proof for name, proof in proofs.items() if name not in updates},
         underflowed=sum(proof.underflowed for proof in proofs.values()),
         unchanged_share=sum(proof.unchanged for proof in merged.values()) / max(survivors, 1),
         seconds=seconds,
     )
 
 
-def _manifest(base: Checkpoint, options: MergeOptions, report: MergeReport) -> dict[str, Any]:
+def _training(adapter: Path) -> dict[str, Any]:
+    """What an adapter's spp.json says of its training."""
+    manifest = read_object(adapter / MANIFEST) if (adapter / MANIFEST).is_file() else {}
+    return {key: manifest[key] for key in ("data", "settings", "steps", "tokens") if key in manifest}
+
+
+def _manifest(
+    base: Checkpoint, options: WritingOptions, origin: Mapping[str, Any], report: MergeReport
+) -> dict[str, Any]:
     inherited = {key: base.manifest[key] for key in ("pattern", "criterion", "sparsity") if key in base.manifest}
-    trained = options.adapter / MANIFEST
-    training = read_object(trained) if trained.is_file() else {}
     return {
         "tool": "spp",
         "version": __version__,
@@ -290,18 +342,16 @@ def _manifest(base: Checkpoint, options: MergeOptions, report: MergeReport) -> d
         "licence": read_licence(base.folder),
         **inherited,
         "base": options.model,
-        "adapter": str(options.adapter),
-        "training": {key: training[key] for key in ("data", "settings", "steps", "tokens") if key in training},
+        **origin,
         "verification": _totals(report),
     }
 
 
-def _verification(base: Checkpoint, options: MergeOptions, report: MergeReport) -> dict[str, Any]:
+def _verification(base: Checkpoint, options: WritingOptions, report: MergeReport) -> dict[str, Any]:
     return {
         "tool": "spp",
         "version": __version__,
         "base": options.model,
-        "adapter": str(options.adapter),
         **options.model_dump(include={"dtype", "rounding", "seed"}),
         **_totals(report),
         "copied": len(base.names) - len(report.tensors) - len(report.converted),
@@ -325,6 +375,6 @@ def _warn(report: MergeReport) -> None:
     if report.unchanged_share > _UNCHANGED_WORTH_A_WARNING:
         logger.warning(
             "%.0f %% of the survivors are unchanged: their updates are smaller than the result's dtype can show; "
-            "--rounding stochastic keeps them in the mean, --dtype float32 keeps every one",
+            "--rounding stochastic keeps them in the mean (and spp merge --dtype float32 every one)",
             100 * report.unchanged_share,
         )
