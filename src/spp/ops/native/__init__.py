@@ -1,4 +1,4 @@
-"""C++ kernels, called through ctypes: pack and expand weights, form W', reduce gradients, multiply few tokens.
+"""C++ kernels, called through ctypes: expand packed weights, form W', reduce gradients, multiply few tokens.
 
 The library is optional: it is built when spp is installed, if there is a C++ compiler. It has a plain C interface, does
 not depend on torch, and uses the threads of the OpenMP runtime that torch has loaded. When it runs, it picks AVX-512
