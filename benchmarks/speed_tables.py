@@ -41,6 +41,7 @@ _STEP_METHODS = {
     "peft_lora": "PEFT LoRA",
     "peft_hira": "PEFT HiRA",
     "masked_lora": "masked LoRA",
+    "full": "full, packed",
     "masked_full": "masked full",
 }
 _DECODE_METHODS = {

@@ -1,4 +1,4 @@
-"""A whole training step of a random pruned Llama, and its peak memory: SPP, packed and dense, against stock PEFT.
+"""A whole training step of a random pruned Llama, and its peak memory: SPP, and full in packed memory, against others.
 
     python -m benchmarks.step --size 300m --sparsity 0.75 --batch 1 --tokens 512 [--json]
 

@@ -28,6 +28,7 @@ from benchmarks.common import sparse_weight
 from spp.adapters.options import AdapterSettings
 from spp.models.architecture import prunable_linears
 from spp.models.pack_model import packed_layer
+from spp.models.trainable_values import trainable_values
 from spp.runtime.memory import peak_rss_bytes
 from spp.training.new_adapter import target_layers, with_new_adapter
 
@@ -51,6 +52,12 @@ def _spp(model: PreTrainedModel) -> nn.Module:
     return with_new_adapter(model, target_layers(model, "all-linear"), AdapterSettings(lora_rank=RANK))
 
 
+def _full(model: PreTrainedModel) -> nn.Module:
+    """As `spp train --method full` has it: the values of the packed layers, in fp32."""
+    trainable_values(model)
+    return model
+
+
 def _peft(config: Callable[..., PeftConfig]) -> Callable[[PreTrainedModel], nn.Module]:
     return lambda model: get_peft_model(model, config(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
 
@@ -61,9 +68,10 @@ METHODS: dict[str, Callable[[PreTrainedModel], nn.Module]] = {
     "peft_lora": _peft(LoraConfig),
     "peft_hira": _peft(HiraConfig),
     "masked_lora": partial(replace_linears, make=MaskedLora),
+    "full": _full,
     "masked_full": partial(replace_linears, make=MaskedWeight),
 }
-PACKED = ("spp",)
+PACKED = ("spp", "full")
 
 
 @dataclass(frozen=True, kw_only=True)

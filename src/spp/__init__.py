@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # explicit re-exports
     from spp.models.pack_model import unpack_ as unpack_
     from spp.models.packed_linear import PackedLinear as PackedLinear
     from spp.models.semi_structured import to_semi_structured as to_semi_structured
+    from spp.models.trainable_values import trainable_values as trainable_values
     from spp.ops import spp_linear as spp_linear
     from spp.pipeline.options import RunOptions as RunOptions
     from spp.pipeline.run import run as run
@@ -97,6 +98,7 @@ _HOMES = {
     "spp_linear": "spp.ops",
     "to_semi_structured": "spp.models.semi_structured",
     "train": "spp.training.train",
+    "trainable_values": "spp.models.trainable_values",
     "unpack": "spp.checkpoints.pack",
     "unpack_": "spp.models.pack_model",
     "verify": "spp.checkpoints.verify",
@@ -144,6 +146,7 @@ __all__ = [
     "spp_linear",
     "to_semi_structured",
     "train",
+    "trainable_values",
     "unpack",
     "unpack_",
     "verify",

@@ -102,7 +102,7 @@ def test_the_licence_is_the_bases(tmp_path):
 
 
 def test_what_is_no_merged_model_has_no_card(tmp_path):
-    with pytest.raises(UsageError, match="only what spp merge wrote has a card"):
+    with pytest.raises(UsageError, match="only what spp merge or full training wrote has a card"):
         model_card(tmp_path)
 
 

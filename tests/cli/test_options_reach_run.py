@@ -52,6 +52,7 @@ HANDED_ON = [
     ("mode", "--mode split"),
     ("dropout", "--dropout 0.5"),
     ("target_modules", "--target-modules q_proj,v_proj"),
+    ("method", "--method full"),
     ("learning_rate", "--learning-rate 0.1"),
     ("weight_decay", "--weight-decay 0.5"),
     ("warmup_ratio", "--warmup-ratio 0.9"),
@@ -88,7 +89,8 @@ HANDED_ON = [
 
 def handed_on(option: str, change: str) -> Row:
     _, _, value = change.partition(" ")
-    stages = {"pattern": ("prune",)}.get(option, ())  # verify gets it, too, from the pruned model's manifest
+    # verify gets the pattern, too, from the pruned model's manifest; an adapter is rounded when it is merged
+    stages = {"pattern": ("prune",), "rounding": ("merge",)}.get(option, ())
     needed = {"allocation": "--pattern 50%", "columns": "--train columns.jsonl --eval columns.jsonl"}
     given = needed.get(option, TEACHER if option.startswith("teacher_") else "")
     after = {value or "True"}
@@ -99,6 +101,7 @@ def handed_on(option: str, change: str) -> Row:
 
 ROWS = [
     *(handed_on(option, change) for option, change in HANDED_ON),
+    Row("run", "rounding", "--rounding stochastic", given_to_stages("rounding"), "--method full", after={"stochastic"}),
     json_row("run"),
     Row("run", "recipe", "recipe=recipe.yaml", given_to_stages("seed"), after={"7"}),
     Row("run", "model", "model=other", dense_model, after="other"),

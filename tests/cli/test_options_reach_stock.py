@@ -183,7 +183,10 @@ class Stock:
         """Leave what such a stage left in `runs/first`; what a stage does is for the rows of its own command."""
         then, report = next(left[work.__name__], self._stages[work.__name__][-1])
         if hasattr(options, "out"):
-            shutil.copytree(self.folder / "runs" / "first" / then.out.name, options.out, dirs_exist_ok=True)
+            first = self.folder / "runs" / "first"
+            # Full fine-tuning writes what merging writes in `runs/first`.
+            made = next(one for one in (first / options.out.name, first / then.out.name) if one.is_dir())
+            shutil.copytree(made, options.out, dirs_exist_ok=True)
         return report
 
 

@@ -25,6 +25,7 @@ HUB_MODEL = "someone/pruned"
 HUB_TEACHER = f"--teacher {HUB_MODEL}"
 CACHED = "--teacher answers"
 CONFIG = "adapter_config.json"
+FULL = "--method full"
 TWO_EPOCHS = "--epochs 2"  # of three steps each
 
 
@@ -82,6 +83,12 @@ ROWS = [
     Row("train", "mode", "--mode split", tensors),
     Row("train", "dropout", "--dropout 0.5", tensors),
     Row("train", "target_modules", "--target-modules q_proj,v_proj", tensors),
+    Row("train", "method", "--method full", report("method"), after="full"),
+    Row("train", "method", "--method full", setting("spp.json", "kind"), after="merged"),
+    Row(
+        "train", "rounding", "--rounding stochastic", setting("verification.json", "rounding"), FULL, after="stochastic"
+    ),
+    Row("train", "rounding", "--rounding stochastic", error("not rounded"), after=True, codes=(0, 2)),
     Row("train", "learning_rate", "--learning-rate 0.1", tensors),
     Row("train", "learning_rate", "--learning-rate 0.1", report("learning_rate"), after=0.1),
     Row("train", "weight_decay", "--weight-decay 0.5", tensors),

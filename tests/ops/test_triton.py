@@ -173,6 +173,18 @@ class TestKernels:
 
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("dtype", DTYPES)
+    def test_compressing_rows_has_the_bits_of_torch(self, size, dtype):
+        packed = pack(example(*size)[0])
+        G = example(*size, dtype=dtype, density=1.0, seed=1)[0]
+        for rows in (5, len(G)):
+            found, expected = (replace(packed, values=torch.full_like(packed.values, torch.nan)) for _ in range(2))
+            for first in range(0, len(G), rows):
+                ours.compress(G[first : first + rows], first, found)
+                torch_kernels.compress(G[first : first + rows], first, expected)
+            assert_same(found.values, expected.values)
+
+    @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_factor_gradients_are_near_those_of_torch(self, size, dtype):
         weight, A, B = example(*size, dtype=dtype)
         G = example(*size, dtype=dtype, density=1.0, seed=1)[0]
@@ -203,6 +215,9 @@ class TestKernels:
         assert out.isfinite().all()
         dA, dB = reduced(ours, out, weight, A, B, 8)
         assert dA.isfinite().all() and dB.isfinite().all()
+        ours.compress(torch.zeros(8, 70, device=DEVICE), 0, weight)
+        around = weight.values.as_strided((1000,), (1,), 0)
+        assert not weight.values.any() and int(around.isnan().sum()) == 997
 
     def test_tensors_that_do_not_fit_are_refused(self):
         weight, A, B = example(6, 40, 2)
@@ -290,7 +305,7 @@ class TestLarge:
 @pytest.mark.parametrize("ones", [False, True], ids=["usual", "ones"])
 def test_the_kernels_compile_without_a_gpu(tmp_path, monkeypatch, capability, packed, ones, directions):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for kernel in (ours._form, ours._reduce):
+    for kernel in (ours._form, ours._reduce, *([ours._gather] if packed else [])):
         # Triton makes a constant of an argument that is 1.
         constants = dict.fromkeys(kernel.arg_names, 1) if ones else {}
         constants |= {"DIRECTIONS": directions, "PADDED": directions} | ({} if packed else NOT_PACKED)

@@ -76,3 +76,12 @@ def test_a_recipe_that_is_no_file_or_no_text_is_refused(tmp_path):
             load_recipe(str(tmp_path / name))
     with pytest.raises(UsageError, match="no user 'nosuchuser'"):
         load_recipe("~nosuchuser/recipe.yaml")
+
+
+def test_a_recipes_learning_rate_is_for_its_own_method(tmp_path):
+    assert "learning_rate" not in load_recipe("demo", method="full")
+    assert load_recipe("demo", method="spp")["learning_rate"] == load_recipe("demo")["learning_rate"] == 2e-2
+    path = tmp_path / "full.yaml"
+    path.write_text("method: full\nlearning_rate: 1.0e-3\n")
+    assert load_recipe(str(path), method="full")["learning_rate"] == 1e-3
+    assert "learning_rate" not in load_recipe(str(path), method="spp")

@@ -170,3 +170,15 @@ def test_the_gap_is_counted_from_the_mask_alone(tmp_path, tiny_checkpoint, stori
     assert not (tmp_path / "run" / "one-shot").exists()
     assert "pruned + reconstructed" in (tmp_path / "run" / "report.html").read_text()
     assert "pruned + reconstructed" in (tmp_path / "run" / "merged" / "README.md").read_text()
+
+
+def test_full_fine_tuning_needs_no_merge(tmp_path, tiny_checkpoint, stories):
+    """The training stage writes the model, which later stages verify, evaluate and give a card."""
+    asked = options(tiny_checkpoint, stories, tmp_path / "run", method="full", learning_rate=None, max_steps=6)
+    report = run(asked)
+    assert {"train", "verify", "evaluate_spp"} <= set(report.results.seconds)
+    assert "merge" not in report.results.seconds and not (report.out / "adapter").exists()
+    assert report.verified and report.results.training.method == "full"
+    assert report.results.perplexity["spp"] < report.results.perplexity["pruned"]
+    assert "| this model |" in (report.out / "merged" / "README.md").read_text()
+    assert run(asked).plain()["seconds"] == report.plain()["seconds"]  # nothing is done again

@@ -118,6 +118,48 @@ def test_two_processes_train_as_one(values: dict[str, Any], tmp_path: Path, shar
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-3)
 
 
+FULL = {"method": "full", "learning_rate": 0.01}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_two_processes_train_the_weights_as_one(values: dict[str, Any], tmp_path: Path, sharding: str) -> None:
+    del values["r"]
+    values |= FULL
+    alone = train(TrainOptions.build({**values, "out": tmp_path / "alone"}))
+    done = start(tmp_path / "program.py", {**values, "out": str(tmp_path / "two"), "sharding": sharding})
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = read_json(tmp_path / "two.json")
+    assert found["trainable"] == alone.trainable_parameters
+    for (_, one), (_, two) in zip(alone.losses, found["losses"], strict=True):
+        assert abs(one - two) < 1e-3
+    base, ours, theirs = (weights(one) for one in (Path(values["model"]), tmp_path / "alone", tmp_path / "two"))
+    for name in base:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-3)
+        assert not theirs[name][base[name] == 0].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_a_killed_run_of_two_resumes_the_weights_to_the_bit(
+    values: dict[str, Any], tmp_path: Path, sharding: str
+) -> None:
+    del values["r"]
+    values |= FULL | {"sharding": sharding}
+    assert start(tmp_path / "program.py", {**values, "out": str(tmp_path / "whole")}).returncode == 0
+    again = {**values, "out": str(tmp_path / "again")}
+    assert start(tmp_path / "program.py", {**again, "killed_at": 4}).returncode != 0
+    assert not (tmp_path / "again").exists() and (work_folder(tmp_path / "again") / "checkpoint-4").is_dir()
+    done = start(tmp_path / "program.py", again)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert read_json(tmp_path / "again.json") == read_json(tmp_path / "whole.json")
+    ours, theirs = weights(tmp_path / "whole"), weights(tmp_path / "again")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_two_processes_train_experts_as_one(

@@ -463,7 +463,7 @@ def loss_on(model: torch.nn.Module, examples: list[Example]) -> float:
 
 def test_an_adapter_that_is_not_finite_is_not_written(options, tmp_path):
     """The last update comes after the last loss."""
-    with pytest.raises(SppError, match="the last step made the adapter NaN or infinite"):
+    with pytest.raises(SppError, match="the last step made the trained weights NaN or infinite"):
         train(options(learning_rate=1e300, warmup_ratio=0, max_steps=1))
     assert not (tmp_path / "adapter").exists()
 

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.baselines.finetuning import MaskedWeight, replace_linears
 from spp.checkpoints.json_files import read_json, write_json
 from spp.errors import SppError
 from spp.models.architecture import prunable_linears
+from spp.models.pack_model import pack_
+from spp.models.trainable_values import trainable_values
 from spp.runtime.tensor_memory import LiveBytes
 from spp.training import memory_estimate
 from spp.training.memory_estimate import predict_training
@@ -79,6 +83,51 @@ def test_the_parts_that_can_be_counted_by_hand(request_for):
         assert quantized.packed == 0 and quantized.parts["a weight, dequantized"] == 4 * 32 * 48
 
 
+def test_the_parts_of_full_training_are_those_of_its_survivors(request_for):
+    values = {**request_for(0.5), "window": 48, "method": "full", "batch_size": 6}
+    report = predict_training(TrainOptions.build(values))
+    linears = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)
+    survivors = report.parts["optimizer"] / 8
+    assert 0.4 * linears < survivors < 0.6 * linears and report.packed == 14
+    bits = 4 * (192 * 1 + 32 * 2)  # of a block: rows of 32 columns take a word, those of 48 two
+    offsets = 8 * (192 + 32 + 7)
+    assert report.parts["packed weights"] == 4 * survivors + 2 * (bits + offsets)
+    assert report.parts["activations and gradients"] > 4 * survivors and "adapter" not in report.parts
+    few = predict_training(TrainOptions.build({**values, "target_modules": "q_proj"}))
+    assert few.parts["optimizer"] < 0.3 * report.parts["optimizer"]
+
+
+def test_a_full_step_takes_a_fraction_of_masked_trainings_memory():
+    """At 75 %, everything counted: weights, gradients, moments, and what lives within the step; computed in bf16."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3, "num_attention_heads": 8}
+    config = LlamaConfig(vocab_size=64, use_cache=False, **sizes)
+
+    def peak(prepare):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(torch.bfloat16).train()
+        for layer in prunable_linears(model).values():
+            layer.weight.data[torch.rand(layer.weight.shape) < 0.75] = 0
+        model.requires_grad_(False)
+        model = prepare(model)
+        optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], fused=True)
+        ids = torch.arange(32)[None]
+        with LiveBytes() as live:
+            for _ in range(2):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        held = {one.untyped_storage()._cdata: one.nbytes for one in (*model.parameters(), *model.buffers())}
+        return live.peak + sum(held.values())
+
+    def ours(model):
+        trainable_values(pack_(model))
+        return model
+
+    assert peak(ours) < 0.35 * peak(lambda model: replace_linears(model, MaskedWeight))
+
+
 SIZES = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -97,8 +146,9 @@ SIZES = {
         {"window": 512, "batch_size": 4, "gradient_checkpointing": True},
         {"window": 256, "batch_size": 4, "pack": False},
         {"window": 256, "batch_size": 4, "dtype": "bfloat16"},
+        {"window": 256, "batch_size": 4, "method": "full"},
     ],
-    ids=["plain", "checkpointed", "unpacked", "bfloat16"],
+    ids=["plain", "checkpointed", "unpacked", "bfloat16", "full"],
 )
 @pytest.mark.slow
 def test_the_prediction_is_within_ten_percent_of_the_measurement(request_for, changes):

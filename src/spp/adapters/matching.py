@@ -5,9 +5,10 @@ Shapes: E experts, O output features, I input features, R row groups, K directio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,14 @@ from spp.ops.zeros import is_float
 _MERGED_DTYPES = [one.safetensors for one in FLOATS.values()]
 
 
+class NewWeight(Protocol):
+    """What a weight becomes."""
+
+    def merge(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The new weight, laid out as the old one is, rounded once to `dtype`; +0.0 where the old one is zero."""
+        ...
+
+
 @dataclass(frozen=True)
 class Update:
     """What one tensor of the files is merged with: factors, and whether it is stored as (I, O) or (E, I, O)."""
@@ -44,17 +53,17 @@ class Update:
 
 @dataclass(frozen=True)
 class Changes:
-    """All that an adapter changes in the files of a model.
+    """All that training changes in the files of a model.
 
     Attributes:
-        updates: tensor -> what it is merged with.
+        updates: tensor -> what it becomes, with its zeros.
         replaced: tensor -> what replaces it, or rows of it, as it is: a dense weight, of which nothing is proved.
         added: new tensor -> the one that it was tied to, of which it becomes a copy, with its own replacement if there
             is one in `replaced`.
         unties: whether the configuration has to say that the model's embeddings are no longer tied.
     """
 
-    updates: dict[str, Update]
+    updates: Mapping[str, NewWeight]
     replaced: dict[str, Whole] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
     unties: bool = False

@@ -11,8 +11,9 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from spp._version import __version__
 from spp.adapters.factors import WEIGHTS
 from spp.adapters.matching import Changes, match_adapter
 from spp.adapters.merge_record import MergeRecord, finished
-from spp.adapters.options import MergeOptions
+from spp.adapters.options import MergeOptions, WritingOptions
 from spp.adapters.spp_format import Adapter, read_adapter
 from spp.adapters.stochastic_rounding import round_stochastically
 from spp.checkpoints.atomic_folder import check_output, resumable_folder
@@ -99,21 +100,50 @@ def merge(options: MergeOptions) -> MergeReport:
     digests = tensor_digests(base)
     request = _request(base, digests, adapter, options)
     warn_of_other_base(options.adapter, options.model, lambda: str(request.inputs[WEIGHTS_OF_MODEL]))
+    origin = {"adapter": str(options.adapter), "training": _training(options.adapter)}
     with resumable_folder(options.out, request, overwrite=options.overwrite) as (folder, work):
-        record = _write(base, changes, options, folder, work)
-        raise_problems([f"{problem}; nothing was written" for problem in _problems(record, options)], SppError)
-        _require_untied(folder, changes)
-        report = _report(options.out, record, changes, time.perf_counter() - start)
-        write_json(
-            folder / VERIFICATION, _verification(record, options, report) | digests_of(digests, record.digests(digests))
-        )
-        write_json(folder / MANIFEST, _manifest(base, options, report))
-        write_model_card(folder)
+        report = write_model(base, digests, changes, options, origin, folder=folder, work=work)
+    return replace(report, seconds=time.perf_counter() - start)
+
+
+def write_model(
+    base: Checkpoint,
+    digests: dict[str, str],
+    changes: Changes,
+    options: WritingOptions,
+    origin: Mapping[str, Any],
+    *,
+    folder: Path,
+    work: Path,
+) -> MergeReport:
+    """Write the base with new values in some tensors, the proof of its zeros, the manifest and the model card.
+
+    Args:
+        base: the sparse model.
+        digests: of its tensors.
+        changes: which tensors become what.
+        options: names, dtype, rounding, seed, and what is accepted.
+        origin: where the new values come from, for the manifest: its entry `training`, and others.
+        folder: the new folder.
+        work: folder for the record from which a killed run goes on.
+
+    Raises:
+        SppError: a file is damaged, or the proof failed.
+    """
+    start = time.perf_counter()
+    record = _write(base, changes, options, folder, work)
+    raise_problems([f"{problem}; nothing was written" for problem in _problems(record, options)], SppError)
+    _require_untied(folder, changes)
+    report = _report(options.out, record, changes, time.perf_counter() - start)
+    proved = _verification(record, options, report) | {key: origin[key] for key in origin if key != "training"}
+    write_json(folder / VERIFICATION, proved | digests_of(digests, record.digests(digests)))
+    write_json(folder / MANIFEST, _manifest(base, options, origin, report))
+    write_model_card(folder)
     _warn(report)
     return report
 
 
-def _problems(record: MergeRecord, options: MergeOptions) -> list[str]:
+def _problems(record: MergeRecord, options: WritingOptions) -> list[str]:
     """What keeps a merge from being proved, in words."""
     proofs = record.proofs
     problems = [problem for name, proof in proofs.items() for problem in failures(name, proof)]
@@ -149,7 +179,7 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _write(base: Checkpoint, changes: Changes, options: MergeOptions, folder: Path, work: Path) -> MergeRecord:
+def _write(base: Checkpoint, changes: Changes, options: WritingOptions, folder: Path, work: Path) -> MergeRecord:
     """Write every tensor that no earlier run has written; return the record of all.
 
     While one tensor is merged, the next one is read, the previous one is written, and earlier ones are flushed to disk.
@@ -187,17 +217,15 @@ def _write(base: Checkpoint, changes: Changes, options: MergeOptions, folder: Pa
     return record
 
 
-def _new(name: str, weight: Tensor, changes: Changes, dtype: torch.dtype, options: MergeOptions) -> Tensor:
-    """W' = W + s * W * (A[g] B) (paper, eq. 5), rounded once, zeros as +0.0; or a dense W; or W in another dtype."""
+def _new(name: str, weight: Tensor, changes: Changes, dtype: torch.dtype, options: WritingOptions) -> Tensor:
+    """A new weight, rounded once, zeros as +0.0; or a dense one; or the old one in another dtype."""
     if name in changes.replaced:
         return changes.replaced[name].applied(weight).to(dtype)
     if name not in changes.updates:
         return canonical_zeros(weight.to(dtype))
-    update = changes.updates[name]
-    if options.rounding == "stochastic":
-        wide = update.merge(weight, wide_dtype(weight, update.factors.A, update.factors.B))
-        return _rounded(wide, dtype, options.seed, name)
-    return update.merge(weight, dtype)
+    if options.rounding == "nearest":
+        return changes.updates[name].merge(weight, dtype)
+    return _rounded(changes.updates[name].merge(weight, wide_dtype(weight)), dtype, options.seed, name)
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype, seed: int, name: str) -> Tensor:
@@ -246,10 +274,16 @@ def _require_untied(folder: Path, changes: Changes) -> None:
         )
 
 
-def _manifest(base: Checkpoint, options: MergeOptions, report: MergeReport) -> dict[str, Any]:
+def _training(adapter: Path) -> dict[str, Any]:
+    """What an adapter's spp.json says of its training."""
+    manifest = read_object(adapter / MANIFEST) if (adapter / MANIFEST).is_file() else {}
+    return {key: manifest[key] for key in ("data", "settings", "steps", "tokens") if key in manifest}
+
+
+def _manifest(
+    base: Checkpoint, options: WritingOptions, origin: Mapping[str, Any], report: MergeReport
+) -> dict[str, Any]:
     inherited = {key: base.manifest[key] for key in ("pattern", "criterion", "sparsity") if key in base.manifest}
-    trained = options.adapter / MANIFEST
-    training = read_object(trained) if trained.is_file() else {}
     return {
         "tool": "spp",
         "version": __version__,
@@ -258,19 +292,17 @@ def _manifest(base: Checkpoint, options: MergeOptions, report: MergeReport) -> d
         "licence": read_licence(base.folder),
         **inherited,
         "base": options.model,
-        "adapter": str(options.adapter),
-        "training": {key: training[key] for key in ("data", "settings", "steps", "tokens") if key in training},
+        **origin,
         "verification": _totals(report),
         REPLACED: sorted({*report.replaced, *replaced_tensors(base.manifest)}),
     }
 
 
-def _verification(record: MergeRecord, options: MergeOptions, report: MergeReport) -> dict[str, Any]:
+def _verification(record: MergeRecord, options: WritingOptions, report: MergeReport) -> dict[str, Any]:
     return {
         "tool": "spp",
         "version": __version__,
         "base": options.model,
-        "adapter": str(options.adapter),
         **options.model_dump(include={"dtype", "rounding", "seed"}),
         **_totals(report),
         "copied": len(record.done) - len(report.tensors) - len(report.converted) - len(report.replaced),
@@ -295,6 +327,6 @@ def _warn(report: MergeReport) -> None:
     if report.unchanged_share > _UNCHANGED_WORTH_A_WARNING:
         logger.warning(
             "%.0f %% of the survivors are unchanged: their updates are smaller than the result's dtype can show; "
-            "--rounding stochastic keeps them in the mean, --dtype float32 keeps every one",
+            "--rounding stochastic keeps them in the mean (and spp merge --dtype float32 every one)",
             100 * report.unchanged_share,
         )

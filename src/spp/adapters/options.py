@@ -55,15 +55,12 @@ class MergingSettings(Options):
     )
 
 
-class MergeOptions(MergingSettings, SeedSettings, OutputOptions):
-    """`spp merge MODEL ADAPTER OUT`: merge an adapter into its model and prove that every zero stayed."""
+class WritingOptions(MergingSettings, SeedSettings, OutputOptions):
+    """Writing a sparse model with new values."""
 
     model: str = Field(
         description="the sparse model that the adapter was trained on: a folder or a hub id",
         json_schema_extra={"metavar": "MODEL"} | NOT_OF_THE_RESULT,
-    )
-    adapter: Path = Field(
-        description="folder of the SPP adapter", json_schema_extra={"metavar": "DIR"} | NOT_OF_THE_RESULT
     )
     out: Path = Field(
         description="folder for the merged model", json_schema_extra={"metavar": "DIR"} | NOT_OF_THE_RESULT
@@ -71,6 +68,14 @@ class MergeOptions(MergingSettings, SeedSettings, OutputOptions):
     dtype: DtypeName = Field("auto", description="dtype of the result; auto keeps each tensor's own")
     allow_nonfinite: bool = Field(False, description="accept NaN and infinity in MODEL")
     allow_dense: bool = Field(False, description="accept a MODEL without zeros, where there is nothing to prove")
+
+
+class MergeOptions(WritingOptions):
+    """`spp merge MODEL ADAPTER OUT`: merge an adapter into its model and prove that every zero stayed."""
+
+    adapter: Path = Field(
+        description="folder of the SPP adapter", json_schema_extra={"metavar": "DIR"} | NOT_OF_THE_RESULT
+    )
 
 
 class ConvertOptions(OutputOptions):

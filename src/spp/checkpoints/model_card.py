@@ -48,7 +48,7 @@ def model_card(folder: Path, name: str | None = None) -> str:
         SppError: its side files are damaged.
     """
     if not (folder / VERIFICATION).is_file():
-        raise UsageError(f"{folder}: no {VERIFICATION} is there; only what spp merge wrote has a card")
+        raise UsageError(f"{folder}: no {VERIFICATION} is there; only what spp merge or full training wrote has a card")
     manifest, verification = read_object(folder / MANIFEST), read_object(folder / VERIFICATION)
     try:
         return _rendered(manifest, verification, name or manifest["name"])
@@ -65,6 +65,7 @@ def _rendered(manifest: Mapping[str, Any], verification: Mapping[str, Any], name
         card_data=_metadata(manifest).to_yaml(),
         name=name,
         pattern=_pattern(manifest),
+        in_full=manifest.get("method") == "full",
         facts=[(label, value) for label, value in _facts(manifest, verification) if value not in (None, "")],
         perplexity=_perplexities(figures),
         protocol=_protocol(figures),

@@ -60,8 +60,9 @@ def _execute(command: Command, given: dict[str, Any], *, dry_run: bool) -> Any:
     recipe = given.pop("recipe", None)
     if command.options is RunOptions and recipe is None and "model" not in given:
         recipe = "demo"  # the embedded default: the bundled model and a few minutes of training
-    values = {**load_recipe(recipe, command.options), **given} if recipe else given
-    options = command.options.build(values)
+    if recipe:
+        given = {**load_recipe(recipe, command.options, method=given.get("method")), **given}
+    options = command.options.build(given)
     module, function = (command.dry_run if dry_run and command.dry_run else command.work).split(":")
     with ends_at_once():
         work = getattr(importlib.import_module(module), function)

@@ -94,14 +94,15 @@ def _add_command(commands: Any, name: str, command: Command) -> None:
 def _add_options(parser: argparse.ArgumentParser, command: Command) -> None:
     """One flag per field, in a group for each option set that the command shares with others."""
     groups: dict[type, Any] = {command.options: parser}
-    for name, field in command.options.model_fields.items():
+    fields = command.options.model_fields
+    for name in dict.fromkeys((*command.positional, *fields)):
         owner = next(
             base for base in reversed(command.options.__mro__) if name in vars(base).get("__annotations__", {})
         )
         positional = name in command.positional
         if not positional and owner not in groups:
             groups[owner] = parser.add_argument_group(_summary(owner).rstrip("."))
-        _add_option(parser if positional else groups[owner], name, field, positional=positional)
+        _add_option(parser if positional else groups[owner], name, fields[name], positional=positional)
 
 
 def _summary(options: type[Options]) -> str:

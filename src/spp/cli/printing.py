@@ -66,8 +66,12 @@ def _train(report: TrainReport) -> Iterable[RenderableType]:
     )
     if report.best_step is not None:
         loss = dict(report.validation)[report.best_step]
-        yield f"the adapter is that of step {report.best_step}, whose validation loss is the lowest ({loss:.4f})"
-    yield f"written to {report.out}; next: spp merge MODEL {report.out} OUT"
+        yield f"the result is that of step {report.best_step}, whose validation loss is the lowest ({loss:.4f})"
+    if report.method == "full":
+        yield f"proved: all {report.zeros:,} zeros of the sparse model are +0.0"
+        yield f"written to {report.out}, with verification.json and a model card, README.md"
+    else:
+        yield f"written to {report.out}; next: spp merge MODEL {report.out} OUT"
 
 
 def _cache_teacher(report: CacheTeacherReport) -> Iterable[RenderableType]:

@@ -7,6 +7,7 @@ Back-ends: `reference` is the formula with plain autograd; `torch` computes it w
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cache
 from typing import Literal, get_args
 
@@ -80,14 +81,18 @@ def adapter_linear(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, backend: Backend = "auto") -> Tensor:
-    """y = x W^T + bias for a packed W (O, I) without an adapter. Arguments, result and errors as for `spp_linear`."""
+    """y = x W^T + bias for a packed W (O, I) without an adapter; the values of W may be trained.
+
+    Arguments, result and errors as for `spp_linear`.
+    """
     packed.require_layout(weight)
     _require_bias(bias, weight)
     _require_float("x", x)
     if x.shape[-1:] != (weight.in_features,):
         raise ValueError(f"expected x (..., {weight.in_features}) for a weight {weight.shape}; found {tuple(x.shape)}")
     x = _cast(x, weight)
-    chosen = _resolve(backend, x, weight)
+    frozen = replace(weight, values=weight.values.detach()) if weight.requires_grad else weight
+    chosen = _resolve(backend, x, frozen)  # every back-end gives the values their gradient here
     if chosen == "reference":
         return reference.packed_linear(x, weight, bias)
     return packed_matmul.apply(x, weight, bias, chosen)

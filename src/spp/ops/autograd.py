@@ -17,7 +17,7 @@ B (O, K).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib import import_module
@@ -89,7 +89,7 @@ def as_tensors(weight: Weight) -> list[Tensor]:
 def _linear(
     x: Tensor, weight: list[Tensor], A: Tensor, B: Tensor, scale: float, bias: Tensor | None, part: str, backend: str
 ) -> Tensor:
-    with _exactly(x):
+    with exactly(x):
         if part != "split":
             return F.linear(x, _effective(x.dtype, weight, A, B, scale, part == "fused", backend), bias)
         whole = _whole(weight, A)
@@ -101,7 +101,7 @@ def _linear(
 def _input_gradient(
     dy: Tensor, weight: list[Tensor], A: Tensor, B: Tensor, scale: float, part: str, backend: str
 ) -> Tensor:
-    with _exactly(dy):
+    with exactly(dy):
         return dy @ _effective(dy.dtype, weight, A, B, scale, part != "adapter", backend)
 
 
@@ -112,14 +112,25 @@ def _factor_gradients(
     wide = wide_dtype(whole, A, B)
     wide_A, wide_B = A.to(wide).contiguous(), B.to(wide).contiguous()
     dA, dB = torch.zeros_like(wide_A), torch.zeros_like(wide_B)
-    with _exactly(x):
-        block = _block_rows(len(B), x.shape[1], x.device)
-        for first in range(0, len(B) if len(x) else 0, block):
-            rows = dy[:, first : first + block].T
-            G = scratch("gradient", (len(rows), x.shape[1]), x.dtype, x.device)
-            torch.mm(rows, x, out=G)
+    with exactly(x):
+        for first, G in gradient_blocks(dy, x):
             kernels_of(backend).add_factor_gradients(G, first, whole, wide_A, wide_B, dA, dB)
     return dA.mul_(scale).to(A.dtype), dB.mul_(scale).to(B.dtype)
+
+
+def gradient_blocks(dy: Tensor, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """dY^T x, (O, I) in x's dtype, in blocks of rows: the first row of each block, and the block in scratch memory.
+
+    Args:
+        dy: (T, O) in x's dtype.
+        x: (T, I).
+    """
+    out_features, in_features = dy.shape[1], x.shape[1]
+    block = _block_rows(out_features, in_features, x.device)
+    for first in range(0, out_features if len(x) else 0, block):
+        rows = dy[:, first : first + block].T
+        G = scratch("gradient", (len(rows), in_features), x.dtype, x.device)
+        yield first, torch.mm(rows, x, out=G)
 
 
 _linear_op = torch.library.custom_op("spp::linear", _linear, mutates_args=())
@@ -188,7 +199,7 @@ class _Linear(torch.autograd.Function):
         return dx, None, *others
 
 
-def _exactly(x: Tensor) -> AbstractContextManager[Any]:
+def exactly(x: Tensor) -> AbstractContextManager[Any]:
     """Context manager that turns autocast off: products are computed in the dtypes of their arguments."""
     device = x.device.type
     # Turning it off costs as much as a launch, so only if it is on.

@@ -66,8 +66,8 @@ class PackedWeight:
 
     @property
     def requires_grad(self) -> bool:
-        """False: a packed weight is frozen."""
-        return False
+        """Whether the values get a gradient."""
+        return self.values.requires_grad
 
     def __len__(self) -> int:
         """O."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spp.ops.packed import PackedWeight, Weight, unpack
+from spp.ops.packed import PackedWeight, Weight, unpack, unpack_mask
 
 MOST_DIRECTIONS = 16
 """The largest K; equal to kMostDirections of the native kernels."""
@@ -120,8 +120,11 @@ def adapter_linear(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scale: float
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias, (..., O), by plain autograd."""
-    return F.linear(x, unpack(weight).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    """y = x W^T + bias, (..., O), by plain autograd, which also gives the values of W their gradient."""
+    W = unpack(weight)
+    if weight.requires_grad:
+        W = torch.zeros_like(W).masked_scatter(unpack_mask(weight), weight.values)
+    return F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def dense(weight: Weight) -> Tensor:

@@ -1,4 +1,4 @@
-"""The operator's work besides GEMMs, in plain torch: form W', expand a packed W, reduce the gradient of W'.
+"""The operator's work besides GEMMs, in plain torch: form W', expand a packed W, reduce or compress a gradient.
 
 The other back-ends (`native`, `triton`) have functions with the same names and signatures; the operator selects a
 module. Rows are processed in pieces of one group, which need no gather of A, and which fit a CPU's cache.
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spp.ops.packed import PackedWeight, Weight, require_all_values, unpack, unpack_rows
+from spp.ops.packed import PackedWeight, Weight, require_all_values, unpack, unpack_mask, unpack_rows
 from spp.ops.reference import mixture
 
 _PIECE_ROWS, _GPU_PIECE = 128, 2**24  # the second is in entries
@@ -63,6 +63,19 @@ def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Te
         P = G[rows.start - first : rows.stop - first].to(dA.dtype).mul_(part).masked_fill_(part == 0, 0.0)
         torch.mm(P, directions[group].T, out=dB[rows])
         sums[group].addmm_(B[rows].T, P)
+
+
+def compress(G: Tensor, first: int, weight: PackedWeight) -> None:
+    """Write the entries of G at which W has values to these values, in their dtype; the inverse of `expand`.
+
+    Args:
+        G: (n, I), contiguous: new rows `first` to `first` + n of W.
+        first: index of the first of these rows.
+        weight: (O, I) with sound bits and offsets, which are not checked; its values are written.
+    """
+    rows = PackedWeight(weight.values, weight.bitmask[first : first + len(G)], weight.row_offsets, weight.in_features)
+    start, end = (int(weight.row_offsets[row]) for row in (first, first + len(G)))
+    weight.values[start:end] = G[unpack_mask(rows)]
 
 
 def _by_group(A: Tensor, B: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportOptionalMemberAccess=false, reportInvalidTypeForm=false
-"""Our Triton kernels for NVIDIA GPUs: form W', expand a packed W, reduce the gradient of W'.
+"""Our Triton kernels for NVIDIA GPUs: form W', expand a packed W, reduce or compress a gradient.
 
 Every function here has the signature and the result of the one with its name in `spp.ops.torch_kernels`. None waits for
 the GPU, so a damaged packed weight raises no error: it gives wrong numbers, but nothing is read outside its values.
@@ -92,6 +92,18 @@ def _entries(
     WORDS: tl.constexpr, ROW_WORDS: tl.constexpr,
 ):
     """W[row, this program's columns], (WORDS, 32), as stored; zeros where a packed W has no value."""
+    places, present = _places(
+        bitmask, row_offsets, nonzeros, row_stride, column_stride, in_features, row, WORDS, ROW_WORDS
+    )
+    return tl.load(values + places, mask=present, other=0)
+
+
+@_jit
+def _places(
+    bitmask, row_offsets, nonzeros, row_stride, column_stride, in_features, row,
+    WORDS: tl.constexpr, ROW_WORDS: tl.constexpr,
+):
+    """Where the entries of `_entries` are in `values`, and which of them are there at all, (WORDS, 32) each."""
     columns = _columns(WORDS)
     present = columns < in_features
     if bitmask is None:
@@ -113,7 +125,23 @@ def _entries(
         room = tl.where(start >= 0, tl.maximum(tl.minimum(nonzeros - start, in_features), 0), 0).to(tl.int32)
         present &= ((word[:, None] >> bit) & 1 != 0) & (index < room)
         places = start + index
-    return tl.load(values + places, mask=present, other=0)
+    return places, present
+
+
+@_jit
+def _gather(
+    G, values, bitmask, row_offsets, nonzeros, row_stride, column_stride,
+    pieces, first_group, first, last, out_features, in_features, all_groups,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, ROW_WORDS: tl.constexpr,
+):
+    """The rows of G at the entries that a packed W has, as its values."""
+    _, start, stop = _piece(pieces, first_group, first, last, out_features, all_groups, ROWS)
+    for row in range(start, stop):
+        places, present = _places(
+            bitmask, row_offsets, nonzeros, row_stride, column_stride, in_features, row, WORDS, ROW_WORDS
+        )
+        g = tl.load(G + (row - first) * in_features + _columns(WORDS), mask=present, other=0)
+        tl.store(values + places, g.to(values.dtype.element_ty), mask=present)
 
 
 @_jit
@@ -237,6 +265,22 @@ def add_factor_gradients(G: Tensor, first: int, weight: Weight, A: Tensor, B: Te
     sums = dA.view(-1, directions, in_features)
     sums[plan.first_group : plan.first_group + plan.groups] += dA_of_pieces.sum(dim=1)
     dB[first:last] = dB_of_blocks.sum(dim=2)
+
+
+def compress(G: Tensor, first: int, weight: PackedWeight) -> None:
+    """As `torch_kernels.compress`.
+
+    Raises:
+        SppError: a packed weight whose tensors do not fit each other.
+    """
+    described, last = _described(weight, G), first + len(G)
+    fits = G.shape[1:] == (weight.in_features,) and first >= 0 and last <= len(weight) and G.is_contiguous()
+    _require(fits, "G", G)
+    if not G.numel():
+        return
+    plan = _plan(weight.shape, 1, first, last, _FORM)
+    with torch.cuda.device_of(G):
+        _gather[plan.groups * plan.pieces, plan.blocks](G=G, **described, **plan.arguments)
 
 
 def _form_rows(weight: Weight, A: Tensor | None, B: Tensor | None, out: Tensor, with_base: bool) -> None:

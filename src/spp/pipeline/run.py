@@ -24,7 +24,7 @@ from spp.pipeline.bundled import bundled_model
 from spp.pipeline.checks import check_run
 from spp.pipeline.options import RunOptions
 from spp.pipeline.records import StageRecords
-from spp.pipeline.stages import ADAPTER, MERGE, MERGED, ONE_SHOT, PRUNED, Stages
+from spp.pipeline.stages import ADAPTER, MERGE, MERGED, ONE_SHOT, PRUNED, TRAIN, Stages
 from spp.pruning.criteria.table import CRITERIA
 from spp.reporting.inputs import RECORDS, RESULTS, Run
 from spp.reporting.report import write_report
@@ -90,7 +90,7 @@ def run(options: RunOptions) -> RunReport:
         figures = {"perplexity": results.perplexity, "evaluation": results.protocol.evaluation}
         for warning in results.warnings:
             logger.warning("%s", warning)
-        with records.changing(MERGE, stages.merged):
+        with records.changing(TRAIN if stages.in_full else MERGE, stages.merged):
             write_model_card(stages.merged, figures)
         write_report([Run(out.name, results)], out / _REPORT)
     return RunReport(out, results)

@@ -26,8 +26,8 @@ from spp.training.options import TrainOptions
 from spp.training.train import train
 
 ONE_SHOT, PRUNED, ADAPTER, MERGED = "one-shot", "pruned", "adapter", "merged"
-MERGE = "merge"
-"""Name of the stage that writes the folder `MERGED`."""
+TRAIN, MERGE = "train", "merge"
+"""Names of the stages of which the last one that a run has writes the folder `MERGED`."""
 
 StageOptions = TypeVar("StageOptions", bound=Options)
 
@@ -67,9 +67,14 @@ class Stages:
     @cached_property
     def training(self) -> TrainOptions:
         """Options of the fine-tuning."""
-        return self._of(
-            TrainOptions, model=str(self.pruned), out=self.adapter, data=self._options.train, overwrite=True
-        )
+        # An adapter is rounded when it is merged; in full, the model itself is trained and written.
+        own = {"out": self.merged} if self.in_full else {"out": self.adapter, "rounding": "nearest"}
+        return self._of(TrainOptions, model=str(self.pruned), data=self._options.train, overwrite=True, **own)
+
+    @property
+    def in_full(self) -> bool:
+        """Whether the weights themselves are trained, so that there is no adapter to merge."""
+        return self._options.method == "full"
 
     def in_order(self) -> Iterator[Stage]:
         """The stages; each is created after the ones before it have finished."""
@@ -79,8 +84,9 @@ class Stages:
         yield Stage("prune", lambda: self._prune(self.pruned), self.pruned)
         name = "evaluate_reconstructed" if self._options.reconstruct else "evaluate_pruned"
         yield Stage(name, lambda: self._evaluate(str(self.pruned)))
-        yield Stage("train", lambda: train(self.training), self.adapter)
-        yield Stage(MERGE, self._merge, self.merged)
+        yield Stage(TRAIN, lambda: train(self.training), self.training.out)
+        if not self.in_full:
+            yield Stage(MERGE, self._merge, self.merged)
         yield Stage("verify", self._verify)
         yield Stage("evaluate_spp", lambda: self._evaluate(str(self.merged)))
 

@@ -72,10 +72,11 @@ class Protocol(_Part):
 
 
 class Training(_Part):
-    """How the adapter was trained: the report of `spp train`.
+    """How the model was trained: the report of `spp train`.
 
     Attributes:
-        out: the adapter's folder.
+        out: the folder of the adapter, or of the model that was trained in full.
+        method: spp, or full.
         data: the training data.
         steps: optimizer steps.
         examples: sequences to train on, after joining documents.
@@ -84,7 +85,7 @@ class Training(_Part):
         join_documents: whether a sequence may hold several documents.
         seconds: time in training, without loading.
         tokens_per_second: `tokens` / `seconds`.
-        trainable_parameters: number of entries in A and B.
+        trainable_parameters: number of entries in A and B, or of values.
         sparsity: share of zeros in the adapted weights.
         packed: number of adapted weights that were packed.
         learning_rate: the peak learning rate.
@@ -92,10 +93,12 @@ class Training(_Part):
         peak_memory_bytes: peak on a CUDA device; elsewhere the peak of the process.
         losses: the mean loss of every optimizer step's batch.
         validation: the mean loss on the examples that were held out, for every evaluation.
-        best_step: step whose adapter was written; None if no examples were held out.
+        best_step: step whose result was written; None if no examples were held out.
+        zeros: zeros that were proved kept when the model was written; None for an adapter.
     """
 
     out: str | None = None
+    method: str | None = None
     data: str | None = None
     steps: Count | None = None
     examples: Count | None = None
@@ -113,6 +116,7 @@ class Training(_Part):
     losses: list[Point] = []
     validation: list[Point] = []
     best_step: Count | None = None
+    zeros: Count | None = None
 
 
 class PrunedTensor(_Part):
@@ -222,7 +226,7 @@ class RunResults(_Part):
         environment: the hardware.
         options: every option of the run.
         command: a command line that repeats the run.
-        training: how the adapter was trained.
+        training: how the model was trained.
         sparsity: the sparsity after pruning.
         verification: the proof that the zeros were kept.
         warnings: what a reader of the figures has to know, one sentence each.

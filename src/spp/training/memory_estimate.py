@@ -7,6 +7,7 @@ for backward is counted, without formulas for architectures.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,12 @@ from spp.models.architecture import prunable_linears, shape_oi, weight_oi
 from spp.models.completeness import check_size
 from spp.models.experts import trace_as_one_expert_
 from spp.models.loading import building, context_window, kind_of, load_config
+from spp.models.packed_linear import PackedLinear
+from spp.models.trainable_values import trainable_values
 from spp.models.weight_map import known_parts
 from spp.ops import packs_well
 from spp.ops.autograd import scratch_bytes
-from spp.ops.packed import WORTH_PACKING, packed_bytes
+from spp.ops.packed import WORTH_PACKING, PackedWeight, packed_bytes, word_count
 from spp.runtime.devices import compute_dtype, pick_device
 from spp.runtime.memory_estimate import MemoryPrediction, available_bytes, libraries
 from spp.runtime.progress import track
@@ -77,13 +80,13 @@ def predict_training(options: TrainOptions) -> TrainingPrediction:
     )
     batch = torch.Size((sequences, max(len(one.input_ids) for one in examples)))
     skeleton = _skeleton(options, config, device)
-    weights, packed = _weights(checkpoint, skeleton, options, device)
-    step = needs_of_a_step(options, config, batch, device)
+    weights, packed, stored = _weights(checkpoint, skeleton, options, device)
+    step = needs_of_a_step(options, config, batch, device, stored)
     checkpointing = options.gradient_checkpointing
     if checkpointing is None:
         checkpointing = sum(weights.values()) + sum(step.values()) > _SHARE_TO_USE * available_bytes(device)
     if checkpointing:
-        step = needs_of_a_step(options, config, batch, device, checkpointing=True)
+        step = needs_of_a_step(options, config, batch, device, stored, checkpointing=True)
     return TrainingPrediction(
         parts={
             **libraries("spp.training.train", device),
@@ -130,21 +133,45 @@ def needs_checkpointing(options: TrainOptions, model: PreTrainedModel, batch: to
     roughly = 4 * batch.numel() * (32 * config.hidden_size * config.num_hidden_layers + 4 * config.vocab_size)
     if to_move + roughly < _PLAINLY_FITS * free:
         return False
-    return to_move + sum(needs_of_a_step(options, model.config, batch, device).values()) > _SHARE_TO_USE * free
+    stored = {name: _stored(layer) for name, layer in prunable_linears(model).items()}
+    return to_move + sum(needs_of_a_step(options, model.config, batch, device, stored).values()) > _SHARE_TO_USE * free
+
+
+def _stored(layer: nn.Module) -> int:
+    """How many values of a layer are stored, packed."""
+    if isinstance(layer, PackedLinear):
+        return layer.values.numel()
+    return int(layer.get_parameter("weight").count_nonzero())
 
 
 def needs_of_a_step(
-    options: TrainOptions, config: Any, batch: torch.Size, device: torch.device, *, checkpointing: bool = False
+    options: TrainOptions,
+    config: Any,
+    batch: torch.Size,
+    device: torch.device,
+    stored: Mapping[str, int],
+    *,
+    checkpointing: bool = False,
 ) -> dict[str, int]:
-    """Bytes by part that training takes besides the base's weights: adapter, optimizer, activations, scratch."""
+    """Bytes by part that training takes besides the base's weights: adapter, optimizer, activations, scratch.
+
+    Args:
+        options: of the run.
+        config: of the model.
+        batch: sequences, tokens.
+        device: to train on.
+        stored: layer -> number of its values that are not zero, for training in full.
+        checkpointing: whether activations are recomputed in backward.
+    """
     model = _skeleton(options, config, device)
     targets = target_layers(model, options.target_modules, warn=False)
     traced = targets or prunable_linears(model)  # where experts alone are trained, for the activations
     shapes = (weight_oi(layer).shape for layer in traced.values())
     scratch = max(scratch_bytes(rows, columns, model.dtype, device) for rows, columns in shapes)
-    adapted = with_new_adapter(model, traced, options)
+    in_full = options.method == "full"
+    adapted = _with_values(model, targets, stored) if in_full else with_new_adapter(model, traced, options)
     trace_as_one_expert_(adapted)
-    on_experts = _factors_of_experts(options, config, device)
+    on_experts = 0 if in_full else _factors_of_experts(options, config, device)
     trained = on_experts + (_trained(adapted) if targets else 0)
     if checkpointing:
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
@@ -152,7 +179,7 @@ def needs_of_a_step(
     step = peak_of_a_step(adapted.train(), inputs, device)
     slack = {} if checkpointing or device.type != "cpu" else {"allocator's slack": int(_HEAP_SLACK * step)}
     return {
-        "adapter": 4 * trained,
+        **({} if in_full else {"adapter": 4 * trained}),  # trained values are among the weights
         "optimizer": 2 * 4 * trained,  # AdamW's two moments
         "activations and gradients": step + 4 * on_experts,
         **slack,
@@ -173,6 +200,22 @@ def _trained(adapted: nn.Module) -> int:
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
+def _with_values(
+    model: PreTrainedModel, targets: Mapping[str, nn.Module], stored: Mapping[str, int]
+) -> PreTrainedModel:
+    """Put packed layers with trainable values in the place of these layers of a model on the meta device."""
+    for name, layer in targets.items():
+        rows, columns = shape_oi(layer)
+        with torch.device("meta"):
+            values = torch.empty(stored.get(name, 0), dtype=torch.float32)
+            bits = torch.empty(rows, word_count(columns), dtype=torch.int32)
+            offsets = torch.empty(rows + 1, dtype=torch.int64)
+        model.set_submodule(name, PackedLinear(PackedWeight(values, bits, offsets, columns), layer._parameters["bias"]))
+    trainable_values(model, targets)
+    model.config.use_cache = False
+    return model
+
+
 def _skeleton(options: TrainOptions, config: Any, device: torch.device) -> PreTrainedModel:
     """The model on the meta device, in the dtype that it would compute in."""
     dtype = compute_dtype(options.dtype, device)
@@ -184,27 +227,33 @@ def _skeleton(options: TrainOptions, config: Any, device: torch.device) -> PreTr
 
 def _weights(
     checkpoint: Checkpoint, model: PreTrainedModel, options: TrainOptions, device: torch.device
-) -> tuple[dict[str, int], int]:
-    """Bytes of the base by part, and how many layers would be packed."""
+) -> tuple[dict[str, int], int, dict[str, int]]:
+    """Bytes of the base by part, how many layers would be packed, and how many values each layer has, as far as known.
+
+    Weights that are trained are packed in fp32, whatever their sparsity.
+    """
     linears = prunable_linears(model)
     if options.quantize != "none":
-        return _quantized_weights(model, linears, options.quantize, device), 0
+        return _quantized_weights(model, linears, options.quantize, device), 0, {}
+    in_full = target_layers(model, options.target_modules, warn=False) if options.method == "full" else {}
     pack = (packs_well(device) if options.pack is None else options.pack) or (
         bool(checkpoint.packed) and options.pack is not False
     )
-    parts = known_parts(model, checkpoint) if pack else {}
+    parts = known_parts(model, checkpoint) if pack or in_full else {}
     kinds = {"packed weights": 0, "dense weights": 0}
-    packed = 0
+    packed, stored = 0, {}
     for name, layer in track(linears.items(), "counting weights", total=len(linears)):
         tensors = [checkpoint.tensor(stored) for stored in parts.get(f"{name}.weight", {})]
         values = sum(int(tensor.count_nonzero()) for tensor in tensors)
         rows, columns = weight_oi(layer).shape
-        if tensors and 1 - values / (rows * columns) >= WORTH_PACKING:
-            kinds["packed weights"] += packed_bytes(values, rows, columns, tensors[0].dtype)
+        stored[name] = values
+        if name in in_full or (tensors and 1 - values / (rows * columns) >= WORTH_PACKING):
+            dtype = torch.float32 if name in in_full else tensors[0].dtype
+            kinds["packed weights"] += packed_bytes(values, rows, columns, dtype)
             packed += 1
         else:
             kinds["dense weights"] += layer.get_parameter("weight").nbytes
-    return {**kinds, **_other_weights(model, linears)}, packed
+    return {**kinds, **_other_weights(model, linears)}, packed, stored
 
 
 def _quantized_weights(

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from spp.adapters.options import AdapterSettings
+from spp.adapters.options import AdapterSettings, MergingSettings
 from spp.options import (
     NOT_OF_THE_RESULT,
     LoadingOptions,
@@ -65,16 +65,28 @@ class TeacherSettings(Options):
         return self
 
 
+LEARNING_RATES = {"spp": 4e-3, "full": 1e-4}
+"""Method -> the default learning rate."""
+
+
 class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
     """Training.
 
     `recipes/paper.yaml` has the published values.
     """
 
-    learning_rate: float = Field(
-        4e-3, gt=0, description="peak learning rate of AdamW; models of a few million parameters learn best at 0.02"
+    method: Literal["spp", "full"] = Field(
+        "spp",
+        description="what is trained: an SPP adapter, or all weights that are not zero (full), kept packed",
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay on A and B")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate of AdamW (default: "
+        + ", ".join(f"{rate:g} with {method}" for method, rate in LEARNING_RATES.items())
+        + "); adapters of models of a few million parameters learn best at 0.02",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay on what is trained")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps over which the rate rises")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="how the rate falls after warm-up")
     epochs: float = Field(1.0, gt=0, description="passes over the training data")
@@ -105,11 +117,11 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
     keep: int = Field(
         2,
         ge=1,
-        description="checkpoints to keep during training; the best adapter is kept in addition",
+        description="checkpoints to keep during training; the best weights are kept in addition",
         json_schema_extra=NOT_OF_THE_RESULT,
     )
     validation: int = Field(
-        0, ge=0, description="hold out N examples, and take the adapter that has the lowest loss on them"
+        0, ge=0, description="hold out N examples, and take the weights that have the lowest loss on them"
     )
     eval_steps: int | None = Field(
         None, ge=1, description="optimizer steps between evaluations on the held-out examples (default: save-steps)"
@@ -125,6 +137,26 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
         json_schema_extra={"metavar": "NAMES"} | NOT_OF_THE_RESULT,
     )
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate, or the method's default."""
+        return self.learning_rate or LEARNING_RATES[self.method]
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        adapter = {name: AdapterSettings.model_fields[name].default for name in AdapterSettings.model_fields}
+        only_spp = {name: default for name, default in adapter.items() if name != "target_modules"}
+        only_spp |= {"quantize": "none"}
+        names = [name for name, default in only_spp.items() if getattr(self, name) != default]
+        names += ["no-pack"] if self.pack is False else []
+        names += ["sharding zero3"] if self.sharding == "zero3" else []
+        if self.method == "full" and names:
+            raise ValueError(
+                f"method full trains the packed weights themselves, without an adapter, so that it has no use for "
+                f"{', '.join(name.replace('_', '-') for name in names)}; leave that out"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check_base(self) -> Self:
         excluded = {"pack": self.pack is True, f"sharding {self.sharding}": self.sharding != "none"}
@@ -133,18 +165,28 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
         return self
 
 
-class TrainOptions(TrainingSettings, WindowSettings, SeedSettings, LoadingOptions, OutputOptions):
+class TrainOptions(TrainingSettings, MergingSettings, WindowSettings, SeedSettings, LoadingOptions, OutputOptions):
     """`spp train MODEL OUT --data FILE`: fine-tune a sparse model with SPP."""
 
     model: str = Field(
         description="sparse model, pruned with any tool: a folder or a hub id", json_schema_extra=NOT_OF_THE_RESULT
     )
-    out: Path = Field(description="folder for the adapter", json_schema_extra=NOT_OF_THE_RESULT)
+    out: Path = Field(
+        description="folder for the adapter, or for the model with full", json_schema_extra=NOT_OF_THE_RESULT
+    )
     data: str = Field(
         "python-stdlib",
         description="training data: a file, a datasets id, or python-stdlib",
         json_schema_extra={"metavar": "DATA"} | NOT_OF_THE_RESULT,
     )
+
+    @model_validator(mode="after")
+    def _check_rounding(self) -> Self:
+        if self.method != "full" and self.rounding != "nearest":
+            raise ValueError(
+                f"rounding {self.rounding}: an adapter is not rounded; give it to spp merge, or pass --method full"
+            )
+        return self
 
 
 class CacheTeacherOptions(ExampleSettings, WindowSettings, LoadingOptions, OutputOptions):

@@ -1,4 +1,4 @@
-"""Sharding the model over several processes: the Trainer's arguments for it, and gathering the factors.
+"""Sharding the model over several processes: the Trainer's arguments for it, and gathering what is trained.
 
 FSDP is torch's FSDP2 (`fully_shard`); ZeRO-3 is DeepSpeed's.
 """
@@ -6,14 +6,14 @@ FSDP is torch's FSDP2 (`fully_shard`); ZeRO-3 is DeepSpeed's.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from spp.errors import UsageError
@@ -47,7 +47,7 @@ def sharding_arguments(settings: TrainingSettings, dtype: torch.dtype) -> dict[s
         dtype: dtype that the model computes in.
     """
     if settings.sharding == "fsdp":
-        # Factors are small, so that a checkpoint holds them whole, and may be resumed by any number of processes.
+        # What is trained is small: a checkpoint holds it whole, and may be resumed by any number of processes.
         return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
     if settings.sharding == "zero3":
         return {"deepspeed": _zero3(dtype)}
@@ -81,20 +81,29 @@ def divide(model: PreTrainedModel, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def whole_factors(adapted: PeftModel) -> dict[str, Tensor]:
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name of every parameter that is trained -> the parameter."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def whole_trained(model: nn.Module) -> dict[str, Tensor]:
     """Name of every trained parameter -> a full copy. All processes must call it, and all get the same."""
-    return {name: _whole(parameter) for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    return {name: whole(parameter) for name, parameter in trained_parameters(model).items()}
 
 
-def set_factors(adapted: PeftModel, factors: dict[str, Tensor]) -> None:
-    """Set the trained parameters, which must not be sharded, to the values of `whole_factors`."""
-    parameters = dict(adapted.named_parameters())
-    with torch.no_grad():
-        for name, value in factors.items():
-            parameters[name].copy_(value)
+@torch.no_grad()
+def set_trained(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Set trained parameters, which may be sharded by FSDP, to the values of `whole_trained`."""
+    parameters = trained_parameters(model)
+    for name, value in values.items():
+        own = parameters[name]
+        if isinstance(own.data, DTensor):
+            value = distribute_tensor(value.to(own.device), own.data.device_mesh, own.data.placements)
+        own.copy_(value)
 
 
-def _whole(parameter: nn.Parameter) -> Tensor:
+def whole(parameter: nn.Parameter) -> Tensor:
+    """A full copy of a parameter, which may be sharded; then all processes must call it."""
     if isinstance(parameter.data, DTensor):
         return parameter.data.full_tensor()
     if hasattr(parameter, "ds_id"):

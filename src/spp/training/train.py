@@ -1,11 +1,11 @@
-"""Fine-tune a sparse model with SPP: transformers' Trainer with our examples, operator and checkpoints."""
+"""Fine-tune a sparse model, with SPP or in full: transformers' Trainer with our examples, operator and checkpoints."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from spp._version import __version__
+from spp.adapters.options import AdapterSettings
 from spp.adapters.tuner.suitability import warn_if_dense
 from spp.checkpoints.adapter_card import write_adapter_card
 from spp.checkpoints.atomic_folder import check_output, partial_folder, resumable_folder, work_folder
@@ -25,7 +26,7 @@ from spp.checkpoints.json_files import write_json
 from spp.checkpoints.request import Request
 from spp.data.examples import Example, digest
 from spp.models.architecture import sparsity
-from spp.models.loading import context_window, load_base
+from spp.models.loading import context_window, load_base, load_model
 from spp.models.packed_linear import PackedLinear
 from spp.models.quantized import quantize_
 from spp.runtime import distributed
@@ -37,6 +38,7 @@ from spp.training.memory_estimate import needs_checkpointing
 from spp.training.new_adapter import target_layers, target_stacks, with_new_adapter
 from spp.training.options import TrainingSettings, TrainOptions
 from spp.training.teacher import open_teacher, teacher_digest
+from spp.training.trained_model import require_zeros, whole_layers, with_trained_values, write_trained_model
 from spp.training.trainer_arguments import batching
 from spp.training.training_data import hold_out, training_examples
 from spp.training.training_run import TrainingResult, TrainingRun
@@ -53,16 +55,18 @@ class TrainReport:
         examples: sequences to train on, after documents were joined.
         tokens: tokens trained on, without padding.
         seconds: time in training, without loading; like `tokens` it includes what was done before a resume.
-        trainable_parameters: entries of A and B.
-        sparsity: share of zeros in the adapted weights.
-        packed: number of adapted layers that are packed.
+        trainable_parameters: entries of A and B, or values of weights.
+        sparsity: share of zeros in the weights that are adapted or trained.
+        packed: number of these weights that are packed.
         peak_memory_bytes: peak on a CUDA device; elsewhere the peak of the process.
         losses: (step, mean loss of its batch in nats per token), for every step.
         validation: (step, mean loss on the examples that were held out in nats per token), for every evaluation.
-        best_step: step whose adapter was written; None if no examples were held out.
+        best_step: step whose result was written; None if no examples were held out.
+        zeros: zeros that are proved kept in the model that was written; None for an adapter.
     """
 
     out: Path
+    method: str
     data: str
     steps: int
     examples: int
@@ -80,16 +84,17 @@ class TrainReport:
     losses: list[tuple[float, float]]
     validation: list[tuple[float, float]]
     best_step: int | None
+    zeros: int | None = None
 
 
 def train(options: TrainOptions) -> TrainReport:
-    """Train an SPP adapter for a sparse model and write it to `options.out`; a killed run is resumed.
+    """Train an SPP adapter for a sparse model, or the model itself, and write it to `options.out`.
 
-    Checkpoints are in a hidden folder beside `out`, `.<out>.work`, until the adapter is written.
+    A killed run is resumed. Until the result is written, checkpoints are in a hidden folder beside it, `.<out>.work`.
 
     Raises:
         UsageError: a wrong option, a missing model or file, a full output folder, modules that the model lacks.
-        SppError: a damaged model, or a loss or factor that is not finite.
+        SppError: a damaged model, or a loss or weight that is not finite.
     """
     folder = resolve_model(options.model, code=options.trust_remote_code)
     _check(options, folder)
@@ -100,19 +105,25 @@ def train(options: TrainOptions) -> TrainReport:
     data = _load_data(options, folder, model)
     teacher = open_teacher(options, data.examples, _vocabulary(model), device)
     targets = target_layers(model, options.target_modules)
-    stacks = target_stacks(model, options.target_modules)
+    in_full = options.method == "full"
+    stacks = {} if in_full else target_stacks(model, options.target_modules)
     share_of_zeros = sparsity(targets.values(), (stack.weight.detach() for stack in stacks.values()))
-    if options.quantize != "none":  # later, no zeros can be counted; otherwise the tuner does so
+    if in_full:
+        require_zeros(share_of_zeros, options.model)
+    if in_full or options.quantize != "none":  # later, no zeros can be counted; otherwise the tuner does so
         warn_if_dense(options.model, share_of_zeros)
     checkpointing = _use_checkpointing(options, model, data.examples, device)
     if options.quantize != "none":
         targets = quantize_(model, targets, options.quantize, device)
     set_seed(options.seed)
-    adapted = with_new_adapter(model, targets, options, stacks=stacks)
+    if in_full:
+        trained = with_trained_values(model, targets)
+    else:
+        trained = with_new_adapter(model, targets, options, stacks=stacks)
     request = _request(options, inputs, data.examples) if is_first else None
     with _output(options, request) as (out, work):
         run = TrainingRun(
-            adapted,
+            trained,
             *hold_out(data.examples, options),
             teacher,
             options,
@@ -122,14 +133,19 @@ def train(options: TrainOptions) -> TrainReport:
         )
         result = run.run()
         report = _report(options, data, targets, share_of_zeros, result)
-        if is_first:
-            _write(out, options, inputs[WEIGHTS_OF_MODEL], adapted, result.factors, report)
+        layers = whole_layers(model, result.trained) if in_full else {}
+        if is_first and isinstance(trained, PeftModel):
+            _write_adapter(out, options, inputs[WEIGHTS_OF_MODEL], trained, result.trained, report)
+        elif is_first:
+            training = _training(options, report)
+            written = write_trained_model(Checkpoint.open(folder), layers, options, training, folder=out, work=work)
+            report = replace(report, zeros=written.zeros)
     return report
 
 
 @contextmanager
 def _output(options: TrainOptions, request: Request | None) -> Iterator[tuple[Path, Path]]:
-    """The folders for the adapter and for checkpoints; the first process, which has a request, makes them.
+    """The folders for the result and for checkpoints; the first process, which has a request, makes them.
 
     The others wait for it when the Trainer starts, so the folders exist before they use them.
     """
@@ -160,6 +176,8 @@ def _check(options: TrainOptions, folder: Path) -> None:
 def _load_base(options: TrainOptions, folder: Path, device: torch.device) -> PreTrainedModel:
     """The sparse model, on the CPU: the Trainer moves it to the device, and each of several processes has its own."""
     dtype = compute_dtype(options.dtype, device)
+    if options.method == "full":
+        return load_model(folder, options, dtype=dtype, device="cpu", pack=True)
     pack = False if options.quantize != "none" else options.pack
     return load_base(folder, options, dtype=dtype, pack=pack, on=device)
 
@@ -193,6 +211,7 @@ def _report(
 ) -> TrainReport:
     return TrainReport(
         out=options.out,
+        method=options.method,
         data=options.data,
         steps=result.steps,
         examples=len(data.examples) - options.validation,
@@ -201,10 +220,10 @@ def _report(
         join_documents=data.join_documents,
         seconds=result.seconds,
         tokens_per_second=result.tokens / max(result.seconds, 1e-9),
-        trainable_parameters=sum(factor.numel() for factor in result.factors.values()),
+        trainable_parameters=sum(factor.numel() for factor in result.trained.values()),
         sparsity=share_of_zeros,
-        packed=sum(isinstance(target, PackedLinear) for target in targets.values()),
-        learning_rate=options.learning_rate,
+        packed=sum(isinstance(one, PackedLinear) for one in targets.values()),
+        learning_rate=options.peak_learning_rate,
         batch_size=options.batch_size,
         peak_memory_bytes=peak_memory_bytes(result.device),
         losses=result.losses,
@@ -213,7 +232,7 @@ def _report(
     )
 
 
-def _write(
+def _write_adapter(
     out: Path, options: TrainOptions, base: str, adapted: PeftModel, factors: dict[str, Tensor], report: TrainReport
 ) -> None:
     """Write the adapter and its manifest."""
@@ -226,7 +245,7 @@ def _write(
 
 
 def _request(options: TrainOptions, inputs: dict[str, str], examples: list[Example]) -> Request:
-    """Everything that the adapter depends on; only checkpoints of the same request are resumed."""
+    """Everything that the result depends on; only checkpoints of the same request are resumed."""
     circumstances: dict[str, Any] = {"spp": __version__}
     if options.sharding == "zero3":
         circumstances["processes"] = distributed.launched_world_size()  # DeepSpeed's checkpoints are of that number
@@ -234,15 +253,20 @@ def _request(options: TrainOptions, inputs: dict[str, str], examples: list[Examp
     return Request(options.of_the_result(), {**inputs, **taught}, circumstances)
 
 
+def _training(options: TrainOptions, report: TrainReport) -> dict[str, Any]:
+    """What a manifest says of the training."""
+    unused = set(AdapterSettings.model_fields) - {"target_modules"} if options.method == "full" else set()
+    named = {*TrainingSettings.model_fields, "window", "seed"} - unused
+    settings = options.model_dump(mode="json", include=named)
+    settings["learning_rate"] = report.learning_rate
+    return {"data": options.data, "settings": settings, "steps": report.steps, "tokens": report.tokens}
+
+
 def _manifest(options: TrainOptions, base: str, report: TrainReport) -> dict[str, Any]:
-    settings = options.model_dump(mode="json", include=set(TrainingSettings.model_fields) | {"window", "seed"})
     return {
         "tool": "spp",
         "version": __version__,
         "kind": "adapter",
         "base": {"model": options.model, "fingerprint": base},
-        "data": options.data,
-        "settings": settings,
-        "steps": report.steps,
-        "tokens": report.tokens,
+        **_training(options, report),
     }

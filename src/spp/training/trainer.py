@@ -1,25 +1,31 @@
-"""transformers' Trainer with our batches, a distillation loss, and a validation loss."""
+"""transformers' Trainer with our batches, a distillation loss, a validation loss, and checkpoints without the base."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer
 
+from spp.checkpoints.safetensors_file import save_tensors
 from spp.data.examples import Example, collate
 from spp.runtime import distributed
 from spp.training.options import TrainingSettings
+from spp.training.sharding import set_trained, trained_parameters, whole_trained
 from spp.training.teacher import LiveTeacher, Teacher, TeacherBatch, predicted
 
 Item = tuple[int, Example]
 """An example, and its index in the data."""
 
 _NUMBERS = "examples"
+_TRAINED = "trained.safetensors"
 
 
 class SppTrainer(Trainer):
@@ -84,6 +90,26 @@ class SppTrainer(Trainer):
         if self._features:
             total = total + self._features * _feature_error(outputs.hidden_states[1:], teacher_batch.features, rows)
         return total / count
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The weights of a checkpoint: an adapter as PEFT saves it, or else what is trained, without the base."""
+        if isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+            return
+        assert self.model is not None and output_dir is not None
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Of a sharded model only the state dict that the Trainer gathered is whole here.
+        held = whole_trained(self.model) if state_dict is None else state_dict
+        save_tensors(folder / _TRAINED, {name: held[name] for name in trained_parameters(self.model)})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """What `_save` saved."""
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            trained: Any = model or self.model
+            set_trained(trained, load_file(Path(resume_from_checkpoint) / _TRAINED))
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The loss on the held-out examples, in nats per token, without the teacher's part."""

@@ -111,7 +111,7 @@ def _optimization(options: TrainingSettings, sequences: int) -> dict[str, Any]:
         "gradient_accumulation_steps": _share(options) // sequences,
         "num_train_epochs": options.epochs,
         "max_steps": options.max_steps or -1,
-        "learning_rate": options.learning_rate,
+        "learning_rate": options.peak_learning_rate,
         "weight_decay": options.weight_decay,
         "warmup_steps": options.warmup_ratio if options.warmup_ratio < 1 else 1 - 1e-9,  # below 1 it is a share
         "lr_scheduler_type": _SCHEDULES[options.schedule],

@@ -1,4 +1,4 @@
-"""Train the factors with transformers' Trainer: resume, find a batch size that fits, and return the best factors."""
+"""Train with transformers' Trainer: resume, find a batch size that fits, and return the best trained weights."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PrinterCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from spp.data.examples import Example
 from spp.errors import SppError
 from spp.ops.zeros import all_finite
 from spp.runtime.files import is_disk_full, writing
-from spp.training.best_adapter import BestAdapter
+from spp.training.best_weights import BestWeights
 from spp.training.checkpoints import Checkpoints
 from spp.training.options import TrainOptions
 from spp.training.progress_callback import LossNotFinite, TrainingProgress
-from spp.training.sharding import set_factors, whole_factors
+from spp.training.sharding import set_trained, whole_trained
 from spp.training.teacher import Teacher
 from spp.training.trainer import Item, SppTrainer
 from spp.training.trainer_arguments import batching, smaller_batch, training_arguments
@@ -36,17 +36,17 @@ class TrainingResult:
     """The result of a training run.
 
     Attributes:
-        factors: name of every trained parameter -> its best value if examples were held out, else its last one.
+        trained: name of every trained parameter -> its best value if examples were held out, else its last one.
         steps: optimizer steps.
         tokens: tokens trained on, without padding; like `seconds`, it includes the time before a resume.
         seconds: time in training.
         losses: (step, loss), for every step.
         validation: (step, loss on the held-out examples), for every evaluation.
-        best_step: the step that `factors` are from; None if no examples were held out.
+        best_step: the step that `trained` is from; None if no examples were held out.
         device: device of the training.
     """
 
-    factors: dict[str, Tensor]
+    trained: dict[str, Tensor]
     steps: int
     tokens: int
     seconds: float
@@ -60,7 +60,7 @@ class TrainingRun:
     """A training run; it is tried again with fewer sequences at once if memory does not suffice.
 
     Args:
-        adapted: the model with a new adapter, which is trained in place.
+        model: with a new adapter, or with values to train; it is trained in place.
         items: examples to train on, with their indices.
         held_out: examples to evaluate on; may be empty.
         teacher: teacher to distil from, or None.
@@ -72,7 +72,7 @@ class TrainingRun:
 
     def __init__(
         self,
-        adapted: PeftModel,
+        model: PreTrainedModel | PeftModel,
         items: Sequence[Item],
         held_out: Sequence[Example],
         teacher: Teacher | None,
@@ -82,17 +82,18 @@ class TrainingRun:
         device: torch.device,
         gradient_checkpointing: bool,
     ) -> None:
-        self._adapted, self._items, self._held_out, self._teacher = adapted, items, held_out, teacher
+        self._model, self._items, self._held_out, self._teacher = model, items, held_out, teacher
         self._options, self._device = options, device
         self._gradient_checkpointing = gradient_checkpointing
-        self._first = whole_factors(adapted)
+        # To start over from. On a CPU, memory that does not suffice ends the process before it is known.
+        self._first = whole_trained(model) if device.type != "cpu" else {}
         self._folder, self._checkpoints = folder, Checkpoints(folder)
 
     def run(self) -> TrainingResult:
         """Train to the end.
 
         Raises:
-            SppError: a loss or factor that is not finite, or no batch fits into memory.
+            SppError: a loss or weight that is not finite, or no batch fits into memory.
         """
         sequences: int | None = batching(self._options)[0]
         while sequences is not None:
@@ -101,7 +102,7 @@ class TrainingRun:
                 return self._finished(trainer, watch)
             del trainer, watch  # what they hold is in the way of the next try
             torch.cuda.empty_cache()
-            set_factors(self._adapted, self._first)
+            set_trained(self._model, self._first)
             if fewer := smaller_batch(self._options, sequences):
                 logger.warning("%d sequences at once do not fit into memory; going on with %d", sequences, fewer)
             sequences = fewer
@@ -119,7 +120,7 @@ class TrainingRun:
         arguments = training_arguments(
             options,
             self._folder,
-            self._adapted.dtype,
+            self._model.dtype,
             self._device,
             sequences,
             gradient_checkpointing=self._gradient_checkpointing,
@@ -133,7 +134,7 @@ class TrainingRun:
             self._held_out,
             self._teacher,
             options,
-            model=self._adapted,
+            model=self._model,
             args=arguments,
             callbacks=[watch, self._checkpoints, *best],
         )
@@ -177,12 +178,12 @@ class TrainingRun:
             best = self._best()
             if not math.isfinite(best.loss):
                 raise SppError("the loss on held-out examples was never finite; nothing was written; check the data")
-            best_step, factors = best.step, best.tensors()
+            best_step, trained = best.step, best.tensors()
         else:
-            factors = whole_factors(self._adapted)
-        _require_finite(factors)
+            trained = whole_trained(self._model)
+        _require_finite(trained)
         return TrainingResult(
-            factors=factors,
+            trained=trained,
             steps=trainer.state.global_step,
             tokens=int(trainer.state.num_input_tokens_seen),
             seconds=watch.seconds,
@@ -192,11 +193,13 @@ class TrainingRun:
             device=trainer.args.device,
         )
 
-    def _best(self) -> BestAdapter:
-        return BestAdapter(self._folder / "best", lambda: whole_factors(self._adapted))
+    def _best(self) -> BestWeights:
+        return BestWeights(self._folder / "best", lambda: whole_trained(self._model))
 
 
-def _require_finite(factors: dict[str, Tensor]) -> None:
-    """Check the factors after the last step, whose update no loss depends on."""
-    if not all(map(all_finite, factors.values())):
-        raise SppError("the last step made the adapter NaN or infinite; nothing was written. Lower --learning-rate")
+def _require_finite(trained: dict[str, Tensor]) -> None:
+    """Check the weights after the last step, whose update no loss depends on."""
+    if not all(map(all_finite, trained.values())):
+        raise SppError(
+            "the last step made the trained weights NaN or infinite; nothing was written. Lower --learning-rate"
+        )

@@ -273,6 +273,28 @@ def pack(weight: Tensor, *, level: int = _BEST) -> PackedWeight:
     return PackedWeight(values, bitmask, row_offsets, in_features)
 
 
+def compress(G: Tensor, first: int, weight: PackedWeight, *, level: int = _BEST) -> None:
+    """As `torch_kernels.compress`."""
+    library, described = _described(G, level)
+    fits = G.shape[1:] == (weight.in_features,) and first >= 0 and first + len(G) <= len(weight) and G.is_contiguous()
+    _require(fits, "G", G)
+    _described(weight, level)  # checks the lengths
+    offsets, bitmask = weight.row_offsets[first : first + len(G) + 1], weight.bitmask[first:]
+    start, end = int(offsets[0]), int(offsets[-1])
+    offsets, values = offsets - start, weight.values[start:end]
+    gathered = values if values.dtype == G.dtype else torch.empty(len(values), dtype=G.dtype)
+    library.spp_gather(
+        level,
+        torch.get_num_threads(),
+        ctypes.byref(described),
+        ctypes.c_void_p(bitmask.data_ptr()),
+        ctypes.c_void_p(offsets.data_ptr()),
+        ctypes.c_void_p(gathered.data_ptr()),
+    )
+    if gathered is not values:
+        values.copy_(gathered)
+
+
 def compare(base: Tensor, other: Tensor, *, level: int = _BEST) -> dict[str, int | float]:
     """The fields of `spp.ops.zero_proof.TensorProof`, in one pass over both tensors.
 

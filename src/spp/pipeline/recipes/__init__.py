@@ -20,10 +20,15 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
-def load_recipe(recipe: str, options: type[Options] = RunOptions) -> dict[str, Any]:
+def load_recipe(recipe: str, options: type[Options] = RunOptions, *, method: str | None = None) -> dict[str, Any]:
     """Read a recipe for a command: a YAML file, or the name of a shipped one.
 
     A recipe is written for `spp run`; `spp train` uses only its options of training.
+
+    Args:
+        recipe: see above.
+        options: of the command.
+        method: the method that was asked for, if any: a learning rate in the recipe is for the method there.
 
     Raises:
         UsageError: there is no such recipe, it is not a mapping, or it has an unknown option.
@@ -42,6 +47,8 @@ def load_recipe(recipe: str, options: type[Options] = RunOptions) -> dict[str, A
     raise_problems(
         [f"recipe {path}: {_brief(name)}: {no_such_option(name, known)}" for name in values if name not in known]
     )
+    if method not in (None, values.get("method", RunOptions.model_fields["method"].default)):
+        values.pop("learning_rate", None)
     if options is TrainOptions and "train" in values:
         values["data"] = values.pop("train")
     return {name: value for name, value in values.items() if name in options.model_fields}

@@ -1,4 +1,4 @@
-"""The best adapter of a training run, by its loss on held-out examples."""
+"""The best trained weights of a run, by their loss on held-out examples."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from spp.checkpoints.json_files import read_object, write_json
 from spp.checkpoints.safetensors_file import save_tensors
 from spp.runtime.files import reading
 
-_WEIGHTS, _RECORD = "adapter.safetensors", "best.json"
+_WEIGHTS, _RECORD = "trained.safetensors", "best.json"
 
 
-class BestAdapter(TrainerCallback):
-    """Saves the adapter with the lowest validation loss, separate from the checkpoints to resume from.
+class BestWeights(TrainerCallback):
+    """Saves the weights with the lowest validation loss, separate from the checkpoints to resume from.
 
     Args:
-        folder: folder to save it to; after a resume, the best adapter there is used.
-        tensors: function that returns the adapter's present tensors.
+        folder: folder to save them to; after a resume, the best ones there are used.
+        tensors: function that returns the present values of all that is trained.
 
     Attributes:
-        loss: loss of the best adapter so far, in nats per token.
-        step: the step that it is from.
+        loss: loss of the best weights so far, in nats per token.
+        step: the step that they are from.
     """
 
     def __init__(self, folder: Path, tensors: Callable[[], dict[str, Tensor]]) -> None:
@@ -36,7 +36,7 @@ class BestAdapter(TrainerCallback):
         self.loss, self.step = math.inf, 0
         if (record := folder / _RECORD).is_file():
             found = read_object(record)
-            with reading(record, "the record of the best adapter", "delete its folder, and repeat the command"):
+            with reading(record, "the record of the best weights", "delete its folder, and repeat the command"):
                 self.loss, self.step = float(found["loss"]), int(found["step"])
 
     def on_evaluate(
@@ -58,7 +58,7 @@ class BestAdapter(TrainerCallback):
                 write_json(partial / _RECORD, {"loss": loss, "step": state.global_step})
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the best adapter."""
+        """The best weights."""
         path = self._folder / _WEIGHTS
         with reading(path, "a whole safetensors file", "delete its folder, and repeat the command"):
             return load_file(path)
