@@ -195,7 +195,10 @@ def is_plain(quantization: Any) -> bool:
     """
     if not quantization:
         return True
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+    if not isinstance(quantization, dict):
+        return False
+    unnamed = "compressed-tensors" if "sparsity_config" in quantization else None
+    if quantization.get("quant_method", unnamed) != "compressed-tensors":
         return False
     sparsity = quantization.get("sparsity_config") or {}
     sparse_format = sparsity.get("format", "dense") if isinstance(sparsity, dict) else None

@@ -55,6 +55,7 @@ def load_model(
     check_size(config, checkpoint)
     require_floats(config, checkpoint)
     kind = kind_of(folder, config)
+    quantized = getattr(config, "quantization_config", None) is not None  # transformers takes one quantizer only
     wanted: dict[str, Any] = {
         "dtype": dtype or compute_dtype(options.dtype, target),
         "output_loading_info": True,
@@ -64,7 +65,7 @@ def load_model(
     try:
         loading: Any = (
             load_packed(kind, checkpoint, config, wanted, trust)
-            if pack or checkpoint.packed
+            if (pack and not quantized) or checkpoint.packed
             else kind.from_pretrained(folder, config=config, **wanted, **trust)
         )
     except SppError:
@@ -206,15 +207,19 @@ def load_config(folder: Path, options: LoadingOptions) -> Any:
     return config
 
 
+def context_of(config: Any) -> int | None:
+    """The number of a model's positions; None if it has no limit, for which XLNet says -1."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def context_window(config: Any, asked: int | None) -> int:
     """Tokens per window: `asked`, else 2048, or the model's context if that is shorter.
 
     Raises:
         UsageError: `asked` is above the number of the model's positions.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:
-        positions = None  # XLNet says -1: it has no limit
+    positions = context_of(config)
     if asked is not None and positions is not None and asked > positions:
         raise UsageError(f"window {asked} is longer than the model's context of {positions} tokens; pass --window")
     return asked or min(_DEFAULT_WINDOW, positions or _DEFAULT_WINDOW)
