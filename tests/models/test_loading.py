@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,12 @@ def test_a_missing_tokenizer_is_refused(family, tiny_model, tmp_path):
 def test_a_damaged_tokenizer_is_refused(tiny_checkpoint, content):
     (tiny_checkpoint / "tokenizer.json").write_text(content)
     assert "has no usable tokenizer" in refusal(load_tokenizer, tiny_checkpoint, CPU)
+
+
+def test_a_tokenizer_whose_limit_is_no_number_is_refused(tiny_checkpoint):
+    path = tiny_checkpoint / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": [[]]}))
+    assert "model_max_length is [[]], and not a number" in refusal(load_tokenizer, tiny_checkpoint, CPU)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spp.models.architecture import prunable_linears
 from spp.runtime.tensor_memory import LiveBytes
@@ -54,6 +55,28 @@ def test_live_bytes_by_hand():
         c = b * 2
         del b
     assert (live.now, live.peak) == (c.nbytes, 8000)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "ends"),
+    [
+        ((8, 16), (2, 32, 16), [3, 8]),
+        ((16, 8), (32, 8), [3, 8]),
+        ((2, 16, 32), (8, 32), [3, 8]),
+        ((2, 8, 16),) * 2 + (None,),
+    ],
+    ids=["forward", "of the weights", "of the other side", "batched"],
+)
+def test_grouped_products_are_counted_in_every_dtype(a, b, ends):
+    """torch's fake version of them, which experts are computed with, knows bfloat16 alone."""
+    offsets = ends and torch.tensor(ends, dtype=torch.int32)
+    real = torch._grouped_mm(
+        torch.ones(a, dtype=torch.bfloat16), torch.ones(b, dtype=torch.bfloat16).transpose(-1, -2), offs=offsets
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        fake = torch._grouped_mm(torch.ones(a), torch.ones(b).transpose(-1, -2), offs=offsets)
+    assert fake.shape == real.shape and fake.dtype == torch.float32
+    assert live.now >= fake.nbytes
 
 
 def test_the_parts_that_can_be_counted_by_hand(request_for):

@@ -18,7 +18,14 @@ from torch import Tensor
 from spp.checkpoints import packed_archive
 from spp.checkpoints.conv1d import stores_transposed
 from spp.checkpoints.json_files import read_json, read_object
-from spp.checkpoints.safetensors_file import Header, Layout, read_floats, read_header
+from spp.checkpoints.safetensors_file import (
+    Header,
+    Layout,
+    float_layout,
+    is_float_layout,
+    read_floats,
+    read_header,
+)
 from spp.errors import SppError, UsageError
 
 MANIFEST = "spp.json"
@@ -170,9 +177,10 @@ class Checkpoint:
         return {name: self.headers[path].offsets[name] for name, path in self.files.items() if name not in self.packed}
 
     def _packed_layout(self, name: str, stored: dict[str, Layout]) -> Layout:
-        values, shape = stored[f"{name}.{packed_archive.VALUES}"], self.packed[name].shape
-        width = values.nbytes // max(values.shape[0], 1)
-        return Layout(values.dtype, shape, width * shape[0] * shape[1])
+        values = stored[f"{name}.{packed_archive.VALUES}"]
+        if not is_float_layout(values):
+            raise SppError(f"{self.folder}: the values of {name} are stored as {values.dtype}; it is damaged")
+        return float_layout(values.dtype, self.packed[name].shape)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, one in memory at a time."""

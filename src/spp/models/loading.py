@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spp.checkpoints.checkpoint import Checkpoint, is_plain
-from spp.errors import SppError, UsageError, brief
+from spp.errors import SppError, UsageError, brief, shown
 from spp.models.architecture import AutoClass, auto_class
 from spp.models.completeness import check_size, require_floats, require_used
 from spp.models.pack_model import pack_, unpack_
@@ -182,6 +182,10 @@ def load_tokenizer(folder: Path, options: LoadingOptions) -> PreTrainedTokenizer
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise UsageError(f"model {str(folder)!r} has no usable tokenizer: {brief(error)}") from error
+    if not isinstance(limit := tokenizer.model_max_length, int | float):
+        raise UsageError(
+            f"model {str(folder)!r} has no usable tokenizer: its model_max_length is {shown(limit)}, and not a number"
+        )
     # For some families, transformers returns an empty tokenizer if the files are missing.
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
         raise UsageError(f"model {str(folder)!r} has no usable tokenizer: no vocabulary is in {folder}")

@@ -29,7 +29,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _grouped(*args) if func is _GROUPED_MM else func(*args, **(kwargs or {}))
         given = {storage._cdata for storage in _storages((args, kwargs))}  # a view of an argument allocates nothing
         for storage in _storages(result):
             if storage._cdata not in given:
@@ -48,6 +48,15 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._alive.discard(key)
         self.now -= size
+
+
+_GROUPED_MM = torch.ops.aten._grouped_mm.default
+
+
+def _grouped(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None = None, *_: Any) -> torch.Tensor:
+    """What torch's product of grouped matrices returns, but for values; its own fake version knows bfloat16 alone."""
+    groups = [] if 3 in (a.ndim, b.ndim) and a.ndim != b.ndim else [len(a) if offsets is None else len(offsets)]
+    return a.new_empty([*groups, a.shape[-2], b.shape[-1]])
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
