@@ -67,6 +67,15 @@ def prunable_names(folder):
     ]
 
 
+def test_a_matrix_of_zeros_alone_comes_back(source, tmp_path):
+    for path in source.glob("model*"):
+        path.unlink()
+    save_file({"zeros": torch.zeros(8, 16, dtype=torch.bfloat16)}, source / "model.safetensors", {"format": "pt"})
+    pack(PackOptions(model=str(source), out=tmp_path / "archive"))
+    unpack(UnpackOptions(model=str(tmp_path / "archive"), out=tmp_path / "back"))
+    assert as_bits(tmp_path / "back") == as_bits(source)
+
+
 def test_the_same_model_gives_the_same_bytes_that_others_may_read(source, tmp_path):
     for name in ("first", "second"):
         pack(PackOptions(model=str(source), out=tmp_path / name))

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+from families import tiny_model_of
 from safetensors.torch import load_file, save_file
 
 from spp.cli.entry_point import main
@@ -45,6 +46,22 @@ def test_weights_that_are_not_finite(tiny_checkpoint, capsys, temperature):
     poison(tiny_checkpoint / "model.safetensors", "norm.weight")
     words = [tiny_checkpoint, "--prompt", "The", "--temperature", temperature]
     assert "NaN or infinite" in fails(capsys, 1, *words)
+
+
+def test_a_model_without_a_limit_of_positions(tmp_path, tiny_tokenizer, capsys):
+    """XLNet says that it has -1."""
+    tiny_model_of("xlnet").save_pretrained(tmp_path / "xlnet")
+    tiny_tokenizer.save_pretrained(tmp_path / "xlnet")
+    assert main(["generate", str(tmp_path / "xlnet"), "--prompt", "The", "--max-new-tokens", "2"]) == 0
+
+
+def test_a_quantized_model_is_not_packed_besides(tiny_checkpoint, capsys):
+    """The message is about its quantization, and not about ours."""
+    settings = json.loads((tiny_checkpoint / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tiny_checkpoint / "config.json").write_text(json.dumps(settings))
+    main(["generate", str(tiny_checkpoint), "--prompt", "The", "--max-new-tokens", "2"])
+    assert "PackOnLoad" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,12 @@ def test_a_tokenizer_that_brings_code_is_refused_with_the_option_that_trusts_it(
     message = refusal(load_tokenizer, tiny_checkpoint, CPU)
     assert "has no usable tokenizer" in message
     assert "pass --trust-remote-code if you trust it" in message
+
+
+def test_a_tokenizer_whose_limit_is_no_number_is_refused(tiny_checkpoint):
+    path = tiny_checkpoint / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": [[]]}))
+    assert "model_max_length is [[]], and not a number" in refusal(load_tokenizer, tiny_checkpoint, CPU)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,12 @@ def test_a_block_that_text_does_not_reach_stays_dense(asked: Asked, caplog: pyte
     assert all(tensor.equal(after[name]) for name, tensor in before.items() if name not in report.tensors)
 
 
+def test_a_first_block_that_text_does_not_reach_stays_dense(asked: Asked) -> None:
+    """The form of what blocks return is seen at the first one that is called."""
+    report = prune(asked(whole_model_of("mllama", cross_attention_layers=[0])))
+    assert {name.partition("layers.")[2][0] for name in report.tensors} == {"1", "2"}
+
+
 def test_a_last_block_that_text_does_not_reach_stays_dense(asked: Asked) -> None:
     whole = whole_model_of("mllama", cross_attention_layers=[2])
     report = prune(asked(whole, reconstruct="block", reconstruct_epochs=1))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from whole_inputs import COMMANDS, Case, damaged_case
 
-FEW, MANY = range(60), range(1000, 2200)
+FEW, MANY = range(45), range(1000, 2200)
 """Numbers of damaged commands; the same number is the same damage."""
 
 

@@ -105,7 +105,6 @@ _MADE = (
     ("packed", "pack {merged} {out}"),
     ("answers", "cache-teacher {dense} {out} --data {stories.jsonl}"),
     ("run", "run {recipe.yaml} --model {dense} --train {stories.jsonl} --eval {stories.txt} --out {out}"),
-    ("run2", "run --model {dense} --train {stories.jsonl} --eval {stories.txt} --out {out} --seed 2"),
 )
 """What the commands make of the models and texts: folder, words."""
 
@@ -143,6 +142,7 @@ def make_stock(folder: Path, tokenizer: Any) -> None:
         assert outcome.code == 0, outcome
         case.out.rename(folder / name)
         shutil.rmtree(folder / "making")
+    shutil.copytree(folder / "run", folder / "run2")
     shutil.copy(folder / "merged" / "verification.json", folder)
     shutil.copy(Path(__file__).parents[2] / "benchmarks" / "data" / "layer.csv", folder)
 

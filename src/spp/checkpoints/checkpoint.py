@@ -18,7 +18,14 @@ from torch import Tensor
 from spp.checkpoints import packed_archive
 from spp.checkpoints.conv1d import stores_transposed
 from spp.checkpoints.json_files import read_json, read_object
-from spp.checkpoints.safetensors_file import Header, Layout, read_floats, read_header
+from spp.checkpoints.safetensors_file import (
+    Header,
+    Layout,
+    float_layout,
+    is_float_layout,
+    read_floats,
+    read_header,
+)
 from spp.errors import SppError, UsageError
 
 MANIFEST = "spp.json"
@@ -169,9 +176,10 @@ class Checkpoint:
         return {name: self.headers[path].offsets[name] for name, path in self.files.items() if name not in self.packed}
 
     def _packed_layout(self, name: str, stored: dict[str, Layout]) -> Layout:
-        values, shape = stored[f"{name}.{packed_archive.VALUES}"], self.packed[name].shape
-        width = values.nbytes // max(values.shape[0], 1)
-        return Layout(values.dtype, shape, width * shape[0] * shape[1])
+        values = stored[f"{name}.{packed_archive.VALUES}"]
+        if not is_float_layout(values):
+            raise SppError(f"{self.folder}: the values of {name} are stored as {values.dtype}; it is damaged")
+        return float_layout(values.dtype, self.packed[name].shape)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, one in memory at a time."""
@@ -194,7 +202,10 @@ def is_plain(quantization: Any) -> bool:
     """
     if not quantization:
         return True
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+    if not isinstance(quantization, dict):
+        return False
+    unnamed = "compressed-tensors" if "sparsity_config" in quantization else None
+    if quantization.get("quant_method", unnamed) != "compressed-tensors":
         return False
     sparsity = quantization.get("sparsity_config") or {}
     sparse_format = sparsity.get("format", "dense") if isinstance(sparsity, dict) else None

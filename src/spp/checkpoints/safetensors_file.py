@@ -60,7 +60,12 @@ def in_dtype(layout: Layout, dtype: torch.dtype) -> Layout:
     """The layout of the tensor in another float dtype; unchanged unless it holds floats of 16 bits or more."""
     if not is_float_layout(layout):
         return layout
-    return Layout(FLOATS[dtype].safetensors, layout.shape, torch.Size(layout.shape).numel() * dtype.itemsize)
+    return float_layout(FLOATS[dtype].safetensors, layout.shape)
+
+
+def float_layout(dtype: str, shape: tuple[int, ...]) -> Layout:
+    """The layout of a tensor of floats of 16 bits or more."""
+    return Layout(dtype, shape, torch.Size(shape).numel() * _DTYPES[dtype].itemsize)
 
 
 def is_float_layout(layout: Layout) -> bool:

@@ -18,7 +18,7 @@ from spp.checkpoints.hub import resolve_model
 from spp.data.tokens import require_known_ids
 from spp.errors import SppError, UsageError, brief
 from spp.evaluation.options import GenerateOptions
-from spp.models.loading import load_base, load_tokenizer
+from spp.models.loading import context_of, load_base, load_tokenizer
 from spp.models.packed_linear import PackedLinear
 from spp.ops.dtypes import dtype_name
 from spp.runtime.devices import pick_device
@@ -143,7 +143,7 @@ class _RequireNumbers(LogitsProcessor):
 
 
 def _require_room(model: PreTrainedModel | PeftModel, prompt: int, more: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = context_of(model.config)
     if positions is not None and prompt + more > positions:
         raise UsageError(
             f"the prompt's {prompt} tokens and --max-new-tokens {more} are more than the model's context of {positions}"

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers import __version__ as version
 
 from spp.checkpoints.checkpoint import Checkpoint, is_plain
-from spp.errors import SppError, UsageError, brief
+from spp.errors import SppError, UsageError, brief, shown
 from spp.models.architecture import AutoClass, auto_class
 from spp.models.completeness import check_size, require_floats, require_used
 from spp.models.pack_model import pack_, unpack_
@@ -58,6 +58,7 @@ def load_model(
     check_size(config, checkpoint)
     require_floats(config, checkpoint)
     kind = kind_of(folder, config)
+    quantized = getattr(config, "quantization_config", None) is not None  # transformers takes one quantizer only
     wanted: dict[str, Any] = {
         "dtype": dtype or compute_dtype(options.dtype, target),
         "output_loading_info": True,
@@ -67,7 +68,7 @@ def load_model(
     with building(folder, config):
         loading: Any = (
             load_packed(kind, checkpoint, config, wanted, trust)
-            if pack or checkpoint.packed
+            if (pack and not quantized) or checkpoint.packed
             else kind.from_pretrained(folder, config=config, **wanted, **trust)
         )
     loaded, info = loading
@@ -202,6 +203,10 @@ def load_tokenizer(folder: Path, options: LoadingOptions) -> PreTrainedTokenizer
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise UsageError(f"model {str(folder)!r} has no usable tokenizer: {_with_remedy(error)}") from error
+    if not isinstance(limit := tokenizer.model_max_length, int | float):
+        raise UsageError(
+            f"model {str(folder)!r} has no usable tokenizer: its model_max_length is {shown(limit)}, and not a number"
+        )
     # For some families, transformers returns an empty tokenizer if the files are missing.
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
         raise UsageError(f"model {str(folder)!r} has no usable tokenizer: no vocabulary is in {folder}")
@@ -232,15 +237,19 @@ def _with_remedy(error: Exception) -> str:
     return brief(error) + remedy
 
 
+def context_of(config: Any) -> int | None:
+    """The number of a model's positions; None if it has no limit, for which XLNet says -1."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def context_window(config: Any, asked: int | None) -> int:
     """Tokens per window: `asked`, else 2048, or the model's context if that is shorter.
 
     Raises:
         UsageError: `asked` is above the number of the model's positions.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:
-        positions = None  # XLNet says -1: it has no limit
+    positions = context_of(config)
     if asked is not None and positions is not None and asked > positions:
         raise UsageError(f"window {asked} is longer than the model's context of {positions} tokens; pass --window")
     return asked or min(_DEFAULT_WINDOW, positions or _DEFAULT_WINDOW)

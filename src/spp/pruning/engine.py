@@ -172,8 +172,8 @@ class _Walk:
         done = len(self._journal.results(walk))
         if self._batches and done < len(self._blocks):
             hidden = None if done else self._journal.states(walk, 0)
-            with self.source.surroundings(), self.source.loaded(0):
-                self._calls = capture(self.source.model, self._blocks, self._batches, hidden)
+            with self.source.surroundings():
+                self._calls = capture(self.source.model, self._blocks, self._batches, hidden, self.source.loaded)
         mine = [index for index, calls in enumerate(self._calls) if not calls.skipped]
         self._reached = {index for one in distributed.all_gather(mine) for index in one}
 

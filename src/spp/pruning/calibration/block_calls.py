@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,25 +105,30 @@ def _items(container: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def capture(
-    model: PreTrainedModel, blocks: list[nn.Module], batches: Mapping[int, Tensor], hidden: States | None
+    model: PreTrainedModel,
+    blocks: list[nn.Module],
+    batches: Mapping[int, Tensor],
+    hidden: States | None,
+    loaded: Callable[[int], AbstractContextManager[Any]] = nullcontext,
 ) -> list[BlockCalls]:
     """How the model calls each block, and what enters the first one.
 
     The model runs its own forward, with every block replaced by a recorder: so masks, positions and whatever else the
     blocks get are right even where they differ between blocks (sliding and full attention in one model). One batch
-    goes through the first block, to see in what form it returns its output; else the states are passed straight
-    through.
+    goes through the first block that is called, to see in what form it returns its output; else the states are passed
+    straight through.
 
     Args:
-        model: a causal LM; whatever runs before its blocks has its weights, and so does the first block.
+        model: a causal LM; whatever runs before its blocks has its weights.
         blocks: its decoder blocks.
         batches: number -> (windows, tokens) int64 token ids, on the device of the model.
         hidden: takes what enters the first block, if it is wanted.
+        loaded: gives a context manager in which the block of an index has its weights; needed if it has none yet.
 
     Raises:
         SppError: the model does not call its blocks one after the other.
     """
-    recorders = _Recorders(blocks, hidden)
+    recorders = _Recorders(blocks, hidden, loaded)
     with _replaced_forwards(blocks, [recorders.forward(index) for index in range(len(blocks))]):
         for number, tokens in batches.items():
             recorders.start(number)
@@ -146,8 +151,11 @@ class _Recorders:
         calls: what they have seen, by block.
     """
 
-    def __init__(self, blocks: list[nn.Module], hidden: States | None) -> None:
+    def __init__(
+        self, blocks: list[nn.Module], hidden: States | None, loaded: Callable[[int], AbstractContextManager[Any]]
+    ) -> None:
         self.calls = [BlockCalls() for _ in blocks]
+        self._loaded = loaded
         self._hidden = hidden
         self._forwards = [block.forward for block in blocks]
         self._batch = 0
@@ -182,7 +190,9 @@ class _Recorders:
             if index == self._last:
                 raise _Recorded
             if self._form is None:
-                self._form = _form_of(self.calls[index].call(self._forwards[index], self._batch, State(hidden))[0])
+                with self._loaded(index):
+                    output, _ = self.calls[index].call(self._forwards[index], self._batch, State(hidden))
+                self._form = _form_of(output)
             return self._form(hidden)
 
         return record
