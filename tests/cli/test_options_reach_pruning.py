@@ -43,6 +43,7 @@ ROWS = [
     Row("prune", "window", "--window 16", tensors),
     Row("prune", "pattern", "--pattern 4:8", tensors),
     Row("prune", "pattern", "--pattern 4:8", report("pattern"), after="4:8"),
+    Row("prune", "equal_rows", "--equal-rows", tensors, f"{MAGNITUDE} --pattern 5%"),
     Row("prune", "criterion", "--criterion ria", tensors),
     Row("prune", "criterion", "--criterion ria", report("criterion"), after="ria"),
     Row("prune", "allocation", "--allocation owl", tensors, f"{MAGNITUDE} --pattern 50%"),

@@ -68,6 +68,7 @@ HANDED_ON = [
     ("eval_steps", "--eval-steps 1"),
     ("report_to", "--report-to tensorboard"),
     ("pattern", "--pattern 4:8"),
+    ("equal_rows", "--equal-rows"),
     ("criterion", "--criterion ria"),
     ("allocation", "--allocation owl"),
     ("owl_limit", "--owl-limit 0.2"),

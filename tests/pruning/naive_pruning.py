@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -10,13 +13,21 @@ from spp.pruning.criteria import reference
 from spp.pruning.criteria.sparsegpt import Inverse
 
 
-def removed_positions(scores: list[float], pattern: Pattern) -> list[int]:
-    """Positions of a row that go: the lowest scores of the row, or of each group; the earlier one of equal scores."""
-    size, count = (pattern.m, pattern.m - pattern.n) if isinstance(pattern, NM) else (len(scores), None)
+def removed_positions(scores: list[float], pattern: Pattern, row: int = 0) -> list[int]:
+    """Positions of a row that go: the lowest scores of the row, or of each group; the earlier one of equal scores.
+
+    Of a ratio, the rows up to any row together lose its share of their weights, rounded down.
+    """
+    size = pattern.m if isinstance(pattern, NM) else len(scores)
+    if isinstance(pattern, NM):
+        count = pattern.m - pattern.n
+    else:
+        share = Fraction(str(pattern)[:-1]) / 100
+        count = math.floor((row + 1) * size * share) - math.floor(row * size * share)
     removed = []
     for start in range(0, len(scores), size):
         group = sorted(range(start, start + size), key=lambda position: (scores[position], position))
-        removed += group[: int(size * pattern.sparsity + 1e-9) if count is None else count]
+        removed += group[:count]
     return removed
 
 
@@ -24,7 +35,7 @@ def mask_by_rows(scores: Tensor, pattern: Pattern) -> Tensor:
     """Keep-mask of a (O, I) score matrix."""
     mask = torch.ones_like(scores, dtype=torch.bool)
     for row, values in enumerate(scores.tolist()):
-        mask[row, removed_positions(values, pattern)] = False
+        mask[row, removed_positions(values, pattern, row)] = False
     return mask
 
 

@@ -30,6 +30,11 @@ class PruningSettings(Options):
         description="what to keep: N:M keeps N of every M consecutive weights (2:4, 4:8, 2:8); 50% removes half",
         json_schema_extra={"metavar": "PATTERN"},
     )
+    equal_rows: bool = Field(
+        False,
+        description="of a ratio, remove equally many weights of each row, rounding down, as published (else some rows "
+        "lose one more, and the matrix has the ratio)",
+    )
     criterion: Criterion = Field("wanda", description="how the weights to remove are chosen")
     allocation: Literal["uniform", "owl"] = Field(
         "uniform",
@@ -95,7 +100,7 @@ def _conflicts(settings: PruningSettings) -> list[str]:
         problems.append(f"reconstruct takes block, attention, mlp, or attention,mlp, and not {odd[0]!r}")
     given = [
         name.replace("_", "-")
-        for name in ("pattern", "criterion", "allocation", "refine", "reconstruct")
+        for name in ("pattern", "equal_rows", "criterion", "allocation", "refine", "reconstruct")
         if getattr(settings, name) != PruningSettings.model_fields[name].default
     ]
     if settings.keep_zeros and given:

@@ -16,7 +16,7 @@ from spp.models.architecture import Matrix, prunable_matrices
 from spp.models.bypassed import computes_otherwise, read_directly
 from spp.ops.dtypes import dtype_name
 from spp.ops.zeros import all_finite
-from spp.patterns import Pattern
+from spp.patterns import Pattern, Unstructured
 from spp.pruning import dsnot
 from spp.pruning.calibration.input_hooks import Statistics, collect_statistics
 from spp.pruning.calibration.input_statistics import Moments, Statistic
@@ -175,6 +175,8 @@ class BlockPruner:
         settings = self._settings
         tokens = next((statistic.tokens for statistic in statistics.values()), None)
         criterion: Criterion | None = settings.criterion
+        if settings.equal_rows and isinstance(pattern, Unstructured):
+            pattern = pattern.rounded_down(matrix.weight.shape[1])
         if settings.keep_zeros:
             criterion, pruned = None, survivors(matrix.weight, torch.ones_like(matrix.weight, dtype=torch.bool))
         elif matrix.expert is not None and tokens is not None and tokens < max(settings.min_expert_tokens, 1):
