@@ -76,6 +76,10 @@ class Unstructured:
             keep[some] = keep_all_but_lowest(scores[some], count)
         return keep
 
+    def excess(self, mask: Tensor) -> int:
+        """How many weights a mask (O, I) keeps above what this matrix may keep."""
+        return max(int(mask.count_nonzero()) - (mask.numel() - self.removed_of(mask.numel())), 0)
+
     def violations(self, weight: Tensor) -> int:
         """How many zeros a weight (O, I) is short of O * int(I * sparsity), the fewest that pruning code makes."""
         demanded = weight.shape[:-1].numel() * self.removed_of(weight.shape[-1])
@@ -130,6 +134,10 @@ class NM:
         self.require_fit(scores.shape[-1])
         groups = scores.unflatten(-1, (-1, self.m))
         return keep_all_but_lowest(groups, self.m - self.n).flatten(-2)
+
+    def excess(self, mask: Tensor) -> int:
+        """How many groups of a mask (O, I) keep more than `n` weights."""
+        return self.violations(mask)
 
     def violations(self, weight: Tensor) -> int:
         """How many groups of a weight (O, I) keep more than `n` weights; all of them where m does not divide I."""

@@ -74,6 +74,7 @@ HANDED_ON = [
     ("owl_limit", "--owl-limit 0.2"),
     ("owl_threshold", "--owl-threshold 2.0"),
     ("refine", "--refine dsnot"),
+    ("update", "--update admm"),
     ("reconstruct", "--reconstruct block"),
     ("reconstruct_params", "--reconstruct-params spp"),
     ("reconstruct_epochs", "--reconstruct-epochs 2"),

@@ -19,7 +19,9 @@ from spp.options import (
 from spp.patterns import NM
 
 BlockPart = Literal["block", "attention", "mlp"]
-Criterion = Literal["magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt"]
+Criterion = Literal["magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt", "admm"]
+Refinement = Literal["none", "dsnot", "swaps"]
+Update = Literal["none", "sparsegpt", "admm", "least-squares"]
 
 
 class PruningSettings(Options):
@@ -42,8 +44,11 @@ class PruningSettings(Options):
     )
     owl_limit: float = Field(0.08, gt=0, lt=0.5, description="owl: how far a block's sparsity may be from the mean")
     owl_threshold: float = Field(5.0, gt=1, description="owl: a Wanda score above X times the mean is an outlier")
-    refine: Literal["dsnot"] | None = Field(
-        None, description="after choosing, exchange removed and kept weights without training (not for sparsegpt)"
+    refine: Refinement = Field(
+        "none", description="how removed and kept weights are exchanged after choosing, without training"
+    )
+    update: Update = Field(
+        "none", description="how the weights that are kept get new values, so that the layer's outputs change least"
     )
     reconstruct: str | None = Field(
         None,
@@ -100,7 +105,7 @@ def _conflicts(settings: PruningSettings) -> list[str]:
         problems.append(f"reconstruct takes block, attention, mlp, or attention,mlp, and not {odd[0]!r}")
     given = [
         name.replace("_", "-")
-        for name in ("pattern", "equal_rows", "criterion", "allocation", "refine", "reconstruct")
+        for name in ("pattern", "equal_rows", "criterion", "allocation", "refine", "update", "reconstruct")
         if getattr(settings, name) != PruningSettings.model_fields[name].default
     ]
     if settings.keep_zeros and given:
