@@ -58,8 +58,13 @@ class PruningSettings(Options):
     )
     reconstruct_params: Literal["weights", "spp"] = Field(
         "weights",
-        description="what reconstruction tunes: the weights that are left, or A and B of a published SPP adapter "
-        "(r 16, directions 1, scale 2), whatever the one has that is trained later",
+        description="what reconstruction tunes: the weights that are left, or A and B of an SPP adapter",
+    )
+    reconstruct_r: int = Field(16, ge=1, description="reconstruction by spp: row groups of A")
+    reconstruct_directions: int = Field(1, ge=1, le=16, description="reconstruction by spp: rows of A per row group")
+    reconstruct_scale: float = Field(2.0, gt=0, description="reconstruction by spp: factor of the update")
+    reconstruct_start: Literal["published", "ones"] = Field(
+        "published", description="reconstruction by spp: how A and B start, as init-weights of an adapter"
     )
     reconstruct_epochs: int = Field(8, ge=1, description="passes of reconstruction over the calibration windows")
     reconstruct_learning_rate: float | None = Field(

@@ -146,6 +146,10 @@ class BlockPruner:
             parameters=settings.reconstruct_params,
             epochs=settings.reconstruct_epochs,
             learning_rate=settings.reconstruct_learning_rate,
+            r=settings.reconstruct_r,
+            directions=settings.reconstruct_directions,
+            scale=settings.reconstruct_scale,
+            start=settings.reconstruct_start,
             seed=self._seed,
         )
         return reconstruct(name, block, lambda one, batch: runs[batch](one), targets, list(runs), matrices, how)
