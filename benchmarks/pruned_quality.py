@@ -25,17 +25,23 @@ from benchmarks.evaluated_models import EvaluatedModel, add_model_arguments, eva
 from spp.errors import UsageError
 from spp.patterns import NM, parse_pattern
 
-PATTERNS = ("50%", "75%", "2:4", "4:8")
+PATTERNS = ("50%", "75%", "2:4", "4:8", "2:8")
 SAMPLES = 128
 
-_CRITERIA = ("magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt")
-_RECONSTRUCTED = ("magnitude", "wanda", "ria", "sparsegpt")
+_CRITERIA = ("magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt", "admm")
+_REFINED = ("wanda", "sparsegpt", "admm")
+_RECONSTRUCTED = ("magnitude", "wanda", "ria", "sparsegpt", "admm")
+_BEST_VALUES: dict[str, Any] = {"refine": "swaps", "update": "least-squares"}
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"criterion": name} for name in _CRITERIA},
     "wanda + owl": {"criterion": "wanda", "allocation": "owl"},
     "sparsegpt + owl": {"criterion": "sparsegpt", "allocation": "owl"},
     "wanda + dsnot": {"criterion": "wanda", "refine": "dsnot"},
+    "wanda + swaps": {"criterion": "wanda", "refine": "swaps"},
+    "admm + least squares": {"criterion": "admm", "update": "least-squares"},
+    **{f"{name} + swaps + least squares": {"criterion": name} | _BEST_VALUES for name in _REFINED},
     **{f"{name} + reconstruction": {"criterion": name, "reconstruct": "block"} for name in _RECONSTRUCTED},
+    "admm + swaps + least squares + reconstruction": {"criterion": "admm", "reconstruct": "block"} | _BEST_VALUES,
     "wanda + reconstruction of A, B": {"criterion": "wanda", "reconstruct": "block", "reconstruct_params": "spp"},
 }
 """Name in the table -> options of `spp prune`."""

@@ -28,13 +28,15 @@ from benchmarks.common import (
     shape_argument,
 )
 from spp.patterns import NM, Pattern, parse_pattern
-from spp.pruning import dsnot
+from spp.pruning import dsnot, least_squares, swaps
 from spp.pruning.calibration.input_statistics import Gram, Moments
-from spp.pruning.criteria import magnitude, ria, sparsegpt, wanda
+from spp.pruning.criteria import admm, magnitude, ria, sparsegpt, wanda
 
 _SHAPES = [(4096, 4096)]
 _PATTERNS = ["50%", "2:4"]
 CRITERIA = ("magnitude-matrix", "magnitude", "wanda", "ria", "sparsegpt", "dsnot")
+STEPS = (*CRITERIA, "admm", "swaps", "least-squares")
+"""What can be timed; of what is not in CRITERIA there is no plain version."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     layers = list(itertools.product(args.shape or _SHAPES, args.dtype or ["fp32"]))
     patterns = args.pattern or _PATTERNS
-    criteria = args.criteria or CRITERIA
+    criteria = args.criteria or STEPS
     if args.json:
         if len(layers) * len(patterns) != 1:
             parser.error("--json takes one case: give one shape, dtype and pattern")
@@ -82,7 +84,7 @@ class Layer:
         self._moments, self._hessian = moments.value(), gram.value()
 
     def methods(self, text: str, criteria: Sequence[str]) -> dict[str, Step | None]:
-        """What is timed for a pattern: each criterion as `name`, and its plain version as `name_plain`."""
+        """What is timed for a pattern: each step as `name`, and its plain version, if there is one, as `name_plain`."""
         pattern = parse_pattern(text)
         found: dict[str, Step | None] = {}
         for name in criteria:
@@ -109,6 +111,14 @@ class Layer:
                     lambda: sparsegpt.prune(weight, sparsegpt.damped_inverse(hessian), pattern),
                     lambda: plain.sparsegpt(weight, hessian, pattern),
                 )
+            case "admm":
+                return lambda: admm.prune(weight, admm.scaled_inverse(hessian), pattern), None
+            case "swaps":
+                start = wanda.prune(weight, norm, pattern)
+                return lambda: swaps.refine(weight, start, hessian, pattern), None
+            case "least-squares":
+                start = wanda.prune(weight, norm, pattern)
+                return lambda: least_squares.update(weight, start.mask, least_squares.damped(hessian)), None
         return self._refinement(pattern)
 
     def _refinement(self, pattern: Pattern) -> tuple[Step, Step | None]:
@@ -141,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", type=shape_argument, metavar="OxI", **several)
     parser.add_argument("--dtype", choices=DTYPES, **several)
     parser.add_argument("--pattern", help="default: 50%% and 2:4", **several)
-    parser.add_argument("--criteria", choices=CRITERIA, help="default: all", **several)
+    parser.add_argument("--criteria", choices=STEPS, help="default: all", **several)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     add_run_arguments(parser, repeats=5, csv_name="pruning.csv")
     return parser

@@ -58,6 +58,9 @@ _CRITERION_METHODS = {
     "ria": "RIA",
     "sparsegpt": "SparseGPT",
     "dsnot": "DSnoT",
+    "admm": "ADMM",
+    "swaps": "swaps",
+    "least-squares": "least squares",
 }
 
 

@@ -13,14 +13,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 import spp
 from spp.pruning.calibration.block_calls import BlockCalls
-from spp.pruning.criteria.table import CRITERIA
+from spp.pruning.steps import Steps
 from spp.pruning.streamed_blocks import StreamedBlocks
 from spp.runtime.devices import pick_device
 from spp.runtime.memory import peak_memory_bytes
@@ -70,10 +69,7 @@ def run(values: dict[str, Any], threads: int | None, last_block: int | None = No
     device = pick_device(options.device)
     forward, criterion = Stopwatch(device), Stopwatch(device)
     BlockCalls.run = forward.timed(BlockCalls.run)
-    method = CRITERIA[options.criterion]
-    CRITERIA[options.criterion] = replace(method, prune=criterion.timed(method.prune))
-    if method.statistic:
-        method.statistic.value = criterion.timed(method.statistic.value)
+    Steps.run = criterion.timed(Steps.run)
     if last_block is not None:
         StreamedBlocks.keep = _dying(StreamedBlocks.keep, last_block, device)
     report = spp.prune(options)

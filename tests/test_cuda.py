@@ -25,12 +25,14 @@ from spp.pruning.prune import prune
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 MakeModel = Callable[..., PreTrainedModel]
-CRITERIA: list[Criterion] = ["magnitude", "wanda", "ria", "sparsegpt"]
+CRITERIA: list[Criterion] = ["magnitude", "wanda", "ria", "sparsegpt", "admm"]
 SETTINGS: dict[str, dict[str, Any]] = {
     **{criterion: {"criterion": criterion} for criterion in CRITERIA},
     "matrix": {"criterion": "magnitude-matrix", "pattern": "50%"},
     "owl": {"criterion": "wanda", "pattern": "75%", "allocation": "owl"},
     "dsnot": {"criterion": "wanda", "refine": "dsnot"},
+    "swaps": {"criterion": "wanda", "refine": "swaps"},
+    "all steps": {"criterion": "admm", "pattern": "50%", "refine": "swaps", "update": "least-squares"},
     "weights": {"criterion": "wanda", "reconstruct": "attention,mlp", "reconstruct_epochs": 2},
     "factors": {"criterion": "wanda", "reconstruct": "block", "reconstruct_params": "spp", "reconstruct_epochs": 2},
 }

@@ -91,15 +91,44 @@ def test_counts_stay_exact_for_a_whole_matrix() -> None:
 
 
 @given(ratios, st.integers(1, 6), st.integers(1, 60), seeds, st.none() | st.integers(1, 3))
-def test_every_row_loses_the_exact_count(
+def test_the_matrix_loses_the_exact_count_and_no_row_more_than_one_above_another(
     pattern: Unstructured, rows: int, columns: int, seed: int, levels: int | None
 ) -> None:
     scores = random_scores(rows, columns, seed, levels=levels)
     mask = pattern.keep_mask(scores)
-    assert (~mask).sum(dim=1).tolist() == [pattern.removed_of(columns)] * rows
+    removed = (~mask).sum(dim=1)
+    assert int(removed.sum()) == pattern.removed_of(rows * columns)
+    assert set(removed.tolist()) <= {pattern.removed_of(columns), pattern.removed_of(columns) + 1}
     for row, keep in zip(scores, mask, strict=True):
         if keep.any() and not keep.all():
             assert row[keep].min() >= row[~keep].max()
+
+
+@pytest.mark.parametrize(("text", "removed"), [("5%", 3.2), ("90%", 57.6), ("50%", 32.0), ("33.3%", 21.312)])
+def test_narrow_rows_have_the_ratio_that_was_asked_for(text: str, removed: float) -> None:
+    """Rows of 64 would lose 3 of the 3.2, 57 of the 57.6; those that lose one more are evenly spread."""
+    pattern = parse_pattern(text)
+    gone = (~pattern.keep_mask(random_scores(100, 64, 0))).sum(dim=1).cumsum(dim=0)
+    expected = torch.arange(1, 101, dtype=torch.float64) * removed
+    assert ((expected - gone) < 1).all()
+    assert ((expected - gone) > -1e-6).all()
+
+
+@given(ratios, st.integers(1, 30), st.integers(1, 30), st.integers(0, 30), seeds)
+def test_rows_of_a_matrix_can_be_masked_part_by_part(
+    pattern: Unstructured, rows: int, columns: int, cut: int, seed: int
+) -> None:
+    scores = random_scores(rows, columns, seed)
+    parts = [scores[:cut], scores[cut:]]
+    masks = [pattern.keep_mask(part, first) for part, first in zip(parts, (0, len(parts[0])), strict=True) if len(part)]
+    assert torch.cat(masks).equal(pattern.keep_mask(scores))
+
+
+def test_the_published_count_of_a_row_is_a_ratio_of_its_own() -> None:
+    scores = random_scores(10, 64, 0)
+    for text, removed in (("5%", 3), ("90%", 57), ("1%", 0)):
+        mask = parse_pattern(text).rounded_down(64).keep_mask(scores)  # type: ignore[union-attr]
+        assert (~mask).sum(dim=1).tolist() == [removed] * 10
 
 
 @given(nm_patterns, st.integers(1, 5), st.integers(1, 6), seeds, st.none() | st.integers(1, 3))
@@ -224,9 +253,8 @@ def test_a_pruned_weight_breaks_nothing_and_a_dense_one_does(
     scores = random_scores(rows, columns, seed)
     mask = pattern.keep_mask(scores)
     assert pattern.violations(torch.where(mask, 1 + scores, 0.0)) == 0
-    removed = int((~mask).sum())
     dense = pattern.violations(1 + scores)
-    assert dense == (rows * groups if isinstance(pattern, NM) else removed)
+    assert dense == rows * (groups if isinstance(pattern, NM) else int(columns * pattern.sparsity + 1e-9))
 
 
 def test_violations_count_by_hand() -> None:

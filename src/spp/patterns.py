@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from spp.errors import UsageError
@@ -43,23 +44,44 @@ class Unstructured:
         return True
 
     def removed_of(self, count: int) -> int:
-        """How many of `count` competing weights are removed: int(count * sparsity), as in the published code."""
+        """How many of `count` weights are removed: int(count * sparsity), as in the published code."""
         # The small factor undoes binary rounding: 0.29 * 100 is 28.999..., and must count as 29.
         return int(count * self.sparsity * (1 + 1e-12))
 
-    def keep_mask(self, scores: Tensor) -> Tensor:
-        """True for the weights to keep: in each row, all but the `int(I * sparsity)` lowest scores.
+    def rounded_down(self, columns: int) -> Unstructured:
+        """The ratio at which every row of this length loses the whole number int(I * sparsity), as published."""
+        return Unstructured(self.removed_of(columns) / columns)
+
+    def keep_mask(self, scores: Tensor, first_row: int = 0) -> Tensor:
+        """True for the weights to keep: in each row, all but the lowest scores, so that the matrix is exact.
+
+        Where the share of a row is no whole number, rows lose one more or one less, evenly spread: the first r rows
+        together lose `removed_of(r * I)`, whatever r.
 
         Args:
-            scores: (O, I), any float dtype; a NaN counts as the highest score.
+            scores: (O, I), rows of a matrix in any float dtype; a NaN counts as the highest score.
+            first_row: number of the first of these rows in the matrix.
 
         Returns:
             (O, I) bool. Ties go by position (stable sort), never by a threshold, so the count is exact.
         """
-        return keep_all_but_lowest(scores, self.removed_of(scores.shape[-1]))
+        rows, columns = scores.shape
+        upto = [self.removed_of(row * columns) for row in range(first_row, first_row + rows + 1)]
+        counts = [end - start for start, end in pairwise(upto)]
+        if len(distinct := set(counts)) == 1:
+            return keep_all_but_lowest(scores, distinct.pop())
+        keep = scores.isnan()
+        for count in distinct:
+            some = [row for row in range(rows) if counts[row] == count]
+            keep[some] = keep_all_but_lowest(scores[some], count)
+        return keep
+
+    def excess(self, mask: Tensor) -> int:
+        """How many weights a mask (O, I) keeps above what this matrix may keep."""
+        return max(int(mask.count_nonzero()) - (mask.numel() - self.removed_of(mask.numel())), 0)
 
     def violations(self, weight: Tensor) -> int:
-        """How many zeros a weight (O, I) is short of O * int(I * sparsity), the fewest that any criterion makes."""
+        """How many zeros a weight (O, I) is short of O * int(I * sparsity), the fewest that pruning code makes."""
         demanded = weight.shape[:-1].numel() * self.removed_of(weight.shape[-1])
         return max(demanded - int((weight == 0).count_nonzero()), 0)
 
@@ -96,11 +118,12 @@ class NM:
                 "choose another pattern or pass --skip-indivisible to leave such layers dense"
             )
 
-    def keep_mask(self, scores: Tensor) -> Tensor:
+    def keep_mask(self, scores: Tensor, first_row: int = 0) -> Tensor:
         """True for the `n` highest scores of every group of `m` along the last dimension.
 
         Args:
             scores: (O, I) with I a multiple of m, any float dtype; a NaN counts as the highest score.
+            first_row: makes no difference here, as it does to `Unstructured`.
 
         Returns:
             (O, I) bool; ties go by position.
@@ -111,6 +134,10 @@ class NM:
         self.require_fit(scores.shape[-1])
         groups = scores.unflatten(-1, (-1, self.m))
         return keep_all_but_lowest(groups, self.m - self.n).flatten(-2)
+
+    def excess(self, mask: Tensor) -> int:
+        """How many groups of a mask (O, I) keep more than `n` weights."""
+        return self.violations(mask)
 
     def violations(self, weight: Tensor) -> int:
         """How many groups of a weight (O, I) keep more than `n` weights; all of them where m does not divide I."""

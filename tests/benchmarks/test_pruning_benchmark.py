@@ -23,8 +23,10 @@ def test_script_prints_one_object() -> None:
     done = subprocess.run([*command, "--repeats", "1", "--json"], cwd=common.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert list(found) == [name for criterion in pruning.CRITERIA for name in (criterion, f"{criterion}_plain")]
-    assert [name for name, value in found.items() if value is None] == ["dsnot_plain"]
+    assert list(found) == [name for criterion in pruning.STEPS for name in (criterion, f"{criterion}_plain")]
+    assert [name for name, value in found.items() if value is None] == [
+        f"{name}_plain" for name in ("dsnot", "admm", "swaps", "least-squares")
+    ]
     assert all(value > 0 for value in found.values() if value is not None)
 
 

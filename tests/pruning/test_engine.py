@@ -30,7 +30,7 @@ from spp.runtime.tensor_memory import LiveBytes
 MakeModel = Callable[..., PreTrainedModel]
 FAMILIES = list(TINY_CONFIGS)
 PATTERNS = ["50%", "75%", "2:4", "4:8", "2:8", "1:4"]
-CRITERIA: list[Criterion] = ["magnitude", "wanda", "ria", "sparsegpt"]
+CRITERIA: list[Criterion] = ["magnitude", "wanda", "ria", "sparsegpt", "admm"]
 
 
 MASKS: dict[str, Callable[[Tensor, Tensor, Pattern], Tensor]] = {
@@ -38,6 +38,7 @@ MASKS: dict[str, Callable[[Tensor, Tensor, Pattern], Tensor]] = {
     "wanda": naive.wanda,
     "ria": naive.ria,
 }
+NEW_VALUES = {"sparsegpt": naive.sparsegpt, "admm": naive.admm}
 
 
 def windows(samples: int = 12, length: int = 16, seed: int = 0) -> Tensor:
@@ -88,8 +89,8 @@ def recomputed(
         seen = inputs_of(source, list(mine), tokens)
         for name, module in mine.items():
             weight = weight_oi(module)
-            if criterion == "sparsegpt":
-                new = naive.sparsegpt(weight, seen[name], pattern)[0].to(weight.dtype)
+            if criterion in NEW_VALUES:
+                new = NEW_VALUES[criterion](weight, seen[name], pattern)[0].to(weight.dtype)
             else:
                 keep = MASKS[criterion](weight, seen[name], pattern)
                 new = torch.where(keep, weight, 0)
@@ -101,7 +102,7 @@ def assert_same_pruning(model: PreTrainedModel, expected: PreTrainedModel, crite
     wanted = prunable_linears(expected)
     for name, module in prunable_linears(model).items():
         weight, other = weight_oi(module).double(), weight_oi(wanted[name]).double()
-        if criterion == "sparsegpt":
+        if criterion in NEW_VALUES:
             same = (weight != 0) == (other != 0)
             assert same.double().mean() >= 0.999, name
             torch.testing.assert_close(
@@ -214,7 +215,7 @@ def test_bfloat16_models(tiny_model: MakeModel, family: str, criterion: Criterio
         weight = weight_oi(module)
         assert weight.dtype == torch.bfloat16
         assert NM(2, 4).violations(weight) == 0
-        if criterion != "sparsegpt":
+        if criterion not in NEW_VALUES:
             kept = weight != 0
             assert weight[kept].equal(weight_oi(before[name])[kept])
     if criterion == "wanda":
@@ -330,14 +331,15 @@ def test_more_damping_is_reported(
 
 
 def test_updates_too_large_for_the_dtype_are_named(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spp.pruning.criteria import sparsegpt, table
+    from spp.pruning import steps
+    from spp.pruning.criteria import sparsegpt
     from spp.pruning.criteria.result import Pruned
 
     def huge(weight: Tensor, value: Tensor | None, pattern: Pattern) -> Pruned:
         pruned = sparsegpt.prune(weight, value, pattern)
         return Pruned(pruned.weight * 1e8, pruned.mask)
 
-    monkeypatch.setitem(table.CRITERIA, "sparsegpt", dataclasses.replace(table.CRITERIA["sparsegpt"], prune=huge))
+    monkeypatch.setitem(steps.CRITERIA, "sparsegpt", dataclasses.replace(steps.CRITERIA["sparsegpt"], prune=huge))
     with pytest.raises(SppError, match=r"q_proj: an updated weight is .*too large for float16"):
         prune(tiny_model("llama", dtype=torch.float16), "sparsegpt", NM(2, 4), windows())
 

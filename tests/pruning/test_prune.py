@@ -24,10 +24,10 @@ from spp.models.architecture import is_transposed, prunable_linears, weight_oi
 from spp.patterns import NM, Pattern, parse_pattern
 from spp.pruning.criteria import magnitude
 from spp.pruning.criteria.result import Pruned
-from spp.pruning.criteria.table import CRITERIA
 from spp.pruning.in_memory import prune_model
 from spp.pruning.options import PruneOptions, PruningSettings
 from spp.pruning.prune import PruneReport, prune
+from spp.pruning.steps import CRITERIA
 
 MakeModel = Callable[..., PreTrainedModel]
 Run = Callable[..., PruneReport]

@@ -41,10 +41,18 @@ def predicted(values: dict[str, Any]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("criterion", ["wanda", "ria", "sparsegpt", "magnitude"])
-def test_the_prediction_is_close_to_the_measurement(dense: Path, tmp_path: Path, criterion: str) -> None:
+@pytest.mark.parametrize(
+    "steps",
+    [
+        *({"criterion": name} for name in ("wanda", "ria", "sparsegpt", "admm", "magnitude")),
+        {"criterion": "wanda", "refine": "swaps", "update": "admm"},
+        {"criterion": "sparsegpt", "refine": "swaps", "update": "least-squares"},
+    ],
+    ids=lambda steps: "+".join(steps.values()),
+)
+def test_the_prediction_is_close_to_the_measurement(dense: Path, tmp_path: Path, steps: dict[str, str]) -> None:
     """Within 10 %."""
-    values = {"model": str(dense), "out": str(tmp_path / "pruned"), "criterion": criterion, "samples": 8, "window": 512}
+    values = {"model": str(dense), "out": str(tmp_path / "pruned"), **steps, "samples": 8, "window": 512}
     foretold = predicted(values)
     assert not (tmp_path / "pruned").exists()
     peak = measured(values)["peak_bytes"]

@@ -87,9 +87,10 @@ def die_after(blocks: int, monkeypatch: pytest.MonkeyPatch, error: BaseException
         {"criterion": "magnitude"},
         {"criterion": "wanda", "pattern": "50%", "allocation": "owl"},
         {"criterion": "ria", "refine": "dsnot"},
+        {"criterion": "admm", "pattern": "50%", "allocation": "owl", "refine": "swaps", "update": "least-squares"},
         {"criterion": "wanda", "reconstruct": "attention,mlp", "reconstruct_epochs": 1},
     ],
-    ids=["sparsegpt", "magnitude", "owl", "dsnot", "reconstruct"],
+    ids=["sparsegpt", "magnitude", "owl", "dsnot", "all steps", "reconstruct"],
 )
 @pytest.mark.parametrize("block", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_an_interrupted_run_goes_on_to_the_same_bits(

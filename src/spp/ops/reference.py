@@ -43,6 +43,12 @@ def fitting_groups(out_features: int, groups: int, directions: int) -> tuple[int
     return groups, min(directions, out_features // groups)
 
 
+def one_direction_each(out_features: int, groups: int, directions: int, device: torch.device | None = None) -> Tensor:
+    """A B (O, K) int64 with a single 1 per row: each group is divided into K equal parts, part k has it in column k."""
+    own = row_groups(out_features, groups * directions, device) - directions * row_groups(out_features, groups, device)
+    return torch.nn.functional.one_hot(own, directions)
+
+
 def wide_dtype(*tensors: Weight) -> torch.dtype:
     """The dtype that the formula is computed in: fp32, or fp64 if any argument is fp64."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -11,8 +11,8 @@ from spp.data.records import stream_records
 from spp.errors import Problems
 from spp.models.loading import context_window, load_tokenizer, skeleton
 from spp.pipeline.options import RunOptions
-from spp.pruning.criteria.table import method_of
 from spp.pruning.engine import matrices_to_prune
+from spp.pruning.steps import steps_of
 from spp.runtime.devices import compute_dtype, pick_device
 from spp.training.checks import check_settings
 from spp.training.new_adapter import target_layers
@@ -34,7 +34,7 @@ def check_run(options: RunOptions, folder: Path, training: TrainOptions) -> None
     """
     problems = Problems()
     device = problems.of(pick_device, options.device)
-    problems.of(method_of, options)
+    problems.of(steps_of, options)
     problems.of(check_settings, training)
     for source in dict.fromkeys(filter(None, (options.train, options.eval, options.calibration))):
         problems.of(_check_data, source, options.column_names)

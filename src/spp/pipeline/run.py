@@ -25,7 +25,7 @@ from spp.pipeline.checks import check_run
 from spp.pipeline.options import RunOptions
 from spp.pipeline.records import StageRecords
 from spp.pipeline.stages import ADAPTER, MERGE, MERGED, ONE_SHOT, PRUNED, TRAIN, Stages
-from spp.pruning.criteria.table import CRITERIA
+from spp.pruning.steps import steps_of
 from spp.reporting.inputs import RECORDS, RESULTS, Run
 from spp.reporting.report import write_report
 from spp.reporting.results import (
@@ -177,7 +177,7 @@ def _protocol(options: RunOptions, score: dict[str, Any], manifest: dict[str, An
         model=options.model or "bundled",
         pattern=manifest["pattern"],
         criterion=criterion,
-        criterion_title=CRITERIA[criterion].title if criterion else None,
+        criterion_title=steps_of(options).title if criterion else None,
         calibration=manifest["calibration"],
         train=options.train,
         evaluation={key: value for key, value in score.items() if key not in {"perplexity", "nll"}},

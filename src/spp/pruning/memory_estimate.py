@@ -22,10 +22,10 @@ from spp.models.loading import context_window, skeleton
 from spp.pruning.calibration.block_calls import BlockCalls, batched, capture
 from spp.pruning.calibration.hidden_states import State
 from spp.pruning.calibration.input_hooks import collect_statistics
-from spp.pruning.criteria.table import method_of
 from spp.pruning.engine import matrices_to_prune
 from spp.pruning.options import PruneOptions
 from spp.pruning.prune_block import BlockPruner
+from spp.pruning.steps import steps_of
 from spp.runtime.devices import compute_dtype, pick_device
 from spp.runtime.memory_estimate import MemoryPrediction, available_bytes, libraries
 from spp.runtime.tensor_memory import LiveBytes, make_fake
@@ -103,8 +103,8 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 def _scratch_of_criterion(options: PruneOptions, matrices: Sequence[Matrix], device: torch.device) -> int:
     """Most bytes that choosing the weights of one matrix takes."""
-    method = method_of(options)
-    return max(method.scratch_bytes(*matrix.weight.shape, on_gpu=device.type != "cpu") for matrix in matrices)
+    steps = steps_of(options)
+    return max(steps.scratch_bytes(*matrix.weight.shape, on_gpu=device.type != "cpu") for matrix in matrices)
 
 
 class _Traced:

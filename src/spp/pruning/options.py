@@ -20,7 +20,9 @@ from spp.options import (
 from spp.patterns import NM
 
 BlockPart = Literal["block", "attention", "mlp"]
-Criterion = Literal["magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt"]
+Criterion = Literal["magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt", "admm"]
+Refinement = Literal["none", "dsnot", "swaps"]
+Update = Literal["none", "sparsegpt", "admm", "least-squares"]
 
 
 class PruningSettings(Options):
@@ -31,6 +33,11 @@ class PruningSettings(Options):
         description="what to keep: N:M keeps N of every M consecutive weights (2:4, 4:8, 2:8); 50% removes half",
         json_schema_extra={"metavar": "PATTERN"},
     )
+    equal_rows: bool = Field(
+        False,
+        description="of a ratio, remove equally many weights of each row, rounding down, as published (else some rows "
+        "lose one more, and the matrix has the ratio)",
+    )
     criterion: Criterion = Field("wanda", description="how the weights to remove are chosen")
     allocation: Literal["uniform", "owl"] = Field(
         "uniform",
@@ -38,8 +45,11 @@ class PruningSettings(Options):
     )
     owl_limit: float = Field(0.08, gt=0, lt=0.5, description="owl: how far a block's sparsity may be from the mean")
     owl_threshold: float = Field(5.0, gt=1, description="owl: a Wanda score above X times the mean is an outlier")
-    refine: Literal["dsnot"] | None = Field(
-        None, description="after choosing, exchange removed and kept weights without training (not for sparsegpt)"
+    refine: Refinement = Field(
+        "none", description="how removed and kept weights are exchanged after choosing, without training"
+    )
+    update: Update = Field(
+        "none", description="how the weights that are kept get new values, so that the layer's outputs change least"
     )
     reconstruct: str | None = Field(
         None,
@@ -49,8 +59,13 @@ class PruningSettings(Options):
     )
     reconstruct_params: Literal["weights", "spp"] = Field(
         "weights",
-        description="what reconstruction tunes: the weights that are left, or A and B of a published SPP adapter "
-        "(r 16, directions 1, scale 2), whatever the one has that is trained later",
+        description="what reconstruction tunes: the weights that are left, or A and B of an SPP adapter",
+    )
+    reconstruct_r: int = Field(16, ge=1, description="reconstruction by spp: row groups of A")
+    reconstruct_directions: int = Field(1, ge=1, le=16, description="reconstruction by spp: rows of A per row group")
+    reconstruct_scale: float = Field(2.0, gt=0, description="reconstruction by spp: factor of the update")
+    reconstruct_start: Literal["published", "ones"] = Field(
+        "published", description="reconstruction by spp: how A and B start, as init-weights of an adapter"
     )
     reconstruct_epochs: int = Field(8, ge=1, description="passes of reconstruction over the calibration windows")
     reconstruct_learning_rate: float | None = Field(
@@ -96,7 +111,7 @@ def _conflicts(settings: PruningSettings) -> list[str]:
         problems.append(f"reconstruct takes block, attention, mlp, or attention,mlp, and not {odd[0]!r}")
     given = [
         name.replace("_", "-")
-        for name in ("pattern", "criterion", "allocation", "refine", "reconstruct")
+        for name in ("pattern", "equal_rows", "criterion", "allocation", "refine", "update", "reconstruct")
         if getattr(settings, name) != PruningSettings.model_fields[name].default
     ]
     if settings.keep_zeros and given:

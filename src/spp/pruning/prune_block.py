@@ -1,4 +1,4 @@
-"""Prune the matrices of one block: take statistics of their inputs, choose, refine, reconstruct."""
+"""Prune the matrices of one block: take statistics of their inputs, choose, refine, update, reconstruct."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from spp.models.architecture import Matrix, prunable_matrices
 from spp.models.bypassed import computes_otherwise, read_directly
 from spp.ops.dtypes import dtype_name
 from spp.ops.zeros import all_finite
-from spp.patterns import Pattern
-from spp.pruning import dsnot
+from spp.patterns import Pattern, Unstructured
 from spp.pruning.calibration.input_hooks import Statistics, collect_statistics
-from spp.pruning.calibration.input_statistics import Moments, Statistic
+from spp.pruning.calibration.input_statistics import Statistic
 from spp.pruning.criteria.result import Pruned, survivors
-from spp.pruning.criteria.table import CRITERIA, method_of
 from spp.pruning.options import BlockPart, Criterion, PruningSettings
 from spp.pruning.reconstruction import Fit, Reconstruction, Targets, reconstruct
+from spp.pruning.steps import CRITERIA, steps_of
 from spp.runtime import distributed
 
 logger = logging.getLogger("spp")
@@ -81,7 +80,7 @@ class BlockPruner:
         seed: seed of reconstruction.
 
     Raises:
-        UsageError: see `method_of`.
+        UsageError: see `steps_of`.
 
     Attributes:
         pattern: the default pattern.
@@ -91,12 +90,8 @@ class BlockPruner:
     def __init__(self, settings: PruningSettings, names: Set[str], seed: int = 0) -> None:
         self.pattern = settings.pattern
         self._settings, self._names, self._seed = settings, names, seed
-        self._method = method_of(settings)
-        self.kinds: list[type[Statistic]] = [] if settings.keep_zeros else self._needed()
-
-    def _needed(self) -> list[type[Statistic]]:
-        wanted = [self._method.statistic, Moments if self._settings.refine else None]
-        return [kind for kind in wanted if kind is not None]
+        self._steps = steps_of(settings)
+        self.kinds: list[type[Statistic]] = [] if settings.keep_zeros else self._steps.statistics
 
     @property
     def calibrates(self) -> bool:
@@ -151,6 +146,10 @@ class BlockPruner:
             parameters=settings.reconstruct_params,
             epochs=settings.reconstruct_epochs,
             learning_rate=settings.reconstruct_learning_rate,
+            r=settings.reconstruct_r,
+            directions=settings.reconstruct_directions,
+            scale=settings.reconstruct_scale,
+            start=settings.reconstruct_start,
             seed=self._seed,
         )
         return reconstruct(name, block, lambda one, batch: runs[batch](one), targets, list(runs), matrices, how)
@@ -175,6 +174,8 @@ class BlockPruner:
         settings = self._settings
         tokens = next((statistic.tokens for statistic in statistics.values()), None)
         criterion: Criterion | None = settings.criterion
+        if settings.equal_rows and isinstance(pattern, Unstructured):
+            pattern = pattern.rounded_down(matrix.weight.shape[1])
         if settings.keep_zeros:
             criterion, pruned = None, survivors(matrix.weight, torch.ones_like(matrix.weight, dtype=torch.bool))
         elif matrix.expert is not None and tokens is not None and tokens < max(settings.min_expert_tokens, 1):
@@ -186,15 +187,11 @@ class BlockPruner:
         return MatrixResult(name=matrix.name, criterion=criterion, tokens=tokens, expert=matrix.expert is not None)
 
     def _chosen(self, matrix: Matrix, statistics: Statistics, pattern: Pattern) -> Pruned:
-        """The criterion's choice, refined if that is asked for."""
+        """What the steps make of a matrix."""
         for statistic in statistics.values():
             _check_statistic(matrix.name, statistic)
-        method = self._method
         try:
-            value: Any = statistics[method.statistic].value() if method.statistic else None
-            pruned = method.prune(matrix.weight, value, pattern)
-            if self._settings.refine:
-                pruned = dsnot.refine(matrix.weight, pruned, statistics[Moments].value(), pattern)
+            pruned = self._steps.run(matrix.weight, statistics, pattern)
         except SppError as error:
             raise type(error)(f"{matrix.name}: {error}") from error
         if pruned.note:

@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from spp.errors import SppError
 from spp.models.architecture import Matrix, is_transposed
-from spp.ops.reference import fitting_groups, merged_weight
+from spp.ops.reference import fitting_groups, merged_weight, one_direction_each
 from spp.ops.zero_proof import lost_zeros
 from spp.ops.zeros import canonical_zeros
 from spp.pruning.options import BlockPart
@@ -48,8 +48,8 @@ Weights = Mapping[str, Tensor]
 class Reconstruction:
     """What to tune, and how.
 
-    A and B have the shape, scale and start of the published SPP, whatever the adapter of a later training run has:
-    they are merged here, and the learning rate was chosen for them.
+    By default A and B have the shape, scale and start of the published SPP, whatever the adapter of a later training
+    run has: they are merged here, and the learning rate was chosen for them.
 
     Attributes:
         parts: what is tuned at once, one after the other: all of the block; or its attention, or its MLP, in less
@@ -62,6 +62,7 @@ class Reconstruction:
         r: row groups R, at most a matrix's output features (spp).
         directions: K rows of A for each row group (spp).
         scale: s (spp).
+        start: "published" draws A and sets B to 0; "ones" sets A to 0 and each row of B to a single 1 (spp).
         seed: of A's initial values (spp).
     """
 
@@ -72,6 +73,7 @@ class Reconstruction:
     r: int = 16
     directions: int = 1
     scale: float = 2.0
+    start: Literal["published", "ones"] = "published"
     seed: int = 0
 
     @property
@@ -232,7 +234,7 @@ class _SppFactors:
 
     def __init__(self, block: nn.Module, matrices: Sequence[Matrix], settings: Reconstruction) -> None:
         self._matrices = dict(zip(_parameter_names(block, matrices), matrices, strict=True))
-        self._factors = {name: _published_start(matrix, settings) for name, matrix in self._matrices.items()}
+        self._factors = {name: _start(matrix, settings) for name, matrix in self._matrices.items()}
         self._scale = settings.scale
 
     def rates(self) -> Iterable[tuple[Tensor, float]]:
@@ -260,8 +262,8 @@ def _root_mean_square(weight: Tensor) -> float:
     return math.sqrt(float(weight.square().sum()) / max(int(weight.count_nonzero()), 1))
 
 
-def _published_start(matrix: Matrix, settings: Reconstruction) -> tuple[Tensor, Tensor]:
-    """A ~ U(-1/sqrt(I), 1/sqrt(I)) and B = 0, fp32, so that W' = W.
+def _start(matrix: Matrix, settings: Reconstruction) -> tuple[Tensor, Tensor]:
+    """A and B, fp32, so that W' = W: A ~ U(-1/sqrt(I), 1/sqrt(I)) and B = 0, or A = 0 and a single 1 per row of B.
 
     A depends on the seed, the matrix's name and its shape alone.
     """
@@ -271,6 +273,8 @@ def _published_start(matrix: Matrix, settings: Reconstruction) -> tuple[Tensor, 
     bound = 1 / math.sqrt(in_features)
     A = torch.empty(groups * directions, in_features).uniform_(-bound, bound, generator=chance)
     B = torch.zeros(out_features, directions)
+    if settings.start == "ones":
+        A, B = torch.zeros_like(A), one_direction_each(out_features, groups, directions).float()
     device = matrix.weight.device
     return A.to(device).requires_grad_(), B.to(device).requires_grad_()
 

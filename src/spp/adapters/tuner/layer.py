@@ -20,7 +20,7 @@ from spp.models.architecture import shape_oi
 from spp.models.packed_linear import PackedLinear
 from spp.models.quantized import is_quantized
 from spp.ops import Mode, adapter_linear, spp_linear
-from spp.ops.reference import add_delta, delta_weight, fitting_groups, row_groups
+from spp.ops.reference import add_delta, delta_weight, fitting_groups, one_direction_each
 from spp.ops.zero_proof import lost_zeros
 from spp.ops.zeros import all_finite
 
@@ -192,8 +192,7 @@ def initialize(A: Tensor, B: Tensor, groups: int, init_weights: bool | str) -> N
     """
     if init_weights in (True, "ones"):
         nn.init.zeros_(A)
-        own = row_groups(len(B), len(A), B.device) - B.shape[1] * row_groups(len(B), groups, B.device)
-        B.copy_(nn.functional.one_hot(own, B.shape[1]))
+        B.copy_(one_direction_each(len(B), groups, B.shape[1], B.device))
         return
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     if init_weights:

@@ -6,7 +6,7 @@ Shapes: T tokens, I input features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ class Statistic(ABC):
         self.tokens = 0
         self._features = features
         self._mean: Tensor | None = None
-        self._value: Any = None
+        self._values: dict[Callable[[Any], Any] | None, Any] = {}
 
     def update(self, inputs: Tensor) -> None:
         """Add a batch of layer inputs, (..., I) in any float dtype."""
@@ -43,19 +43,19 @@ class Statistic(ABC):
         if self._mean is None:
             self._mean = self._zeros(rows.device)
         self._mean = self._add(self._mean, self.tokens / total, rows, 1 / total)
-        self.tokens, self._value = total, None
+        self.tokens, self._values = total, {}
 
-    def value(self) -> Any:
-        """The statistic, fp32; made once, for all layers that share it.
+    def value(self, derive: Callable[[Any], Any] | None = None) -> Any:
+        """The statistic, fp32, or what `derive` makes of it; made once, for all layers that share it.
 
         Raises:
             ValueError: it has seen no input.
         """
         if self._mean is None or not self.tokens:
             raise ValueError("the statistic has seen no input")
-        if self._value is None:
-            self._value = self._finish(self._mean)
-        return self._value
+        if derive not in self._values:
+            self._values[derive] = derive(self.value()) if derive else self._finish(self._mean)
+        return self._values[derive]
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +74,7 @@ class Statistic(ABC):
         tokens = torch.tensor(float(self.tokens), dtype=torch.float64, device=mean.device)
         total = int(distributed.all_reduce(tokens.clone()))
         self._mean = distributed.all_reduce(mean.mul_(self.tokens / max(total, 1)))
-        self.tokens, self._value = total, None
+        self.tokens, self._values = total, {}
 
     @abstractmethod
     def _zeros(self, device: torch.device) -> Tensor:
@@ -127,7 +127,10 @@ class Moments(Statistic):
 
 
 class Gram(Statistic):
-    """SparseGPT's Hessian of the squared output error, (I, I): H = 2/T X^T X."""
+    """SparseGPT's Hessian of the squared output error, (I, I): H = 2/T X^T X.
+
+    Its value is not a copy, and is valid until the next input.
+    """
 
     def _zeros(self, device: torch.device) -> Tensor:
         return torch.zeros(self._features, self._features, device=device)
@@ -137,7 +140,7 @@ class Gram(Statistic):
             return mean.addmm_(rows.T, rows, beta=weight, alpha=2 * share)
 
     def _finish(self, mean: Tensor) -> Any:
-        return mean.clone()
+        return mean
 
 
 @contextmanager

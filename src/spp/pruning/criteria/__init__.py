@@ -1,1 +1,1 @@
-"""Pruning criteria: one file for each, and a table of all."""
+"""Pruning criteria: one file for each."""

@@ -57,7 +57,7 @@ def prune_rows(weight: Tensor, pattern: Pattern, score: Callable[[Tensor], Tenso
     kept, mask = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
     for rows in row_parts(weight):
         part = weight[rows]
-        pruned = survivors(part, pattern.keep_mask(lowest_where_zero(score(part), part)))
+        pruned = survivors(part, pattern.keep_mask(lowest_where_zero(score(part), part), rows.start))
         kept[rows], mask[rows] = pruned.weight, pruned.mask
     return Pruned(kept, mask)
 

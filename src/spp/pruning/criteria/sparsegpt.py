@@ -21,8 +21,8 @@ from torch import Tensor
 from spp.errors import SppError
 from spp.keep_masks import keep_all_but_lowest, keep_in_groups
 from spp.ops.zeros import all_finite
-from spp.patterns import NM, Pattern
-from spp.pruning.calibration.input_statistics import Gram, full_fp32
+from spp.patterns import NM, Pattern, Unstructured
+from spp.pruning.calibration.input_statistics import full_fp32
 from spp.pruning.criteria.result import Pruned
 
 _BLOCK = 128
@@ -51,18 +51,8 @@ class Inverse:
     note: str | None
 
 
-class InverseFactor(Gram):
-    """The statistic that SparseGPT needs: an `Inverse`, computed once for all layers with the same inputs.
-
-    It holds two fp32 matrices (I, I), the Hessian and the factor. Making the factor takes three quarters of one more.
-    """
-
-    def _finish(self, mean: Tensor) -> Inverse:
-        return damped_inverse(mean)
-
-
 def damped_inverse(hessian: Tensor) -> Inverse:
-    """Damp and invert a Hessian (I, I), fp32, which stays as it is.
+    """Damp and invert a Hessian (I, I), fp32, which stays as it is; takes three quarters of one more.
 
     Raises:
         SppError: it has no Cholesky factor, even with ten times the damping.
@@ -83,7 +73,7 @@ def prune(weight: Tensor, inverse: Inverse, pattern: Pattern) -> Pruned:
 
     Args:
         weight: (O, I), any float dtype.
-        inverse: of the layer's damped Hessian, from `InverseFactor`.
+        inverse: of the layer's damped Hessian, from `damped_inverse`.
         pattern: how many weights to remove.
 
     Returns:
@@ -91,10 +81,21 @@ def prune(weight: Tensor, inverse: Inverse, pattern: Pattern) -> Pruned:
     """
     if isinstance(pattern, NM):
         pattern.require_fit(weight.shape[-1])
-    work = torch.empty(weight.shape[::-1], device=weight.device)
+    return _compensated(weight, weight != 0, inverse, pattern)
+
+
+def update(weight: Tensor, mask: Tensor, inverse: Inverse) -> Pruned:
+    """Remove what is not in a mask (O, I) and update the survivors, as `prune` does with the mask that it finds."""
+    return _compensated(weight, mask & (weight != 0), inverse, None)
+
+
+def _compensated(weight: Tensor, may_stay: Tensor, inverse: Inverse, pattern: Pattern | None) -> Pruned:
+    """Remove weights column by column: all that may not stay (O, I), and of the others what a pattern demands."""
+    work, mask = torch.empty(weight.shape[::-1], device=weight.device), may_stay.T.contiguous()
     work.copy_(weight.T)[inverse.dead] = 0
+    mask[inverse.dead] = False
     with full_fp32():
-        mask = _walk_blocks(work, inverse, pattern)
+        _walk_blocks(work, mask, inverse, pattern)
     return Pruned(work.T.contiguous(), mask.T.contiguous(), inverse.note)
 
 
@@ -160,9 +161,9 @@ def _reverse(matrix: Tensor) -> None:
         matrix[size // 2] = matrix[size // 2].flip(0)
 
 
-def _walk_blocks(work: Tensor, inverse: Inverse, pattern: Pattern) -> Tensor:
-    """Prune `work` (I, O) in place, block of columns by block; returns the mask (I, O) of the survivors."""
-    mask, size = work != 0, block_size(pattern)
+def _walk_blocks(work: Tensor, mask: Tensor, inverse: Inverse, pattern: Pattern | None) -> None:
+    """Prune `work` (I, O), and its mask of what may stay, in place, block of columns by block."""
+    size = block_size(pattern)
     errors = torch.empty_like(work[:size])
     for start in range(0, len(work), size):
         end = min(start + size, len(work))
@@ -174,17 +175,16 @@ def _walk_blocks(work: Tensor, inverse: Inverse, pattern: Pattern) -> Tensor:
             scale=inverse.scale[start:end, None],
             pattern=pattern,
         )
-        if not isinstance(pattern, NM):
+        if isinstance(pattern, Unstructured):
             # Counting from the first column makes the total exact, whatever the rounding in single blocks.
             columns.choose(pattern.removed_of(end * work.shape[1]) - pattern.removed_of(start * work.shape[1]))
         columns.settle(0, end - start)
         columns.clear()
         # The columns after the block make up for all of its errors at once: W -= E U.
         work[end:].addmm_(inverse.factor[start:end, end:].T, columns.errors, alpha=-1)
-    return mask
 
 
-def block_size(pattern: Pattern) -> int:
+def block_size(pattern: Pattern | None) -> int:
     """128 columns, or the nearest multiple of M below (at least M)."""
     group = pattern.m if isinstance(pattern, NM) else 1
     return max(_BLOCK // group, 1) * group
@@ -200,7 +200,7 @@ class _Columns:
         mask: (C, O) bool; before the choice, False for what must be zero in any case.
         unit: (C, C), the block's part of the `Inverse`'s factor.
         scale: (C, 1), that of its scale.
-        pattern: how many weights to remove.
+        pattern: how many weights to remove; None if the mask says which.
     """
 
     weights: Tensor
@@ -208,7 +208,7 @@ class _Columns:
     mask: Tensor
     unit: Tensor
     scale: Tensor
-    pattern: Pattern
+    pattern: Pattern | None
 
     def choose(self, count: int) -> None:
         """Mask the `count` lowest scores of the block; ties go by row, then by column."""
