@@ -114,6 +114,8 @@ def read_header(path: Path) -> Header:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file from tensors in memory: the same bytes for the same content, unlike safetensors' own.
 
+    It is written in place, to be part of a folder that appears whole, and replaces a file of that name.
+
     Raises:
         OSError: it cannot be written; it names the file.
     """
@@ -121,9 +123,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         name: Layout(_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
         for name, tensor in sorted(tensors.items())
     }
-    file = TensorFile(path, layouts, metadata)
-    for name, tensor in tensors.items():
-        file.write(name, tensor)
+    header, offsets = _header(layouts, metadata or {})
+    with writing(path), path.open("wb", buffering=0) as file:
+        _write_all(file, memoryview(header))
+        for name in sorted(offsets, key=offsets.__getitem__):
+            _write_all(file, _bytes_of(tensors[name]))
 
 
 def read_floats(path: Path, offset: int, layout: Layout) -> Tensor | None:
@@ -156,15 +160,14 @@ class TensorFile:
     Args:
         path: the file; an existing one is continued.
         tensors: name -> layout.
-        metadata: name -> text.
 
     Raises:
         OSError: the disk has no room for it.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, Layout], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, Layout]) -> None:
         self.path = path
-        header, self._offsets = _header(tensors, metadata or {})
+        header, self._offsets = _header(tensors, {})
         self._sizes = {name: layout.nbytes for name, layout in tensors.items()}
         if not path.is_file():
             self._lay_out(header, len(header) + sum(self._sizes.values()))
@@ -191,8 +194,7 @@ class TensorFile:
             ValueError: its size differs from its layout's.
             OSError: it cannot be written.
         """
-        array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        data = memoryview(array)
+        data = _bytes_of(tensor)
         if len(data) != self._sizes[name]:
             raise ValueError(f"{name} has {len(data)} bytes, and {self._sizes[name]} are laid out for it")
         with writing(self.path), self.path.open("r+b", buffering=0) as file:
@@ -217,6 +219,11 @@ class TensorFile:
                 with writing(self.path):
                     _write_all(new, piece[:count])
                 left -= count
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def _write_all(file: FileIO, data: memoryview) -> None:

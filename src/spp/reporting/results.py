@@ -189,6 +189,7 @@ class Verification(_Part):
         tensors: each tensor that has zeros or differs, by its name in the file.
         problems: one sentence for each problem; empty if verified.
         compared: tensors that were looked into.
+        replaced: tensors of which nothing is proved, because training replaced them whole, by dense weights.
         matrices_checked: matrices that were checked against the pattern, each expert by itself.
         matrices_dense: tensors with matrices that need not obey it.
         matrices_because: how it was known which have to obey.
@@ -204,6 +205,7 @@ class Verification(_Part):
     tensors: dict[str, ComparedTensor] = {}
     problems: list[str] = []
     compared: Count | None = None
+    replaced: list[str] = []
     matrices_checked: Count | None = None
     matrices_dense: list[str] = []
     matrices_because: str | None = None

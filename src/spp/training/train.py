@@ -26,6 +26,7 @@ from spp.checkpoints.json_files import write_json
 from spp.checkpoints.request import Request
 from spp.data.examples import Example, digest
 from spp.models.architecture import sparsity
+from spp.models.experts import Stack
 from spp.models.loading import context_window, load_base, load_model
 from spp.models.packed_linear import PackedLinear
 from spp.models.quantized import quantize_
@@ -104,19 +105,12 @@ def train(options: TrainOptions) -> TrainReport:
     model = _load_base(options, folder, device)
     data = _load_data(options, folder, model)
     teacher = open_teacher(options, data.examples, _vocabulary(model), device)
-    targets = target_layers(model, options.target_modules)
-    in_full = options.method == "full"
-    stacks = {} if in_full else target_stacks(model, options.target_modules)
-    share_of_zeros = sparsity(targets.values(), (stack.weight.detach() for stack in stacks.values()))
-    if in_full:
-        require_zeros(share_of_zeros, options.model)
-    if in_full or options.quantize != "none":  # later, no zeros can be counted; otherwise the tuner does so
-        warn_if_dense(options.model, share_of_zeros)
+    targets, stacks, share_of_zeros = _weights_to_train(options, model)
     checkpointing = _use_checkpointing(options, model, data.examples, device)
     if options.quantize != "none":
         targets = quantize_(model, targets, options.quantize, device)
     set_seed(options.seed)
-    if in_full:
+    if in_full := options.method == "full":
         trained = with_trained_values(model, targets)
     else:
         trained = with_new_adapter(model, targets, options, stacks=stacks)
@@ -154,6 +148,21 @@ def _output(options: TrainOptions, request: Request | None) -> Iterator[tuple[Pa
             yield folders
     else:
         yield partial_folder(options.out), work_folder(options.out)
+
+
+def _weights_to_train(
+    options: TrainOptions, model: PreTrainedModel
+) -> tuple[dict[str, nn.Module], dict[str, Stack], float]:
+    """Linear layers and stacks of experts by their full names, and the share of zeros in their weights."""
+    in_full = options.method == "full"
+    layers = target_layers(model, options.target_modules)
+    stacks = {} if in_full else target_stacks(model, options.target_modules)
+    zeros = sparsity(layers.values(), (stack.weight.detach() for stack in stacks.values()))
+    if in_full:
+        require_zeros(zeros, options.model)
+    if in_full or options.quantize != "none":  # later, no zeros can be counted; otherwise the tuner does so
+        warn_if_dense(options.model, zeros)
+    return layers, stacks, zeros
 
 
 @dataclass(frozen=True)
