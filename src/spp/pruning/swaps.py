@@ -87,12 +87,13 @@ class _Rows:
 
     def of_index(self, index: Tensor) -> _Rows:
         """Those of some numbers."""
-        return _Rows(self.weight[index], self.value[index], self.mask[index], self.slope[index])
+        every = (self.weight, self.value, self.mask, self.slope)
+        return _Rows(*(one.index_select(0, index) for one in every))
 
     def costs(self, diagonal: Tensor) -> Tensor:
         """(O, I): by how much E rises if a kept weight goes; infinite for others."""
         cost = (self.value * diagonal).add_(self.slope, alpha=2).mul_(self.value)
-        return cost.masked_fill_(~self.mask, torch.inf)
+        return torch.where(self.mask, cost, torch.inf)
 
     def returns(self, diagonal: Tensor, *, fixed: bool) -> Tensor:
         """(O, I): by how much E changes if a removed weight comes back; infinite for others, and for zeros."""
@@ -100,7 +101,7 @@ class _Rows:
             change = (self.weight * diagonal).sub_(self.slope, alpha=2).mul_(self.weight)
         else:
             change = self.slope.square().div_(diagonal).neg_()
-        return change.masked_fill_(self.mask | (self.weight == 0) | (diagonal == 0), torch.inf)
+        return torch.where(self.mask | (self.weight == 0) | (diagonal == 0), torch.inf, change)
 
 
 def _exchanged(rows: _Rows, hessian: Tensor, pattern: Pattern, *, fixed: bool) -> tuple[Tensor, Tensor]:
@@ -111,14 +112,14 @@ def _exchanged(rows: _Rows, hessian: Tensor, pattern: Pattern, *, fixed: bool) -
         kept, gone = _short_list(rows, hessian.diagonal(), pattern, fixed=fixed)
         made = _Lists(rows, kept, gone, hessian, fixed=fixed).exchange()
         columns = torch.cat((kept.flatten(1), gone.flatten(1)), dim=1)
-        changed = made.any(dim=1)
-        if not changed.any():
+        changed = made.any(dim=1).nonzero()[:, 0]
+        if not len(changed):
             break
         rows, columns, made, numbers = rows.of_index(changed), columns[changed], made[changed], numbers[changed]
         # Added up, because a column may be listed twice: a row may have fewer weights than a list.
         moved = torch.zeros_like(rows.mask, dtype=torch.int8).scatter_add_(1, columns, (made != 0).char())
         rows.mask ^= moved.bool()
-        rows.value.scatter_add_(1, columns, made).masked_fill_(~rows.mask, 0)
+        rows.value.scatter_add_(1, columns, made).mul_(rows.mask)
         rows.slope -= F.embedding_bag(columns, hessian, per_sample_weights=made, mode="sum")
         value[numbers], mask[numbers] = rows.value, rows.mask
     return value, mask
