@@ -135,8 +135,8 @@ def test_a_full_disk_leaves_nothing_of_a_conversion(adapter, tmp_path, monkeypat
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("spp.checkpoints.safetensors_file.sync", full)
+    monkeypatch.setattr("spp.checkpoints.safetensors_file._write_all", full)
     assert main(["convert", str(adapter), str(tmp_path / "out")]) == 1
     message = capsys.readouterr().err
-    assert "adapter_model.safetensors.partial: No space left on device" in message and message.count("\n") == 1
+    assert "adapter_model.safetensors: No space left on device" in message and message.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]

@@ -141,7 +141,7 @@ def test_peak_memory_never_sees_the_dense_model(tmp_path, tiny_model):
 
     assert dense > 100e6
     assert measured("dense") > 0.8 * dense
-    assert measured("packed") < 0.6 * dense
+    assert measured("packed") < 0.7 * dense
 
 
 def test_an_archive_is_not_mistaken_for_a_dense_model(sparse_folder, tmp_path):
