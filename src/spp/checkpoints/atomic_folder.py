@@ -12,6 +12,7 @@ from pathlib import Path
 from spp.checkpoints.json_files import read_json, sync, sync_folder, write_json
 from spp.checkpoints.lock import lock_file, locked
 from spp.checkpoints.request import Request
+from spp.checkpoints.unfinished import DamagedWork
 from spp.errors import SppError, UsageError
 
 logger = logging.getLogger("spp")
@@ -87,7 +88,7 @@ def resumable_folder(
         request: everything that the result depends on.
         overwrite: whether `out`, and the unfinished work of another request, may be replaced.
         keep_after_failure: whether work is kept after an SppError, too; by default it is deleted, because the error
-            would occur again.
+            would occur again. After DamagedWork it is always deleted.
 
     Raises:
         UsageError: see `new_folder`; or the unfinished work is another request's, and `overwrite` is off.
@@ -107,7 +108,8 @@ def resumable_folder(
             _publish(partial, out)
             _tidy(work, partial)
         except BaseException as error:
-            if not _begun(work) or (isinstance(error, SppError) and not keep_after_failure):
+            again = isinstance(error, DamagedWork) or (isinstance(error, SppError) and not keep_after_failure)
+            if again or not _begun(work):
                 shutil.rmtree(partial, ignore_errors=True)
                 shutil.rmtree(work, ignore_errors=True)
             raise

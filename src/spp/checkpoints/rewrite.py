@@ -80,6 +80,10 @@ class Rewriting:
         self._files[name].write(name, written)
         return tensor_digest(written)
 
+    def digest(self, name: str) -> str:
+        """SHA-256 of a tensor as it lies in its file."""
+        return self._files[name].digest(name)
+
     def copy(self, name: str) -> None:
         """Copy a tensor byte for byte; a packed one is expanded."""
         checkpoint = self._checkpoint
