@@ -172,6 +172,12 @@ def test_hostile_headers_are_refused_in_one_sentence(tmp_path, header, length):
         Checkpoint.open(folder)
 
 
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="it is an adapter: give the model that it is for"):
+        Checkpoint.open(tmp_path)
+
+
 def test_pickled_weights_are_not_read(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UsageError, match="convert them"):

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from spp.checkpoints.atomic_folder import partial_folder, work_folder
 from spp.checkpoints.checkpoint import MANIFEST, Checkpoint
 from spp.checkpoints.json_files import read_json
+from spp.checkpoints.unfinished import read_record
 from spp.errors import SppError, UsageError
 from spp.models.loading import skeleton
 from spp.pruning.journal import FolderJournal
@@ -58,7 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def finished(out: Path) -> int:
     """Blocks that an unfinished run has finished."""
     record = work_folder(out) / "record.json"
-    return len(read_json(record).get("prune", [])) if record.is_file() else 0
+    return len(read_record(record).get("prune", [])) if record.is_file() else 0
 
 
 def die_after(blocks: int, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:

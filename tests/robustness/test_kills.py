@@ -12,43 +12,70 @@ from killed_process import CHANGES, NEVER, PRINTED, Moment, processes, run_until
 from whole_inputs import WRITING, Case, results
 
 MOMENTS = 100
+RUN = "run --model {dense} --train {stories.jsonl} --eval {stories.txt} --out {out}"
+
+
+@pytest.fixture
+def killed(stock: Path, tmp_path: Path) -> Killed:
+    """Cases whose commands are killed."""
+    return Killed(stock, tmp_path)
+
+
+class Killed:
+    """Makes cases, runs their commands until they are killed, and knows what a whole command writes."""
+
+    def __init__(self, stock: Path, folder: Path) -> None:
+        self._stock, self._folder, self._numbers, self._context = stock, folder, itertools.count(), processes()
+
+    def case(self, words: str) -> Case:
+        """The command in a folder of its own."""
+        return Case(self._stock, words, self._folder / f"{next(self._numbers)}")
+
+    def run(self, one: Case, moment: Moment = NEVER) -> int | None:
+        """Run it; its exit code, or None if it was killed. It may say that its output is there, and nothing else."""
+        code = run_until(self._context, one.words, one.folder, moment)
+        said = (one.folder / PRINTED).read_text()
+        assert code in (None, 0) or any(words in said for words in ("is not empty", "exists; name another")), said
+        return code
+
+    def whole(self, words: str) -> tuple[dict[str, bytes], int, float]:
+        """What the command writes, its changes of the file system, and its seconds."""
+        began, one = time.perf_counter(), self.case(words)
+        assert self.run(one) == 0
+        return results(one), int((one.folder / CHANGES).read_text()), time.perf_counter() - began
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("words", WRITING)
-def test_a_command_killed_at_random_moments_reaches_the_same_bits(words: str, stock: Path, tmp_path: Path) -> None:
-    context, numbers = processes(), itertools.count()
-
-    def case() -> Case:
-        return Case(stock, words, tmp_path / f"{next(numbers)}")
-
-    def run(one: Case, moment: Moment = NEVER) -> int | None:
-        code = run_until(context, one.words, one.folder, moment)
-        assert code in (None, 0), (one.folder / PRINTED).read_text()
-        return code
-
-    run(case())  # imports what is left
-    began, whole = time.perf_counter(), case()
-    assert run(whole) == 0
-    seconds, changes = time.perf_counter() - began, int((whole.folder / CHANGES).read_text())
-    expected, chance, killed = results(whole), random.Random(words), 0
+def test_a_command_killed_at_random_moments_reaches_the_same_bits(words: str, killed: Killed) -> None:
+    killed.whole(words)  # imports what is left
+    expected, changes, seconds = killed.whole(words)
+    chance, count = random.Random(words), 0
     for number in range(-(-MOMENTS // len(WRITING))):
-        one = case()
+        one = killed.case(words)
         for _ in range(chance.choice((1, 1, 1, 2, 3))):  # the first time, and while it resumes
             moment = (
                 Moment(change=chance.randint(1, changes)) if number % 2 else Moment(seconds=chance.uniform(0, seconds))
             )
-            if run(one, moment) == 0 or is_finished(one, expected):
+            if killed.run(one, moment) is not None:
                 break
-            killed += 1
-        if not is_finished(one, expected):
-            assert run(one) == 0
-        assert is_finished(one, expected)
-    assert killed
+            count += 1
+        killed.run(one)
+        assert results(one) == expected
+    assert count
 
 
-def is_finished(case: Case, expected: dict[str, bytes]) -> bool:
-    """Whether everything is there, and nothing else but what a process leaves that is killed when all is done."""
-    rest = {".out.lock", ".out.html.lock", ".out.partial/request.json", ".out.partial/folder.json"}
-    return {name: content for name, content in results(case).items() if name not in rest} == expected
+@pytest.mark.parametrize(
+    ("words", "moments"),
+    [("convert {adapter} {out}", range(-4, 0)), ("merge {pruned} {adapter} {out}", range(-7, 0)), (RUN, range(4, 7))],
+)
+def test_a_command_killed_at_its_first_or_last_changes_leaves_nothing(
+    words: str, moments: range, killed: Killed
+) -> None:
+    expected, changes, _ = killed.whole(words)
+    for number in moments:
+        one = killed.case(words)
+        assert killed.run(one, Moment(change=number % (changes + 1))) is None
+        killed.run(one)
+        assert results(one) == expected, number

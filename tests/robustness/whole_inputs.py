@@ -80,7 +80,7 @@ COMMANDS = (
     "generate {packed} --prompt The",
     "inspect {sharded}",
     "inspect {packed}",
-    "inspect {adapter}",
+    "inspect {merged}",
     "push {merged} someone/sparse",
     "report {run} --out {out}.html",
     "report {run} {run2} --benchmarks {layer.csv} --out {out}.html",

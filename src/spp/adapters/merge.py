@@ -131,12 +131,12 @@ def write_model(
         SppError: a file is damaged, or the proof failed.
     """
     start = time.perf_counter()
-    record = _write(base, changes, options, folder, work)
+    record = _write(base, digests, changes, options, folder, work)
     raise_problems([f"{problem}; nothing was written" for problem in _problems(record, options)], SppError)
     _require_untied(folder, changes)
     report = _report(options.out, record, changes, time.perf_counter() - start)
     proved = _verification(record, options, report) | {key: origin[key] for key in origin if key != "training"}
-    write_json(folder / VERIFICATION, proved | digests_of(digests, record.digests(digests)))
+    write_json(folder / VERIFICATION, proved | digests_of(digests, record.digests))
     write_json(folder / MANIFEST, _manifest(base, options, origin, report))
     write_model_card(folder)
     _warn(report)
@@ -179,14 +179,16 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _write(base: Checkpoint, changes: Changes, options: WritingOptions, folder: Path, work: Path) -> MergeRecord:
+def _write(
+    base: Checkpoint, digests: dict[str, str], changes: Changes, options: WritingOptions, folder: Path, work: Path
+) -> MergeRecord:
     """Write every tensor that no earlier run has written; return the record of all.
 
     While one tensor is merged, the next one is read, the previous one is written, and earlier ones are flushed to disk.
     """
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     files = Rewriting(base, folder, dtype, added=changes.added, settings=_untying(base) if changes.unties else {})
-    record = MergeRecord(work, files)
+    record = MergeRecord(work, files, digests)
     sizes = {name: layout.nbytes for name, layout in files.layouts.items()}
     left = [name for name in files.layouts if name not in record.done]
     total, unsaved = sum(sizes.values()), 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -9,9 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from spp.checkpoints.json_files import read_object, write_json
 from spp.checkpoints.rewrite import Rewriting
+from spp.checkpoints.unfinished import read_record, write_record
 from spp.ops.zero_proof import TensorProof
+
+logger = logging.getLogger("spp")
 
 FILE = "merged.json"
 
@@ -24,6 +28,7 @@ class MergeRecord:
     Args:
         folder: for the record; if there is one in it, the merge is resumed from it.
         files: the files that the tensors are written to.
+        base: SHA-256 of every tensor of the base.
 
     Attributes:
         done: name of each tensor that is written -> what is known of it, as JSON values: its proof (None if it was
@@ -31,10 +36,14 @@ class MergeRecord:
             many entries of the base are NaN or infinite.
     """
 
-    def __init__(self, folder: Path, files: Rewriting) -> None:
-        self._path, self._files = folder / FILE, files
+    def __init__(self, folder: Path, files: Rewriting, base: Mapping[str, str]) -> None:
+        self._path, self._files, self._base = folder / FILE, files, base
         self._saver, self._saving = ThreadPoolExecutor(1), finished()
-        self.done: dict[str, Any] = read_object(self._path) if self._path.is_file() else {}
+        self.done: dict[str, Any] = read_record(self._path) if self._path.is_file() else {}
+        for name, digest in self.digests.items():
+            if files.digest(name) != digest:
+                logger.warning("%s was damaged after it had been merged; it is merged again", name)
+                del self.done[name]
 
     def write(self, name: str, tensor: Tensor, proof: TensorProof | None, non_finite: int) -> None:
         """Write a new tensor; a dense one that replaces the base's has no proof."""
@@ -49,9 +58,10 @@ class MergeRecord:
         self._files.copy(name)
         self.done[name] = {"sha256": None, "proof": None, "non_finite": non_finite}
 
-    def digests(self, base: dict[str, str]) -> dict[str, str]:
-        """SHA-256 of every tensor that is written, from those of the base's tensors for what was copied."""
-        return {name: one["sha256"] or base[name] for name, one in self.done.items()}
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every tensor that is written."""
+        return {name: one["sha256"] or self._base[name] for name, one in self.done.items()}
 
     @property
     def proofs(self) -> dict[str, TensorProof]:
@@ -65,7 +75,7 @@ class MergeRecord:
 
     def _save(self, done: dict[str, Any]) -> None:
         self._files.sync()
-        write_json(self._path, done)
+        write_record(self._path, done)
 
     def __enter__(self) -> None:
         """No set-up."""

@@ -6,12 +6,13 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from spp.checkpoints.json_files import read_json, sync, sync_folder, write_json
-from spp.checkpoints.lock import locked
+from spp.checkpoints.lock import lock_file, locked
 from spp.checkpoints.request import Request
+from spp.checkpoints.unfinished import DamagedWork
 from spp.errors import SppError, UsageError
 
 logger = logging.getLogger("spp")
@@ -35,6 +36,7 @@ def check_output(out: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> Non
         if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
             raise UsageError(f"output {out} is or holds the input {source}; name another folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite and not _is_untidied(out):
+        _sweep(out)
         raise UsageError(f"output folder {out} is not empty; name another one, or pass --overwrite to replace it")
 
 
@@ -86,7 +88,7 @@ def resumable_folder(
         request: everything that the result depends on.
         overwrite: whether `out`, and the unfinished work of another request, may be replaced.
         keep_after_failure: whether work is kept after an SppError, too; by default it is deleted, because the error
-            would occur again.
+            would occur again. After DamagedWork it is always deleted.
 
     Raises:
         UsageError: see `new_folder`; or the unfinished work is another request's, and `overwrite` is off.
@@ -106,7 +108,8 @@ def resumable_folder(
             _publish(partial, out)
             _tidy(work, partial)
         except BaseException as error:
-            if not _begun(work) or (isinstance(error, SppError) and not keep_after_failure):
+            again = isinstance(error, DamagedWork) or (isinstance(error, SppError) and not keep_after_failure)
+            if again or not _begun(work):
                 shutil.rmtree(partial, ignore_errors=True)
                 shutil.rmtree(work, ignore_errors=True)
             raise
@@ -170,6 +173,16 @@ def _tidy(work: Path, partial: Path) -> None:
     shutil.rmtree(partial)
 
 
+def _sweep(out: Path) -> None:
+    """Delete what was left by a command that was killed when `out` was complete, unless one is at work there."""
+    left = [partial_folder(out), _replaced(out)]
+    if work_folder(out).exists() or not any(path.exists() for path in (*left, lock_file(out))):
+        return
+    with suppress(UsageError, OSError), locked(out):  # which deletes its own file
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def partial_folder(out: Path) -> Path:
     """The hidden sibling in which `out` is made."""
     return out.with_name(f".{out.name}.partial")
@@ -178,6 +191,10 @@ def partial_folder(out: Path) -> Path:
 def work_folder(out: Path) -> Path:
     """The hidden sibling folder with the state from which `out` is resumed after a kill."""
     return out.with_name(f".{out.name}.work")
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")
 
 
 def _make_empty(folder: Path) -> None:
@@ -189,7 +206,7 @@ def _make_empty(folder: Path) -> None:
 def _publish(partial: Path, out: Path) -> None:
     """Rename a finished folder into place; an old one is deleted afterwards."""
     sync_folder(partial)
-    replaced = out.with_name(f".{out.name}.replaced")
+    replaced = _replaced(out)
     if out.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         out.rename(replaced)

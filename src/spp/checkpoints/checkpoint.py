@@ -38,6 +38,7 @@ VERIFICATION = "verification.json"
 _BUFFERS = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|position_ids)$")
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,11 @@ class Checkpoint:
             return cls._open_sharded(folder)
         if paths := packed_archive.archive_files(folder):
             return cls._open_archive(folder, paths)
-        pickles = " (there are .bin files: load and save the model with transformers to convert them)"
-        hint = pickles if any(folder.glob("*.bin")) else ""
+        hint = ""
+        if (folder / ADAPTER).is_file():
+            hint = " (it is an adapter: give the model that it is for, or merge the two first)"
+        elif any(folder.glob("*.bin")):
+            hint = " (there are .bin files: load and save the model with transformers to convert them)"
         raise UsageError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
 
     @classmethod

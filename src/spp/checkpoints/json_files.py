@@ -54,7 +54,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; nothing is left behind, and a file that was there stays.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_file(path)
     try:
         with writing(path):
             partial.write_text(text, encoding="utf-8", errors="replace")  # names in a damaged file may be no text
@@ -64,6 +64,11 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def partial_file(path: Path) -> Path:
+    """The hidden sibling in which a file is written."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def sync_folder(folder: Path) -> None:

@@ -19,13 +19,18 @@ def locked(out: Path) -> Iterator[None]:
         UsageError: another process holds it.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    path = out.with_name(f".{out.name}.lock")
+    path = lock_file(out)
     lock = _taken(path, out)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is held, so that nobody can hold a file that is about to go
         os.close(lock)
+
+
+def lock_file(out: Path) -> Path:
+    """The hidden sibling of an output that is its lock; a process that was killed leaves it, and holds it no more."""
+    return out.with_name(f".{out.name}.lock")
 
 
 def _taken(path: Path, out: Path) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp.checkpoints.checkpoint import INDEX, MANIFEST, SINGLE, VERIFICATION, Checkpoint, is_plain
+from spp.checkpoints.checkpoint import ADAPTER, INDEX, MANIFEST, SINGLE, VERIFICATION, Checkpoint, is_plain
 from spp.checkpoints.companions import companions
 from spp.checkpoints.fingerprint import tensor_digest
 from spp.checkpoints.json_files import sync, write_json
@@ -26,7 +26,7 @@ from spp.ops.zero_proof import may_hold_negative_zeros
 from spp.ops.zeros import canonical_zeros, is_float
 
 # Side files of ours are written anew, and an adapter that lies there is not of the new model.
-_NOT_COPIED = (MANIFEST, VERIFICATION, "adapter_config.json")
+_NOT_COPIED = (MANIFEST, VERIFICATION, ADAPTER)
 # Engines refuse a model that announces a sparse format; ours are plain.
 _ANNOUNCEMENTS = {"sparsity_config", "compression_config"}
 
@@ -79,6 +79,10 @@ class Rewriting:
         written = canonical_zeros(tensor) if signed else tensor
         self._files[name].write(name, written)
         return tensor_digest(written)
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a tensor as it lies in its file."""
+        return self._files[name].digest(name)
 
     def copy(self, name: str) -> None:
         """Copy a tensor byte for byte; a packed one is expanded."""

@@ -6,6 +6,7 @@ dtypes and shapes are known, the file can be laid out first and filled later.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -158,7 +159,7 @@ class TensorFile:
     """A safetensors file that is written tensor by tensor; it has its final size from the start.
 
     Args:
-        path: the file; an existing one is continued.
+        path: the file; an existing one of this layout is continued.
         tensors: name -> layout.
 
     Raises:
@@ -169,8 +170,15 @@ class TensorFile:
         self.path = path
         header, self._offsets = _header(tensors, {})
         self._sizes = {name: layout.nbytes for name, layout in tensors.items()}
-        if not path.is_file():
-            self._lay_out(header, len(header) + sum(self._sizes.values()))
+        size = len(header) + sum(self._sizes.values())
+        if not self._is_laid_out(header, size):
+            self._lay_out(header, size)
+
+    def _is_laid_out(self, header: bytes, size: int) -> bool:
+        if not self.path.is_file() or self.path.stat().st_size != size:
+            return False
+        with self.path.open("rb") as file:
+            return file.read(len(header)) == header
 
     def _lay_out(self, header: bytes, size: int) -> None:
         partial = self.path.with_name(f".{self.path.name}.partial")
@@ -200,6 +208,16 @@ class TensorFile:
         with writing(self.path), self.path.open("r+b", buffering=0) as file:
             file.seek(self._offsets[name])
             _write_all(file, data)
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of what lies in a tensor's place."""
+        digest, left = hashlib.sha256(), self._sizes[name]
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._offsets[name])
+            while left and (piece := file.read(min(left, _PIECE))):
+                digest.update(piece)
+                left -= len(piece)
+        return digest.hexdigest()
 
     def copy(self, name: str, source: Path, offset: int) -> None:
         """Copy a tensor to its place from another file, in which its bytes begin at `offset`.

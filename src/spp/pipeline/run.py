@@ -15,7 +15,7 @@ from spp.checkpoints.atomic_folder import check_output
 from spp.checkpoints.checkpoint import MANIFEST
 from spp.checkpoints.fingerprint import file_digest, model_digests
 from spp.checkpoints.hub import resolve_model
-from spp.checkpoints.json_files import read_object, write_json
+from spp.checkpoints.json_files import partial_file, read_object, write_json
 from spp.checkpoints.lock import locked
 from spp.checkpoints.model_card import write_model_card
 from spp.checkpoints.request import Request
@@ -126,6 +126,7 @@ def _open_run(out: Path, options: RunOptions, request: Request) -> None:
             )
         return
     else:
+        partial_file(out / _RUN).unlink(missing_ok=True)  # of a run that was killed before it had begun
         check_output(out, overwrite=False)
     out.mkdir(parents=True, exist_ok=True)
     request.write(out / _RUN)

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from spp.checkpoints.json_files import read_json, sync_folder, write_json
+from spp.checkpoints.json_files import sync_folder
+from spp.checkpoints.unfinished import read_record, write_record
 from spp.pruning.calibration.hidden_states import FolderStates, States, StatesWriter
 from spp.runtime import distributed
 
@@ -61,13 +62,13 @@ class FolderJournal(Journal):
             sync_folder(following)
         distributed.barrier()
         if distributed.rank() == 0:
-            write_json(self._record, {**record, walk: [*done, result]})
+            write_record(self._record, {**record, walk: [*done, result]})
             used = self._states(walk, len(done))
             self._writer.later(used, partial(shutil.rmtree, used, ignore_errors=True))
         distributed.barrier()
 
     def _read(self) -> dict[str, list[Any]]:
-        return read_json(self._record) if self._record.is_file() else {}
+        return read_record(self._record) if self._record.is_file() else {}
 
     def _states(self, walk: str, block: int) -> Path:
         return self._folder / f"{walk}-{block}"

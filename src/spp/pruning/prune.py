@@ -146,7 +146,7 @@ def _prune(options: PruneOptions, device: torch.device) -> PruneReport:
     ):
         files = None  # the first of several processes writes
         if distributed.rank() == 0:
-            files = PrunedFiles(source, folder, pruned_parameters(model, names), adopt=options.keep_zeros)
+            files = PrunedFiles(source, folder, work, pruned_parameters(model, names), adopt=options.keep_zeros)
         blocks = StreamedBlocks(model, source, device, files.keep if files else _leave)
         if not journal.results("rest"):
             if files:

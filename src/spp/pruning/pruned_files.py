@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spp.checkpoints.checkpoint import Checkpoint
 from spp.checkpoints.rewrite import Rewriting
+from spp.checkpoints.unfinished import DamagedWork, read_record, write_record
 from spp.errors import SppError
 from spp.models.weight_map import Part
 from spp.ops.dtypes import dtype_name
@@ -51,22 +52,27 @@ class PrunedFiles:
     Args:
         source: the dense model.
         folder: folder to write to; files of an earlier run are continued.
+        work: folder for the record of what is written.
         pruned: names of the parameters that are pruned.
         adopt: whether existing zeros are kept (keep_zeros), so that their pattern is to be detected.
 
     Raises:
         SppError: there is no room for the files.
+        DamagedWork: they are not what the earlier run had written.
     """
 
-    def __init__(self, source: Checkpoint, folder: Path, pruned: Collection[str], *, adopt: bool) -> None:
+    def __init__(self, source: Checkpoint, folder: Path, work: Path, pruned: Collection[str], *, adopt: bool) -> None:
         self._source, self._pruned, self._adopt = source, pruned, adopt
-        self._files = Rewriting(source, folder)
+        self._files, self._record = Rewriting(source, folder), work / "written.json"
+        self._digests: dict[str, str] = read_record(self._record) if self._record.is_file() else {}
+        if changed := [name for name, digest in self._digests.items() if self._files.digest(name) != digest]:
+            raise DamagedWork(f"{folder}: {changed[0]} is not as it was written")
 
     def copy(self, names: Iterable[str]) -> None:
         """Copy tensors unchanged."""
         for name in track(sorted(names), "copying what is not pruned"):
-            self._files.write(name, self._source.tensor(name))
-        self._files.sync()
+            self._write(name, self._source.tensor(name))
+        self._save()
 
     def keep(self, block: dict[str, tuple[Part, Tensor]]) -> dict[str, Any]:
         """Write the tensors of a finished block; returns the facts of those that were pruned, by name, for JSON.
@@ -80,11 +86,18 @@ class PrunedFiles:
             if part.parameter in self._pruned:
                 after = _in_file_dtype(name, before, after)
                 facts[name] = asdict(self._facts(name, before, after))
-                self._files.write(name, after)
+                self._write(name, after)
             else:
-                self._files.write(name, before)
-        self._files.sync()
+                self._write(name, before)
+        self._save()
         return facts
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        self._digests[name] = self._files.write(name, tensor)
+
+    def _save(self) -> None:
+        self._files.sync()
+        write_record(self._record, self._digests)
 
     def _facts(self, name: str, before: Tensor, after: Tensor) -> TensorFacts:
         if lost := lost_zeros(before, after):

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spp.checkpoints.atomic_folder import new_folder
-from spp.checkpoints.json_files import read_object, write_json
+from spp.checkpoints.fingerprint import file_digest
 from spp.checkpoints.safetensors_file import save_tensors
-from spp.runtime.files import reading
+from spp.checkpoints.unfinished import going_on_from, read_record, write_record
 
 _WEIGHTS, _RECORD = "trained.safetensors", "best.json"
 
@@ -35,9 +35,11 @@ class BestWeights(TrainerCallback):
         self._folder, self._tensors = folder, tensors
         self.loss, self.step = math.inf, 0
         if (record := folder / _RECORD).is_file():
-            found = read_object(record)
-            with reading(record, "the record of the best weights", "delete its folder, and repeat the command"):
-                self.loss, self.step = float(found["loss"]), int(found["step"])
+            found = read_record(record)
+            with going_on_from(weights := folder / _WEIGHTS):
+                if file_digest(weights) != found["sha256"]:
+                    raise ValueError("its digest is another one")
+            self.loss, self.step = found["loss"], found["step"]
 
     def on_evaluate(
         self,
@@ -55,10 +57,10 @@ class BestWeights(TrainerCallback):
         if state.is_world_process_zero:
             with new_folder(self._folder, overwrite=True) as partial:
                 save_tensors(partial / _WEIGHTS, tensors)
-                write_json(partial / _RECORD, {"loss": loss, "step": state.global_step})
+                digest = file_digest(partial / _WEIGHTS)
+                write_record(partial / _RECORD, {"loss": loss, "step": state.global_step, "sha256": digest})
 
     def tensors(self) -> dict[str, Tensor]:
         """The best weights."""
-        path = self._folder / _WEIGHTS
-        with reading(path, "a whole safetensors file", "delete its folder, and repeat the command"):
+        with going_on_from(path := self._folder / _WEIGHTS):
             return load_file(path)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from spp.checkpoints.fingerprint import file_digest
 from spp.checkpoints.json_files import read_json, sync_folder, write_json
 from spp.errors import SppError
 from spp.runtime.files import writing
@@ -49,17 +50,17 @@ class Checkpoints(TrainerCallback):
             checkpoint = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             with writing(checkpoint):
                 sync_folder(checkpoint)
-            write_json(checkpoint / _COMPLETE, _sizes(checkpoint))
+            write_json(checkpoint / _COMPLETE, _digests(checkpoint))
 
 
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    """Size in bytes of every file except the mark itself."""
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of every file except the mark itself."""
     files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != _COMPLETE]
-    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+    return {str(path.relative_to(checkpoint)): file_digest(path) for path in files}
 
 
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        return read_json(checkpoint / _COMPLETE) == _sizes(checkpoint)
-    except SppError:  # missing or damaged
+        return read_json(checkpoint / _COMPLETE) == _digests(checkpoint)
+    except (SppError, OSError):  # missing or damaged
         return False

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spp.checkpoints.json_files import sync
 from spp.checkpoints.safetensors_file import save_tensors
+from spp.checkpoints.unfinished import going_on_from
 from spp.errors import SppError
 
 _KEY, _CARRIED = "hidden", "carried"
@@ -112,7 +113,7 @@ def _save_later(copied: torch.cuda.Event, state: State, path: Path) -> None:
 
 
 def _load(path: Path) -> State:
-    with safe_open(path, framework="pt") as file:
+    with going_on_from(path), safe_open(path, framework="pt") as file:
         carried = json.loads(file.metadata()[_CARRIED])
         return State(file.get_tensor(_KEY), _decoded(carried, lambda number: file.get_tensor(str(number))))
 
