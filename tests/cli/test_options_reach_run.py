@@ -111,6 +111,8 @@ ROWS = [
     json_row("run"),
     Row("run", "recipe", "recipe=recipe.yaml", given_to_stages("seed"), after={"7"}),
     Row("run", "model", "model=other", dense_model, after="other"),
+    Row("run", "effort", "--effort standard", given_to_stages("criterion"), after={"admm"}),
+    Row("run", "effort", "--effort best", given_to_stages("teacher"), after={"dense"}),
     Row("run", "train", "--train others.jsonl", given_to_stages("data"), after={"others.jsonl"}),
     # Without --calibration it is calibrated on the same.
     Row("run", "train", "--train others.jsonl", given_to_stages("calibration"), after={"others.jsonl"}),

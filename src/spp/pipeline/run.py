@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -82,6 +84,8 @@ def run(options: RunOptions) -> RunReport:
     with locked(out):
         _open_run(out, options, _request(options, folder, stages.training))
         logger.info("results go to %s", out)
+        for cost in _costs(options):
+            logger.info("%s", cost)
         records = StageRecords(out / RECORDS)
         for stage in stages.in_order():
             records.keep(stage)
@@ -94,6 +98,19 @@ def run(options: RunOptions) -> RunReport:
             write_model_card(stages.merged, figures)
         write_report([Run(out.name, results)], out / _REPORT)
     return RunReport(out, results)
+
+
+def _costs(options: RunOptions) -> Iterator[str]:
+    """What reconstruction and a teacher add to the time of a run, as far as it is known before."""
+    windows = len(options.reconstructed_parts) * options.reconstruct_epochs * options.samples
+    if windows:
+        steps = math.ceil(windows / options.batch_size)
+        yield (
+            f"reconstruction trains the blocks on {windows:,} windows, as {steps:,} steps of fine-tuning do the model; "
+            "the mask alone is made and evaluated, too"
+        )
+    if options.teacher:
+        yield f"every step of fine-tuning also asks the teacher, {options.teacher}"
 
 
 def _request(options: RunOptions, folder: Path, training: TrainOptions) -> Request:
@@ -187,9 +204,14 @@ def _protocol(options: RunOptions, score: dict[str, Any], manifest: dict[str, An
 
 
 def _command(options: RunOptions) -> str:
-    """A command line that repeats the run: every option that differs from its default."""
+    """A command line that repeats the run: every option that differs from what it is without it."""
     words = ["spp", "run"]
-    for name, value in options.model_dump(mode="json", exclude_defaults=True, exclude={"overwrite"}).items():
+    usual = RunOptions.build({"model": options.model, "effort": options.effort}).model_dump(mode="json")
+    usual |= {"model": None, "effort": RunOptions.model_fields["effort"].default}
+    given = options.model_dump(mode="json", exclude={"overwrite"})
+    for name, value in given.items():
+        if value == usual[name]:
+            continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else "--no-" + flag.removeprefix("--"))
