@@ -217,7 +217,7 @@ def test_a_value_that_no_model_can_be_made_of_is_named(tiny_checkpoint, load, re
 @pytest.mark.parametrize("load", [load_model, load_config])
 def test_a_damaged_or_missing_configuration_is_refused(tiny_checkpoint, load):
     (tiny_checkpoint / "config.json").write_text("{")
-    assert "not a valid JSON file" in refusal(load, tiny_checkpoint, CPU)
+    assert "not valid JSON" in refusal(load, tiny_checkpoint, CPU)
     (tiny_checkpoint / "config.json").unlink()
     assert "no usable config.json" in refusal(load, tiny_checkpoint, CPU)
 
@@ -225,6 +225,12 @@ def test_a_damaged_or_missing_configuration_is_refused(tiny_checkpoint, load):
 def test_a_back_end_that_is_not_installed_is_named(tiny_checkpoint):
     model = edit_config(tiny_checkpoint, quantization_config={"quant_method": "aqlm"})
     assert "aqlm" in refusal(load_model, model, CPU, kind=SppError)
+
+
+@pytest.mark.parametrize("value", [False, "int8", [1]])
+def test_a_quantization_config_that_is_none_is_named(tiny_checkpoint, value):
+    model = edit_config(tiny_checkpoint, quantization_config=value)
+    assert "its quantization_config is " + repr(value) in refusal(load_config, model, CPU)
 
 
 def test_the_tokenizer_is_loaded(tiny_checkpoint, tiny_tokenizer):

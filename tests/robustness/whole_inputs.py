@@ -24,7 +24,10 @@ import damage
 from datasets import Dataset
 from families import tiny_model_of
 from killed_process import CACHE, CHANGES, PRINTED
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
+from spp.adapters.tuner import SppConfig
 from spp.cli.entry_point import main
 from spp.cli.parser import build_parser
 
@@ -50,6 +53,8 @@ COMMANDS = (
     "prune {dense} {out} --pattern 50% --criterion sparsegpt --allocation owl --calibration {stories.txt} --samples 2",
     "prune {sharded} {out} --criterion ria --calibration {stories.parquet} --samples 2 --window 16",
     "prune {gpt2} {out} --reconstruct block --calibration {stories.txt.gz} --samples 2 --window 16",
+    "prune {dense} {out} --criterion admm --update least-squares --calibration {stories.jsonl} --samples 2",
+    "prune {experts} {out} --refine swaps --calibration {stories.jsonl} --samples 4 --window 32",
     "prune {dense} {out} --dry-run",
     "train {pruned} {out} --data {stories.jsonl} --max-steps 2",
     "train {pruned} {out} --data {alpaca.json} --max-steps 1 --no-pack --recipe {recipe.yaml}",
@@ -57,10 +62,15 @@ COMMANDS = (
     "train {packed} {out} --data {chat.jsonl} --max-steps 1 --completion-only",
     "train {pruned} {out} --data {messages.json} --max-steps 1 --completion-only",
     "train {pruned} {out} --data {stories.jsonl.gz} --max-steps 4 --validation 4 --save-steps 1",
+    "train {pruned} {out} --data {stories.jsonl} --max-steps 3 --save-steps 1 --method full",
+    "train {packed} {out} --data {stories.jsonl} --max-steps 2 --validation 4 --method full --rounding stochastic",
+    "train {pruned-experts} {out} --data {stories.jsonl} --max-steps 1",
     "train {pruned} {out} --data {stories.jsonl} --dry-run",
     "merge {pruned} {adapter} {out}",
     "merge {pruned} {adapter} {out} --rounding stochastic --dtype bfloat16",
     "merge {pruned-sharded} {adapter-sharded} {out}",
+    "merge {pruned-experts} {adapter-experts} {out}",
+    "merge {pruned} {adapter-whole} {out}",
     "convert {adapter} {out}",
     "convert {adapter} {out} --base {pruned}",
     "convert {hira} {out}",
@@ -98,6 +108,8 @@ WRITING = tuple(one for one in COMMANDS if "{out}" in one and not any(words in o
 _MADE = (
     ("pruned", "prune {dense} {out} --criterion magnitude"),
     ("pruned-sharded", "prune {sharded} {out} --criterion magnitude"),
+    ("pruned-experts", "prune {experts} {out} --criterion magnitude"),
+    ("adapter-experts", "train {pruned-experts} {out} --data {stories.jsonl} --max-steps 1"),
     ("adapter", "train {pruned} {out} --data {stories.jsonl} --max-steps 2"),
     ("adapter-sharded", "train {pruned-sharded} {out} --data {stories.jsonl} --max-steps 1"),
     ("hira", "convert {adapter} {out}"),
@@ -142,6 +154,7 @@ def make_stock(folder: Path, tokenizer: Any) -> None:
         assert outcome.code == 0, outcome
         case.out.rename(folder / name)
         shutil.rmtree(folder / "making")
+    _save_adapter_with_head(folder / "pruned", folder / "adapter-whole")
     shutil.copytree(folder / "run", folder / "run2")
     shutil.copy(folder / "merged" / "verification.json", folder)
     shutil.copy(Path(__file__).parents[2] / "benchmarks" / "data" / "layer.csv", folder)
@@ -156,10 +169,19 @@ def _save_models(folder: Path, tokenizer: Any) -> None:
     }
     tiny_model_of("llama", **small).save_pretrained(folder / "dense")
     tiny_model_of("qwen3", **small, head_dim=8).save_pretrained(folder / "sharded", max_shard_size="12KB")
+    experts: dict[str, Any] = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 24}
+    tiny_model_of("qwen3_moe", **small, head_dim=8, **experts).save_pretrained(folder / "experts")
     tiny_model_of("gpt2", n_embd=16, n_head=2).save_pretrained(folder / "gpt2")
-    for name in ("dense", "sharded", "gpt2"):
+    for name in ("dense", "sharded", "experts", "gpt2"):
         tokenizer.save_pretrained(folder / name)
         (folder / name / "chat_template.jinja").write_text(_TEMPLATE)
+
+
+def _save_adapter_with_head(base: Path, folder: Path) -> None:
+    """An SPP adapter with a matrix that was trained whole."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = SppConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(model, config).save_pretrained(str(folder))
 
 
 def _write_texts(folder: Path) -> None:

@@ -23,7 +23,7 @@ from benchmarks.baselines.finetuning import MaskedWeight, replace_linears
 from spp.checkpoints.atomic_folder import work_folder
 from spp.checkpoints.json_files import read_json
 from spp.checkpoints.model_card import CARD
-from spp.errors import UsageError
+from spp.errors import SppError, UsageError
 from spp.models.pack_model import pack_, unpack_
 from spp.models.packed_linear import PackedLinear
 from spp.models.trainable_values import trainable_values
@@ -307,6 +307,13 @@ def test_in_python_an_optimizer_gets_the_values(pruned, tmp_path):
     assert losses[-1] < losses[0]
     unpack_(model, torch.bfloat16).save_pretrained(tmp_path / "after")
     assert verified(pruned, tmp_path / "after")
+
+
+def test_a_damaged_manifest_is_found_before_training(options, pruned, tmp_path):
+    (pruned / "spp.json").write_text('{"pattern": ')
+    with pytest.raises(SppError, match=r"spp\.json: not valid JSON"):
+        train(options())
+    assert not work_folder(tmp_path / "tuned").exists()
 
 
 def test_some_layers_alone_can_be_trained(pruned):

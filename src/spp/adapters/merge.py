@@ -95,6 +95,7 @@ def merge(options: MergeOptions) -> MergeReport:
     base = Checkpoint.open(resolve_model(options.model))
     check_output(options.out, options.overwrite, inputs=(base.folder, options.adapter))
     base.require_unquantized("merge into the sparse model before quantization")
+    _ = base.manifest  # a damaged one is not to be found when the new model's is made, at the end
     adapter = read_adapter(options.adapter)
     changes = match_adapter(base, adapter, options.adapter)
     digests = tensor_digests(base)

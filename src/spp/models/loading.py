@@ -15,11 +15,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers import __version__ as version
 
 from spp.checkpoints.checkpoint import Checkpoint, is_plain
+from spp.checkpoints.json_files import read_object
 from spp.errors import SppError, UsageError, brief, shown
 from spp.models.architecture import AutoClass, auto_class
 from spp.models.completeness import check_size, require_floats, require_used
 from spp.models.pack_model import pack_, unpack_
 from spp.models.packed_loading import load_packed, stored_dtype
+from spp.models.processor_template import take_processor_template
 from spp.ops import packs_well
 from spp.options import LoadingOptions
 from spp.runtime.devices import compute_dtype, pick_device
@@ -210,6 +212,7 @@ def load_tokenizer(folder: Path, options: LoadingOptions) -> PreTrainedTokenizer
     # For some families, transformers returns an empty tokenizer if the files are missing.
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
         raise UsageError(f"model {str(folder)!r} has no usable tokenizer: no vocabulary is in {folder}")
+    take_processor_template(tokenizer, folder)
     return tokenizer
 
 
@@ -220,6 +223,7 @@ def load_config(folder: Path, options: LoadingOptions) -> Any:
         UsageError: there is none, or it cannot be read.
     """
     try:
+        _require_object_or_none("quantization_config", folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # families check their values, with various exceptions
         raise UsageError(f"model {str(folder)!r} has no usable config.json: {_with_remedy(error)}") from error
@@ -229,6 +233,13 @@ def load_config(folder: Path, options: LoadingOptions) -> Any:
         if announced:
             logger.info("the quantization_config in config.json quantizes nothing, and is ignored")
     return config
+
+
+def _require_object_or_none(name: str, folder: Path) -> None:
+    """Check an entry of config.json that transformers takes for an object wherever it is there."""
+    found = read_object(path).get(name) if (path := folder / "config.json").is_file() else None
+    if not isinstance(found, dict | None):
+        raise ValueError(f"its {name} is {shown(found)}, and has to be an object; remove it if nothing is quantized")
 
 
 def _with_remedy(error: Exception) -> str:

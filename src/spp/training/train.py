@@ -179,6 +179,7 @@ def _check(options: TrainOptions, folder: Path) -> None:
     source = Checkpoint.open(folder)
     check_output(options.out, options.overwrite, inputs=(folder,))
     source.require_unquantized("give the sparse model as it was before quantization")
+    _ = source.manifest  # a damaged one is not to be found when the new model's is made, after the training
     check_settings(options)
 
 
