@@ -97,5 +97,5 @@ def test_the_wheel_works_without_a_compiler_and_without_the_sources(built, tmp_p
     assert Path(where_from).is_relative_to(tmp_path / "venv")
     assert native == "True"
     assert spp.__version__ in spp_command("--version")
-    spp_command("run", "demo", "--max-steps", "2", "--limit", "4", "--out", "demo")
+    spp_command("run", "demo", "--effort", "quick", "--max-steps", "2", "--limit", "4", "--out", "demo")
     assert {path.name for path in (tmp_path / "demo").iterdir()} >= {"merged", "results.json", "report.html"}

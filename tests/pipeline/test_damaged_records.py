@@ -13,7 +13,21 @@ from spp.cli.entry_point import main
 def finished(tmp_path_factory):
     """The words of a small run, and its folder."""
     out = tmp_path_factory.mktemp("run") / "run"
-    words = ["run", "--out", str(out), "--max-steps", "1", "--window", "32", "--criterion", "magnitude", "--limit", "2"]
+    words = [
+        "run",
+        "--effort",
+        "quick",
+        "--out",
+        str(out),
+        "--max-steps",
+        "1",
+        "--window",
+        "32",
+        "--criterion",
+        "magnitude",
+        "--limit",
+        "2",
+    ]
     assert main([*words]) == 0
     return words, out
 

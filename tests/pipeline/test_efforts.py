@@ -77,7 +77,7 @@ def test_a_run_says_what_was_used_and_its_command_resumes_it(tmp_path, tiny_chec
     assert [used[name] for name in ("effort", "criterion", "refine", "reconstruct", "teacher")] == [
         "standard", "admm", "swaps", "block", str(tiny_checkpoint)
     ]  # fmt: skip
-    assert "on 12 windows, as 2 steps of fine-tuning" in caplog.text and "asks the teacher" in caplog.text
+    assert "on 12 full windows, as many as 2 steps of fine-tuning" in caplog.text and "asks the teacher" in caplog.text
 
     words = shlex.split(results["command"])
     assert "--effort" in words and "--refine" in words and "--criterion" not in words and "--teacher" not in words

@@ -14,11 +14,19 @@ from spp.training.options import TrainOptions
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_training_takes_from_a_recipe_what_a_run_takes(name):
-    whole = RunOptions.build(load_recipe(name))
+    whole = RunOptions.build({**load_recipe(name), "effort": "quick"})  # only a run knows a dense model to learn from
     training = TrainOptions.build({**load_recipe(name, TrainOptions), "model": "model", "out": "out"})
     shared = set(TrainOptions.model_fields) & set(RunOptions.model_fields) - {"model", "out"}
     assert {key: getattr(training, key) for key in shared} == {key: getattr(whole, key) for key in shared}
     assert training.data == whole.train
+
+
+def test_the_demo_makes_an_effort_that_a_word_takes_back():
+    demo = load_recipe("demo")
+    values = RunOptions.build(demo)
+    assert (values.effort, values.criterion, values.reconstruct) == ("standard", "admm", "block") and values.teacher
+    quick = RunOptions.build({**demo, "effort": "quick"})
+    assert (quick.criterion, quick.reconstruct, quick.teacher) == ("wanda", None, None)
 
 
 def test_the_paper_adapts_every_projection_and_learns_prompts_too():

@@ -26,6 +26,8 @@ def with_effort(values: Mapping[str, Any]) -> dict[str, Any]:
     if effort not in EFFORTS:
         return dict(values)
     if values.get("keep_zeros"):
-        raise ValueError(f"effort {effort} learns from a dense model, and keep-zeros has none; leave one of them out")
+        raise ValueError(
+            f"effort {effort} learns from a dense model, and keep-zeros has none; give effort quick, or no keep-zeros"
+        )
     chosen = {**EFFORTS[effort], "teacher": values.get("model") or str(bundled_model())}
     return {**values, **{name: value for name, value in chosen.items() if values.get(name) is None}}

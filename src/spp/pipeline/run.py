@@ -106,8 +106,8 @@ def _costs(options: RunOptions) -> Iterator[str]:
     if windows:
         steps = math.ceil(windows / options.batch_size)
         yield (
-            f"reconstruction trains the blocks on {windows:,} windows, as {steps:,} steps of fine-tuning do the model; "
-            "the mask alone is made and evaluated, too"
+            f"reconstruction trains the blocks on {windows:,} full windows, as many as {steps:,} steps of fine-tuning "
+            "have at most; besides, the model is pruned and evaluated once more without it"
         )
     if options.teacher:
         yield f"every step of fine-tuning also asks the teacher, {options.teacher}"
