@@ -13,6 +13,7 @@ from whole_inputs import WRITING, Case, results
 
 MOMENTS = 100
 RUN = "run --model {dense} --train {stories.jsonl} --eval {stories.txt} --out {out}"
+REPORT = "report {run} --out {out}.html"
 
 
 @pytest.fixture
@@ -69,7 +70,12 @@ def test_a_command_killed_at_random_moments_reaches_the_same_bits(words: str, ki
 
 @pytest.mark.parametrize(
     ("words", "moments"),
-    [("convert {adapter} {out}", range(-4, 0)), ("merge {pruned} {adapter} {out}", range(-7, 0)), (RUN, range(4, 7))],
+    [
+        ("convert {adapter} {out}", range(-4, 0)),
+        ("merge {pruned} {adapter} {out}", range(-7, 0)),
+        (RUN, range(4, 7)),
+        (REPORT, range(-2, 0)),
+    ],
 )
 def test_a_command_killed_at_its_first_or_last_changes_leaves_nothing(
     words: str, moments: range, killed: Killed

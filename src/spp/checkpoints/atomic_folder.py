@@ -51,6 +51,7 @@ def check_output_file(out: Path, overwrite: bool, inputs: Iterable[Path] = ()) -
     if any(out.resolve() == source.resolve() for source in inputs):
         raise UsageError(f"output {out} is an input; name another file")
     if out.exists() and not overwrite:
+        _sweep(out)
         raise UsageError(f"output {out} exists; name another file, or pass --overwrite to replace it")
 
 
