@@ -8,7 +8,6 @@ merge that was killed resumes where it stopped.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -33,6 +32,7 @@ from spp.checkpoints.fingerprint import (
     WEIGHTS_OF_MODEL,
     file_digest,
     fingerprint,
+    json_digest,
     model_digests,
     tensor_digests,
     warn_of_other_base,
@@ -165,19 +165,15 @@ def _problems(record: MergeRecord, options: WritingOptions) -> list[str]:
 
 def _request(base: Checkpoint, digests: dict[str, str], adapter: Adapter, options: MergeOptions) -> Request:
     """All that the bits of the result depend on."""
-    scales = _digest({name: one.scale for name, one in adapter.factors.items()})
+    scales = json_digest({name: one.scale for name, one in adapter.factors.items()})
     whole = {name: one.rows if one.rows is None else one.rows.tolist() for name, one in adapter.whole.items()}
     inputs = {
         **model_digests(base.folder, fingerprint(base, digests)),
         "adapter": file_digest(options.adapter / WEIGHTS),
         "scales of the adapter": scales,
-        **({"weights that the adapter replaces": _digest(whole)} if whole else {}),
+        **({"weights that the adapter replaces": json_digest(whole)} if whole else {}),
     }
     return Request(options.of_the_result(), inputs, {"spp": __version__})
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _write(

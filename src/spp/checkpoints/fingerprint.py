@@ -44,7 +44,7 @@ def fingerprint(checkpoint: Checkpoint, digests: dict[str, str]) -> str:
     """As `base_fingerprint`, given the digest of every tensor."""
     config = [checkpoint.config.get(name) for name in _CONFIG]
     tensors = [[name, *_facts(checkpoint, name), digests[name]] for name in sorted(checkpoint.names)]
-    return hashlib.sha256(json.dumps([config, tensors]).encode()).hexdigest()
+    return json_digest([config, tensors])
 
 
 def tensor_digests(checkpoint: Checkpoint) -> dict[str, str]:
@@ -93,7 +93,12 @@ def model_digests(folder: Path, weights: str | None = None) -> dict[str, str]:
 def companions_digest(folder: Path) -> str:
     """SHA-256 over the names and contents of a model's files, except its weights and the files that spp adds."""
     paths = [path for path in companions(folder) if path.name not in (MANIFEST, VERIFICATION)]
-    return hashlib.sha256(json.dumps([[str(path), file_digest(folder / path)] for path in paths]).encode()).hexdigest()
+    return json_digest([[str(path), file_digest(folder / path)] for path in paths])
+
+
+def json_digest(content: Any) -> str:
+    """SHA-256 of content as JSON; what JSON does not know, as text."""
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -109,7 +114,7 @@ def folder_digest(folder: Path) -> str:
     with ThreadPoolExecutor(_THREADS) as threads:
         digests = list(threads.map(file_digest, paths))
     names = [str(path.relative_to(folder)) for path in paths]
-    return hashlib.sha256(json.dumps([*zip(names, digests, strict=True)]).encode()).hexdigest()
+    return json_digest([*zip(names, digests, strict=True)])
 
 
 def warn_of_other_base(adapter: Path, model: str, fingerprint: Callable[[], str]) -> None:

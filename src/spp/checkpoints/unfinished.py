@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from spp.checkpoints.fingerprint import json_digest
 from spp.checkpoints.json_files import read_object, write_json
 from spp.errors import SppError
 from spp.runtime.files import reading
@@ -40,7 +39,7 @@ def going_on_from(path: Path) -> Iterator[None]:
 
 def write_record(path: Path, content: Any) -> None:
     """Write JSON, with its own digest."""
-    write_json(path, {"content": content, "sha256": _digest(content)})
+    write_json(path, {"content": content, "sha256": json_digest(content)})
 
 
 def read_record(path: Path) -> Any:
@@ -51,10 +50,6 @@ def read_record(path: Path) -> Any:
     """
     with going_on_from(path):
         record = read_object(path)
-        if record.get("sha256") != _digest(record.get("content")):
+        if record.get("sha256") != json_digest(record.get("content")):
             raise ValueError("its digest is another one")
     return record["content"]
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
