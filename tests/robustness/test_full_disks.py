@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from full_disk import files_of_at_most
 from whole_inputs import WRITING, Case, results
 
 SIZES = 10
-
-
-@contextmanager
-def files_of_at_most(count: int) -> Iterator[None]:
-    """Context manager in which no file may grow beyond `count` bytes: what a full disk is to whoever writes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (count, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def problems(stock: Path, words: str, folder: Path, count: int) -> list[str]:

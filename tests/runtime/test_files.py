@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import files_of_at_most
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -81,17 +79,6 @@ def test_a_header_that_changes_while_it_is_read_is_one_error(tmp_path, monkeypat
 
 def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@contextmanager
-def files_of_at_most(count: int) -> Iterator[None]:
-    """Context manager in which no file may grow beyond `count` bytes: what a full disk is to whoever writes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (count, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_names_the_file_whatever_library_writes(tmp_path):

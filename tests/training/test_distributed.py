@@ -95,6 +95,13 @@ def start(program: Path, values: dict[str, Any]) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
+def trained_by_two(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """What two processes report of a run that ends well."""
+    done = start(folder / "program.py", values)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return read_json(Path(values["out"] + ".json"))
+
+
 def factors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
@@ -104,9 +111,7 @@ def factors(folder: Path) -> dict[str, torch.Tensor]:
 def test_two_processes_train_as_one(values: dict[str, Any], tmp_path: Path, sharding: str, pack: bool) -> None:
     values |= {"pack": pack}
     alone = train(TrainOptions.build({**values, "out": tmp_path / "alone"}))
-    done = start(tmp_path / "program.py", {**values, "out": str(tmp_path / "two"), "sharding": sharding})
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = read_json(tmp_path / "two.json")
+    found = trained_by_two(tmp_path, {**values, "out": str(tmp_path / "two"), "sharding": sharding})
     assert found["trainable"] == alone.trainable_parameters
     for ours, theirs in ((alone.losses, found["losses"]), (alone.validation, found["validation"])):
         assert [step for step, _ in ours] == [step for step, _ in theirs]
@@ -130,9 +135,7 @@ def test_two_processes_train_the_weights_as_one(values: dict[str, Any], tmp_path
     del values["r"]
     values |= FULL
     alone = train(TrainOptions.build({**values, "out": tmp_path / "alone"}))
-    done = start(tmp_path / "program.py", {**values, "out": str(tmp_path / "two"), "sharding": sharding})
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = read_json(tmp_path / "two.json")
+    found = trained_by_two(tmp_path, {**values, "out": str(tmp_path / "two"), "sharding": sharding})
     assert found["trainable"] == alone.trainable_parameters
     for (_, one), (_, two) in zip(alone.losses, found["losses"], strict=True):
         assert abs(one - two) < 1e-3
@@ -173,9 +176,8 @@ def test_two_processes_train_experts_as_one(
     tiny_tokenizer.save_pretrained(tmp_path / "experts")
     values |= {"model": str(tmp_path / "experts"), "max_steps": 4, "learning_rate": 0.02}
     alone = train(TrainOptions.build({**values, "out": tmp_path / "alone"}))
-    done = start(tmp_path / "program.py", {**values, "out": str(tmp_path / "two"), "sharding": sharding})
-    assert done.returncode == 0, done.stderr[-4000:]
-    for (_, one), (_, two) in zip(alone.losses, read_json(tmp_path / "two.json")["losses"], strict=True):
+    found = trained_by_two(tmp_path, {**values, "out": str(tmp_path / "two"), "sharding": sharding})
+    for (_, one), (_, two) in zip(alone.losses, found["losses"], strict=True):
         assert abs(one - two) < 1e-3
     ours, theirs = factors(tmp_path / "alone"), factors(tmp_path / "two")
     assert ours.keys() == theirs.keys() and any("experts.spp_A.down_proj" in name for name in ours)
@@ -197,9 +199,8 @@ def test_two_processes_learn_from_a_teacher(
     else:
         values["teacher_features"] = 0.1
     alone = train(TrainOptions.build({**values, "out": tmp_path / "alone"}))
-    done = start(tmp_path / "program.py", {**values, "out": str(tmp_path / "two"), "sharding": sharding})
-    assert done.returncode == 0, done.stderr[-4000:]
-    for (_, one), (_, two) in zip(alone.losses, read_json(tmp_path / "two.json")["losses"], strict=True):
+    found = trained_by_two(tmp_path, {**values, "out": str(tmp_path / "two"), "sharding": sharding})
+    for (_, one), (_, two) in zip(alone.losses, found["losses"], strict=True):
         assert abs(one - two) < 1e-3
 
 
