@@ -26,7 +26,6 @@ from spp.errors import UsageError
 from spp.patterns import NM, parse_pattern
 
 PATTERNS = ("50%", "75%", "2:4", "4:8", "2:8")
-SAMPLES = 128
 
 _CRITERIA = ("magnitude", "magnitude-matrix", "wanda", "ria", "sparsegpt", "admm")
 _REFINED = ("wanda", "sparsegpt", "admm")
@@ -62,7 +61,7 @@ def measure(evaluated: EvaluatedModel, pattern: str, method: str, folder: Path, 
                     "out": pruned,
                     "pattern": pattern,
                     "calibration": evaluated.calibration,
-                    "samples": SAMPLES,
+                    "samples": evaluated.samples,
                     "window": evaluated.window,
                     "overwrite": True,
                     **options,
@@ -85,7 +84,8 @@ def measure(evaluated: EvaluatedModel, pattern: str, method: str, folder: Path, 
 
 def perplexity(evaluated: EvaluatedModel, model: str) -> float:
     """Per token, in fp32."""
-    options = {"model": model, "text": evaluated.evaluation, "window": evaluated.window, "limit": evaluated.limit}
+    window = evaluated.evaluation_window or evaluated.window
+    options = {"model": model, "text": evaluated.evaluation, "window": window, "limit": evaluated.limit}
     return spp.evaluate(spp.EvalOptions.build(options | {"dtype": "float32"})).perplexity
 
 
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(scratch)
         for evaluated in evaluated_models(args.data, folder, args.model):
             machine = machine_columns("cpu")
-            case = {"model": evaluated.name, "protocol": evaluated.protocol, "samples": SAMPLES}
+            case = {"model": evaluated.name, "protocol": evaluated.protocol, "samples": evaluated.samples}
             dense = round(perplexity(evaluated, evaluated.model), 4)
             print(f"{evaluated.name}, dense: {dense} ({evaluated.protocol})")
             for pattern in args.pattern or PATTERNS:

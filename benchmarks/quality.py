@@ -45,9 +45,7 @@ from spp.training.teacher import predicted
 from spp.training.training_data import hold_out, training_examples
 
 PATTERNS = ("2:4", "50%", "75%")
-SAMPLES = 128
 _HELD_OUT = 32
-_TOKENS_PER_STEP = 2048
 _WARM_UP = 0.03
 
 
@@ -105,7 +103,7 @@ class Cell:
         evaluated: the model.
         pattern: of its zeros.
         folder: for pruned models.
-        device: cpu or cuda; everything is computed in fp32.
+        device: cpu or cuda; weights are fp32.
     """
 
     def __init__(self, evaluated: EvaluatedModel, pattern: str, folder: Path, device: str = "cpu") -> None:
@@ -113,7 +111,10 @@ class Cell:
         self._loading = LoadingOptions(dtype="float32", device=device)
         self._folder = folder / f"{evaluated.name}-{pattern.replace(':', 'of').replace('%', '')}"
         options = spp.EvalOptions(
-            model=evaluated.model, text=evaluated.evaluation, window=evaluated.window, limit=evaluated.limit
+            model=evaluated.model,
+            text=evaluated.evaluation,
+            window=evaluated.evaluation_window or evaluated.window,
+            limit=evaluated.limit,
         )
         folder_of_model = Path(evaluated.model)
         self._text = read_windows(options, folder_of_model).windows
@@ -131,20 +132,26 @@ class Cell:
         items, self._held_out = hold_out(examples, training)
         self._training = [one for _, one in items]
         mean = sum(len(one.input_ids) for one in self._training) / len(self._training)
-        self._at_once = max(round(_TOKENS_PER_STEP / mean), 1)
+        self._at_once = max(round(evaluated.tokens_per_step / mean), 1)
 
     def start(self, *, reconstructed: bool) -> PreTrainedModel:
         """The pruned model, made once."""
         out = self._folder / ("reconstructed" if reconstructed else "pruned")
         if not out.is_dir():
-            values = {"model": self.evaluated.model, "out": out, "pattern": self.pattern, "samples": SAMPLES}
+            values = {"model": self.evaluated.model, "out": out, "pattern": self.pattern}
             values |= {
                 "calibration": self.evaluated.calibration,
+                "samples": self.evaluated.samples,
                 "window": self.evaluated.window,
                 "device": self.device,
             }
             spp.prune(spp.PruneOptions.build(values | ({"reconstruct": "block"} if reconstructed else {})))
         return load_model(out, self._loading)
+
+    def autocast(self) -> torch.autocast:
+        """What training and validation compute in."""
+        dtype = self.evaluated.dtype
+        return torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
 
     def perplexity(self, model: nn.Module) -> float:
         """On the text that is reported."""
@@ -154,7 +161,8 @@ class Cell:
     def validation(self, model: nn.Module) -> float:
         """Mean loss in nats per token on what was held out."""
         batches = [self._held_out[first : first + 16] for first in range(0, len(self._held_out), 16)]
-        sums = [_losses(model.eval(), batch) for batch in batches]
+        with self.autocast():
+            sums = [_losses(model.eval(), batch) for batch in batches]
         return sum(float(one) for one, _ in sums) / sum(count for _, count in sums)
 
     def batches(self, seed: int, steps: int) -> list[list[Example]]:
@@ -186,18 +194,21 @@ def _losses(
     return total, len(logits)
 
 
-def fit(cell: Cell, method: Method, rate: float, seed: int, steps: int) -> tuple[nn.Module, dict[str, Any]]:
+def fit(
+    cell: Cell, method: Method, rate: float, seed: int, steps: int, warm_up: float = _WARM_UP
+) -> tuple[nn.Module, dict[str, Any]]:
     """Train; the model in eval mode, and what it took. AdamW, a linear warm-up and fall, gradients clipped at 1."""
     torch.manual_seed(seed)
     model = method.adapt(cell.start(reconstructed=method.reconstructed))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(trained, lr=rate, weight_decay=method.weight_decay)
-    warm = math.ceil(_WARM_UP * steps)
+    warm = math.ceil(warm_up * steps)
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warm, 1.0) * (1 - step / steps))
     model.train()
     began = _seconds(cell.device)
     for examples in cell.batches(seed, steps):
-        total, count = _losses(model, examples, cell.dense, method.teacher)
+        with cell.autocast():
+            total, count = _losses(model, examples, cell.dense, method.teacher)
         (total / count).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -260,7 +271,7 @@ def _measure_cell(cell: Cell, methods: Sequence[str], machine: dict[str, Any], a
                 **machine,
                 **common,
                 "steps": args.steps,
-                "tokens_per_step": _TOKENS_PER_STEP,
+                "tokens_per_step": cell.evaluated.tokens_per_step,
                 "dense": round(dense, 4),
                 "pruned": round(pruned[False], 4),
                 "reconstructed": round(pruned[True], 4),
@@ -276,7 +287,8 @@ def _measure_cell(cell: Cell, methods: Sequence[str], machine: dict[str, Any], a
 def _is_measured(evaluated: EvaluatedModel, pattern: str, method: str, args: argparse.Namespace) -> bool:
     """Whether the file has the rows of an earlier run, which may have been killed after them."""
     asked = {
-        (evaluated.name, pattern, method, str(args.steps), str(_TOKENS_PER_STEP), str(seed)) for seed in args.seeds
+        (evaluated.name, pattern, method, str(args.steps), str(evaluated.tokens_per_step), str(seed))
+        for seed in args.seeds
     }
     names = ("model", "pattern", "method", "steps", "tokens_per_step", "seed")
     return asked <= {tuple(row[name] for name in names) for row in read_rows(args.csv)}

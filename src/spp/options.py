@@ -122,8 +122,8 @@ class Options(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            problems = [_describe(problem, cls.model_fields) for problem in error.errors(include_url=False)]
-            raise_problems(problems)
+            problems = _one_each(error.errors(include_url=False))
+            raise_problems([_describe(problem, cls.model_fields) for problem in problems])
             raise AssertionError("a validation error without a problem") from error
 
 
@@ -142,6 +142,20 @@ def no_such_option(name: str, known: Iterable[str] = ()) -> str:
         return f"no such option; it is called {other} here"
     close = difflib.get_close_matches(written, names, n=1)
     return f"no such option; did you mean {close[0]}?" if close else "no such option"
+
+
+def _one_each(problems: Iterable[Any]) -> list[Any]:
+    """The problems, with one for a value that is none of the types of its option in place of one for each type."""
+    found: list[Any] = []
+    for problem in problems:
+        option, type_ = problem["loc"][:1], problem["loc"][1:]
+        if not (type_ and isinstance(type_[0], str)):  # a number is a place in a list
+            found.append(problem)
+        elif found and found[-1]["loc"] == option:
+            found[-1]["msg"] += f" or {problem['msg'].removeprefix('Input should be ')}"
+        else:
+            found.append({**problem, "loc": option})
+    return found
 
 
 def _describe(problem: Any, known: Iterable[str]) -> str:
@@ -168,8 +182,8 @@ class LoadingOptions(Options):
     )
     dtype: DtypeName = Field(
         "auto",
-        description="dtype to compute in; auto is the checkpoint's own on an accelerator and float32 on a CPU, "
-        "where it is faster and represents bfloat16 weights exactly",
+        description="dtype to compute in; auto is the checkpoint's own on an accelerator and float32 on a CPU, which "
+        "represents bfloat16 weights exactly, but trains them in bfloat16 if it has instructions for that",
     )
     trust_remote_code: bool = Field(False, description="run Python code from the model's repository")
 

@@ -55,9 +55,8 @@ def test_streaming_notices_other_bits(
 def small(dense: Path, stories: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluatedModel:
     """The only model that there is."""
     texts = {"calibration": str(stories), "evaluation": str(stories)}
-    evaluated = EvaluatedModel(name="small", model=str(dense), window=16, limit=8, **texts)
+    evaluated = EvaluatedModel(name="small", model=str(dense), window=16, limit=8, samples=4, **texts)
     monkeypatch.setattr(pruned_quality, "evaluated_models", lambda *_: [evaluated])
-    monkeypatch.setattr(pruned_quality, "SAMPLES", 4)
     return evaluated
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from peft import HiraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from benchmarks import common, quality
+from benchmarks import common, quality, rates
 from benchmarks.baselines.finetuning import Lora, MaskedLora, MaskedWeight, Replaced, replace_linears
 from benchmarks.evaluated_models import EvaluatedModel
 from scripts import make_synthetic_model
@@ -51,10 +52,10 @@ def small(tmp_path: Path, stories: Path, monkeypatch: pytest.MonkeyPatch) -> Eva
     folder = tmp_path / "dense"
     assert make_synthetic_model.main(["--gigabytes", "0.001", str(folder)]) == 0
     texts = {"calibration": str(stories), "evaluation": str(stories)}
-    evaluated = EvaluatedModel(name="small", model=str(folder), window=16, limit=8, **texts)
-    monkeypatch.setattr(quality, "evaluated_models", lambda *_: [evaluated])
-    monkeypatch.setattr(quality, "SAMPLES", 4)
-    monkeypatch.setattr(quality, "_TOKENS_PER_STEP", 64)
+    sizes = {"window": 16, "limit": 8, "samples": 4, "tokens_per_step": 64}
+    evaluated = EvaluatedModel(name="small", model=str(folder), **sizes, **texts)
+    for module in (quality, rates):
+        monkeypatch.setattr(module, "evaluated_models", lambda *_: [evaluated])
     return evaluated
 
 
@@ -73,6 +74,29 @@ def test_a_row_for_each_method_and_seed(small: EvaluatedModel, tmp_path: Path, m
     monkeypatch.setattr(quality, "Cell", lambda *_: pytest.fail("all of it has been measured"))
     quality.main([*options, "--method", *methods])
     assert common.read_rows(path) == rows
+
+
+def test_rates_are_tried_to_the_end(small: EvaluatedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rates.csv"
+    options = ["--pattern", "2:4", "--steps", "2", "--rate", "0.01", "0.1", "--threads", "1", "--csv", str(path)]
+    rates.main([*options, "--folder", str(tmp_path / "models")])
+    rows = common.read_rows(path)
+    assert [(row["method"], row["learning_rate"]) for row in rows] == [
+        (method, rate) for method in ("SPP", "full") for rate in ("0.01", "0.1")
+    ]
+    assert len({row["loss"] for row in rows}) == 4 and len({row["start_loss"] for row in rows}) == 1
+    assert [row["trainable"] for row in rows[:2]] < [row["trainable"] for row in rows[2:]]
+    monkeypatch.setattr(rates, "fit", lambda *_: pytest.fail("all of it has been measured"))
+    rates.main([*options, "--folder", str(tmp_path / "models")])
+
+
+def test_in_bfloat16_weights_stay_in_float32(small: EvaluatedModel, tmp_path: Path) -> None:
+    cell = quality.Cell(replace(small, dtype=torch.bfloat16), "2:4", tmp_path)
+    model, _ = quality.fit(cell, quality.METHODS["masked full"], 0.01, 0, 2)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    in_full = quality.Cell(small, "2:4", tmp_path)
+    assert cell.validation(model) == pytest.approx(in_full.validation(model), rel=1e-2)
+    assert cell.validation(model) != in_full.validation(model)
 
 
 def deployed(model: nn.Module) -> dict[str, torch.Tensor]:

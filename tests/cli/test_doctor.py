@@ -146,7 +146,8 @@ def test_accelerators_come_with_their_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
     assert environment()["accelerators"][1] == {"name": "NVIDIA H100", "memory_bytes": 80 * 2**30}
-    report = doctor.DoctorReport(versions={}, environment=environment(), backends={}, peft_knows_spp=True, problems=[])
+    found = {"versions": {}, "backends": {}, "bfloat16": "", "peft_knows_spp": True, "problems": []}
+    report = doctor.DoctorReport(environment=environment(), **found)
     assert "NVIDIA H100, 80.0 GiB" in shown(report)
 
 
@@ -155,3 +156,12 @@ def test_without_a_compiler_it_is_said_what_to_do(monkeypatch):
     monkeypatch.setattr(native, "why_not_loaded", "it was not built when spp was installed")
     state = diagnose().backends["native"]
     assert state.startswith("not available: it was not built") and "C++ compiler" in state
+
+
+@pytest.mark.parametrize(("instructions", "dtype"), [({"avx512_bf16": True}, "bfloat16"), ({}, "float32")])
+def test_the_speed_of_bfloat16_is_measured(monkeypatch, instructions, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    report = diagnose()
+    ratio, _, rest = report.bfloat16.removeprefix("products ").partition(" x as fast as in float32; ")
+    assert float(ratio) > 0 and rest == f"bfloat16 models train in {dtype} here, unless asked"
+    assert report.bfloat16 in shown(report)

@@ -24,7 +24,7 @@ from spp.checkpoints.json_files import read_json, write_json
 from spp.errors import SppError, UsageError
 from spp.models.loading import context_window, load_config, load_model, load_tokenizer, skeleton
 from spp.options import LoadingOptions
-from spp.runtime.devices import compute_dtype, pick_device
+from spp.runtime.devices import compute_dtype, pick_device, training_dtype
 
 CPU = LoadingOptions(device="cpu")
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -82,6 +82,25 @@ def test_auto_keeps_the_checkpoints_dtype_on_an_accelerator():
     assert compute_dtype("auto", torch.device("mps")) == "auto"
     assert compute_dtype("auto", torch.device("cpu")) == torch.float32
     assert compute_dtype("float16", torch.device("cuda")) == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "stored", "instructions", "expected"),
+    [
+        ("auto", "cpu", torch.bfloat16, {"avx512_bf16": True}, torch.bfloat16),
+        ("auto", "cpu", torch.bfloat16, {"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ("auto", "cpu", torch.bfloat16, {"avx2": True, "avx512_bf16": False}, torch.float32),
+        ("auto", "cpu", torch.float32, {"avx512_bf16": True}, torch.float32),
+        ("auto", "cpu", torch.float16, {"avx512_bf16": True}, torch.float32),
+        ("auto", "cpu", None, {"avx512_bf16": True}, torch.float32),
+        ("float32", "cpu", torch.bfloat16, {"avx512_bf16": True}, torch.float32),
+        ("bfloat16", "cpu", torch.float32, {}, torch.bfloat16),
+        ("auto", "cuda", torch.bfloat16, {}, "auto"),
+    ],
+)
+def test_the_dtype_of_training(monkeypatch, asked, device, stored, instructions, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    assert training_dtype(asked, torch.device(device), stored) == expected
 
 
 @pytest.mark.parametrize("device", ["nonsense", "", "cuda:x", "gpu"])

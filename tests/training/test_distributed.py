@@ -83,6 +83,7 @@ def values(pruned: Path, stories: Path, tmp_path: Path) -> dict[str, Any]:
         "save_steps": 4,
         "validation": 18,  # three batches in one process, five in two
         "device": "cpu",
+        "dtype": "float32",
     }
 
 

@@ -30,7 +30,7 @@ from spp.models.trainable_values import trainable_values
 from spp.pruning.options import PruneOptions
 from spp.pruning.prune import prune
 from spp.training import progress_callback, trainer
-from spp.training.options import LEARNING_RATES, TrainOptions
+from spp.training.options import TrainOptions
 from spp.training.train import train
 
 
@@ -190,7 +190,7 @@ def test_every_layout_of_weights_is_written_as_it_was_read(options, tiny_model, 
 def test_validation_takes_the_best_weights(options, monkeypatch):
     settings = {"validation": 20, "schedule": "constant", "warmup_ratio": 0.0}
     short = train(options("short", max_steps=4, **settings)).out
-    scripted = iter([1.0, 2.0])
+    scripted = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(trainer.SppTrainer, "_validation_loss", lambda self: next(scripted))
     report = train(options(eval_steps=4, **settings))
     assert report.best_step == 4 and same(short, report.out)
@@ -283,12 +283,6 @@ def test_a_dense_model_is_refused_before_training(options, tiny_checkpoint, tmp_
     with pytest.raises(UsageError, match="is dense: it has no zero that full fine-tuning could keep"):
         train(options(model=str(tiny_checkpoint)))
     assert not (tmp_path / "tuned").exists()
-
-
-def test_each_method_has_its_learning_rate(options):
-    for method, rate in LEARNING_RATES.items():
-        assert options(method=method, learning_rate=None).peak_learning_rate == rate
-    assert options(learning_rate=0.5).peak_learning_rate == 0.5
 
 
 def test_in_python_an_optimizer_gets_the_values(pruned, tmp_path):

@@ -272,8 +272,9 @@ def test_the_loss_of_completions_alone(options, pruned, tiny_tokenizer, tmp_path
     with torch.no_grad():
         log_p = model(ids[None]).logits[0, :-1].log_softmax(-1)
     losses = -log_p.gather(1, ids[1:, None])[:, 0]
+    exact = {"max_steps": 1, "dtype": "float32"}
     for completion_only, expected in ((True, losses[-len("answer") - 1 :].mean()), (False, losses.mean())):
-        report = train(options(f"{completion_only}", data=str(data), completion_only=completion_only, max_steps=1))
+        report = train(options(f"{completion_only}", data=str(data), completion_only=completion_only, **exact))
         assert report.losses[0][1] == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -379,10 +380,10 @@ def test_the_best_adapter_is_taken(options, monkeypatch, tmp_path):
     """It is the one of a run that stops there."""
     settings = {"validation": 20, "schedule": "constant", "warmup_ratio": 0.0}
     train(options("short", max_steps=8, **settings))
-    scripted = iter([3.0, 1.0, 2.0])
+    scripted = iter([4.0, 3.0, 1.0, 2.0])
     monkeypatch.setattr(trainer.SppTrainer, "_validation_loss", lambda self: next(scripted))
     report = train(options(eval_steps=4, **settings))
-    assert report.validation == [(4, 3.0), (8, 1.0), (12, 2.0)] and report.best_step == 8
+    assert report.validation == [(0, 4.0), (4, 3.0), (8, 1.0), (12, 2.0)] and report.best_step == 8
     assert (report.steps, report.examples) == (12, 180)
     assert same(tmp_path / "short", tmp_path / "adapter")
 
@@ -395,12 +396,13 @@ def test_a_validation_loss_that_never_is_finite(options, monkeypatch, tmp_path):
 
 
 def test_the_validation_loss(options, pruned, stories):
-    report = train(options(validation=20))
+    report = train(options(validation=20, dtype="float32"))
     whole = [Example(one, one) for one in tokenized(pruned, stories)]
     held_out = hold_out(whole, options(validation=20))[1]
     base = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
     found = loss_on(PeftModel.from_pretrained(base, report.out), held_out)
-    assert report.validation == [(12, pytest.approx(found, rel=1e-5))]
+    before = loss_on(AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32), held_out)
+    assert report.validation == [(0, pytest.approx(before, rel=1e-5)), (12, pytest.approx(found, rel=1e-5))]
 
 
 def test_validation_changes_nothing_but_the_choice(options, tmp_path):
@@ -409,7 +411,7 @@ def test_validation_changes_nothing_but_the_choice(options, tmp_path):
     often = train(options("often", eval_steps=1, **settings))
     once = train(options("once", eval_steps=50, **settings))
     assert often.losses == once.losses
-    assert [step for step, _ in once.validation] == [12] and once.best_step == 12
+    assert [step for step, _ in once.validation] == [0, 12] and once.best_step == 12
 
 
 def test_a_killed_run_with_validation_resumes_to_the_bit(options, monkeypatch, tmp_path):

@@ -64,6 +64,10 @@ def _train(report: TrainReport) -> Iterable[RenderableType]:
         f"({report.tokens_per_second:,.0f} tokens/s), {report.trainable_parameters:,} trainable parameters, "
         f"peak memory {size(report.peak_memory_bytes)}"
     )
+    tried = ", ".join(f"{rate:.2g}: {loss:.4f}" for rate, loss in report.rates_tried)
+    yield f"learning rate {report.learning_rate:.2g}" + (
+        f" (validation loss after short trials: {tried})" if tried else ""
+    )
     if report.best_step is not None:
         loss = dict(report.validation)[report.best_step]
         yield f"the result is that of step {report.best_step}, whose validation loss is the lowest ({loss:.4f})"

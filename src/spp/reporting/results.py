@@ -89,11 +89,12 @@ class Training(_Part):
         sparsity: share of zeros in the adapted weights.
         packed: number of adapted weights that were packed.
         learning_rate: the peak learning rate.
+        rates_tried: the validation loss after a short trial with each learning rate that was tried.
         batch_size: sequences per optimizer step.
         peak_memory_bytes: peak on a CUDA device; elsewhere the peak of the process.
         losses: the mean loss of every optimizer step's batch.
         validation: the mean loss on the examples that were held out, for every evaluation.
-        best_step: step whose result was written; None if no examples were held out.
+        best_step: step whose result was written, 0 if training only did harm; None if no examples were held out.
         zeros: zeros that were proved kept when the model was written; None for an adapter.
     """
 
@@ -111,6 +112,7 @@ class Training(_Part):
     sparsity: Number | None = None
     packed: Count | None = None
     learning_rate: Number | None = None
+    rates_tried: list[Point] = []
     batch_size: Count | None = None
     peak_memory_bytes: Count | None = None
     losses: list[Point] = []

@@ -75,7 +75,7 @@ def _training_section(training: Training, prefix: str) -> dict[str, Any] | None:
     return {
         "chart": chart,
         "note": _loss_note(len(training.losses), len(losses)),
-        "facts": list(facts(known, skip={"losses", "validation", "out"})),
+        "facts": list(facts(known, skip={"losses", "validation", "rates_tried", "out"})),
     }
 
 

@@ -27,7 +27,7 @@ from spp.models.weight_map import known_parts
 from spp.ops import packs_well
 from spp.ops.autograd import scratch_bytes
 from spp.ops.packed import WORTH_PACKING, PackedWeight, packed_bytes, word_count
-from spp.runtime.devices import compute_dtype, pick_device
+from spp.runtime.devices import pick_device, training_dtype
 from spp.runtime.memory_estimate import MemoryPrediction, available_bytes, libraries
 from spp.runtime.progress import track
 from spp.runtime.tensor_memory import peak_of_a_step
@@ -112,7 +112,7 @@ def _teacher(options: TrainOptions, config: Any, batch: torch.Size, device: torc
     if cache_manifest(folder) is not None:
         return predictions
     entries = sum(torch.Size(layout.shape).numel() for layout in Checkpoint.open(folder).layouts.values())
-    return {"teacher": entries * teacher_dtype(options.dtype, device).itemsize, **predictions}
+    return {"teacher": entries * teacher_dtype(options, folder, device).itemsize, **predictions}
 
 
 def needs_checkpointing(options: TrainOptions, model: PreTrainedModel, batch: torch.Size, device: torch.device) -> bool:
@@ -218,7 +218,7 @@ def _with_values(
 
 def _skeleton(options: TrainOptions, config: Any, device: torch.device) -> PreTrainedModel:
     """The model on the meta device, in the dtype that it would compute in."""
-    dtype = compute_dtype(options.dtype, device)
+    dtype = training_dtype(options.dtype, device, config.dtype)
     dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
     kind = kind_of(options.model, config)
     with building(options.model, config), torch.device("meta"):

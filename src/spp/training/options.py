@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -65,8 +65,7 @@ class TeacherSettings(Options):
         return self
 
 
-LEARNING_RATES = {"spp": 4e-3, "full": 1e-4}
-"""Method -> the default learning rate."""
+_HELD_OUT_TO_SEARCH = 32
 
 
 class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
@@ -79,12 +78,11 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
         "spp",
         description="what is trained: an SPP adapter, or all weights that are not zero (full), kept packed",
     )
-    learning_rate: float | None = Field(
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
         None,
-        gt=0,
-        description="peak learning rate of AdamW (default: "
-        + ", ".join(f"{rate:g} with {method}" for method, rate in LEARNING_RATES.items())
-        + "); adapters of models of a few million parameters learn best at 0.02",
+        description="peak learning rate of AdamW, or auto: the best of a few short trials, by their loss on held-out "
+        "examples (default: by the model's width, its number of blocks, and the method)",
+        json_schema_extra={"metavar": "X|auto"},
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay on what is trained")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps over which the rate rises")
@@ -121,7 +119,10 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
         json_schema_extra=NOT_OF_THE_RESULT,
     )
     validation: int = Field(
-        0, ge=0, description="hold out N examples, and take the weights that have the lowest loss on them"
+        0,
+        ge=0,
+        description="hold out N examples, and take the weights that have the lowest loss on them "
+        f"(with learning-rate auto, 0 means {_HELD_OUT_TO_SEARCH})",
     )
     eval_steps: int | None = Field(
         None, ge=1, description="optimizer steps between evaluations on the held-out examples (default: save-steps)"
@@ -138,9 +139,9 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
     )
 
     @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate, or the method's default."""
-        return self.learning_rate or LEARNING_RATES[self.method]
+    def held_out(self) -> int:
+        """Examples to hold out."""
+        return self.validation or (_HELD_OUT_TO_SEARCH if self.learning_rate == "auto" else 0)
 
     @model_validator(mode="after")
     def _check_method(self) -> Self:
@@ -154,6 +155,15 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
             raise ValueError(
                 f"method full trains the packed weights themselves, without an adapter, so that it has no use for "
                 f"{', '.join(name.replace('_', '-') for name in names)}; leave that out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_search(self) -> Self:
+        if self.learning_rate == "auto" and self.sharding != "none":
+            raise ValueError(
+                f"learning-rate auto trains the model several times from its start, which a model that is sharded "
+                f"({self.sharding}) does not go back to; give a number, or leave out sharding"
             )
         return self
 

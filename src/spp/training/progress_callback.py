@@ -26,14 +26,17 @@ class LossNotFinite(SppError):
 class TrainingProgress(TrainerCallback):
     """Shows a bar with the loss on terminals, measures time, and raises an error if the loss is not finite.
 
+    Args:
+        trial_of: learning rate that is being tried, whose rising loss is no reason to warn; None for the run itself.
+
     Attributes:
         seconds: time in training so far, including the time before a resume.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trial_of: float | None = None) -> None:
         console = Console(stderr=True)
         self._bar = Progress(
-            TextColumn("training"),
+            TextColumn("training" if trial_of is None else f"trying learning rate {trial_of:.2g}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f}"),
@@ -45,7 +48,7 @@ class TrainingProgress(TrainerCallback):
         )
         self.seconds = 0.0
         self._losses: list[float] = []
-        self._warned = False
+        self._warned = trial_of is not None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

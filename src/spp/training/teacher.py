@@ -21,7 +21,8 @@ from spp.data.examples import IGNORED, Example, digest
 from spp.errors import SppError, UsageError, shown
 from spp.models.loading import load_config, load_model
 from spp.ops.zeros import all_finite
-from spp.runtime.devices import compute_dtype
+from spp.options import LoadingOptions
+from spp.runtime.devices import training_dtype
 from spp.runtime.files import reading
 from spp.training.distillation_loss import divergence, divergence_of_top
 from spp.training.options import TrainOptions
@@ -179,7 +180,7 @@ def open_teacher(
     if (manifest := cache_manifest(folder)) is not None:
         _require_fit(options, manifest, examples, vocabulary)
         return CachedTeacher(folder, manifest["temperature"], examples, vocabulary)
-    dtype = teacher_dtype(options.dtype, device)
+    dtype = teacher_dtype(options, folder, device)
     place = "cpu" if options.sharding == "fsdp" else None  # until it is divided
     model = load_model(folder, options, dtype=dtype, device=place).requires_grad_(False)
     found = model.config.get_text_config().vocab_size
@@ -210,9 +211,9 @@ def teacher_digest(options: TrainOptions) -> str | None:
     return folder_digest(resolve_model(options.teacher, code=options.trust_remote_code))
 
 
-def teacher_dtype(asked: str, device: torch.device) -> torch.dtype:
-    """The dtype that a teacher computes in: `asked`; for `auto` fp32 on a CPU, else bf16."""
-    dtype = compute_dtype(asked, device)
+def teacher_dtype(options: LoadingOptions, folder: Path, device: torch.device) -> torch.dtype:
+    """The dtype that the teacher in `folder` computes in: as in training, but for `auto` bf16 on an accelerator."""
+    dtype = training_dtype(options.dtype, device, load_config(folder, options).dtype)
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 

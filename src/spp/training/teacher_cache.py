@@ -66,7 +66,7 @@ def cache_teacher(options: CacheTeacherOptions) -> CacheTeacherReport:
     check_output(options.out, options.overwrite, inputs=(folder,))
     Checkpoint.open(folder).require_unquantized("give the dense model as it was before quantization")
     device = pick_device(options.device)
-    model = load_model(folder, options, dtype=teacher_dtype(options.dtype, device))
+    model = load_model(folder, options, dtype=teacher_dtype(options, folder, device))
     vocabulary = model.config.get_text_config().vocab_size
     if options.top_k > vocabulary:
         raise UsageError(f"top-k {options.top_k} is more than the {vocabulary} tokens of the vocabulary; lower it")

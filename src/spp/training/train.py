@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,15 @@ from spp.checkpoints.request import Request
 from spp.data.examples import Example, digest
 from spp.models.architecture import sparsity
 from spp.models.experts import Stack
-from spp.models.loading import context_window, load_base, load_model
+from spp.models.loading import context_window, load_base, load_config, load_model
 from spp.models.packed_linear import PackedLinear
 from spp.models.quantized import quantize_
 from spp.runtime import distributed
-from spp.runtime.devices import compute_dtype, pick_device
+from spp.runtime.devices import pick_device, training_dtype
 from spp.runtime.files import writing
 from spp.runtime.memory import peak_memory_bytes, return_freed_memory
 from spp.training.checks import check_settings
+from spp.training.learning_rate import learning_rate
 from spp.training.memory_estimate import needs_checkpointing
 from spp.training.new_adapter import target_layers, target_stacks, with_new_adapter
 from spp.training.options import TrainingSettings, TrainOptions
@@ -57,12 +59,15 @@ class TrainReport:
         tokens: tokens trained on, without padding.
         seconds: time in training, without loading; like `tokens` it includes what was done before a resume.
         trainable_parameters: entries of A and B, or values of weights.
+        learning_rate: the peak learning rate.
+        rates_tried: (learning rate, loss on held-out examples) of every trial that learning-rate auto made.
         sparsity: share of zeros in the weights that are adapted or trained.
         packed: number of these weights that are packed.
         peak_memory_bytes: peak on a CUDA device; elsewhere the peak of the process.
         losses: (step, mean loss of its batch in nats per token), for every step.
-        validation: (step, mean loss on the examples that were held out in nats per token), for every evaluation.
-        best_step: step whose result was written; None if no examples were held out.
+        validation: (step, mean loss on the examples that were held out in nats per token), for every evaluation,
+            the first before training.
+        best_step: step whose result was written, 0 if training only made it worse; None if no examples were held out.
         zeros: zeros that are proved kept in the model that was written; None for an adapter.
     """
 
@@ -80,6 +85,7 @@ class TrainReport:
     sparsity: float
     packed: int
     learning_rate: float
+    rates_tried: list[tuple[float, float]]
     batch_size: int
     peak_memory_bytes: int
     losses: list[tuple[float, float]]
@@ -114,19 +120,15 @@ def train(options: TrainOptions) -> TrainReport:
         trained = with_trained_values(model, targets)
     else:
         trained = with_new_adapter(model, targets, options, stacks=stacks)
-    request = _request(options, inputs, data.examples) if is_first else None
+    request = _request(options, inputs, data.examples, model.dtype) if is_first else None
     with _output(options, request) as (out, work):
-        run = TrainingRun(
-            trained,
-            *hold_out(data.examples, options),
-            teacher,
-            options,
-            folder=work,
-            device=device,
-            gradient_checkpointing=checkpointing,
+        items, held_out = hold_out(data.examples, options)
+        new_run = partial(
+            TrainingRun, trained, items, held_out, teacher, device=device, gradient_checkpointing=checkpointing
         )
-        result = run.run()
-        report = _report(options, data, targets, share_of_zeros, result)
+        rate, tried = learning_rate(options, trained, len(items), new_run, work)
+        result = new_run(options, rate, folder=work).run()
+        report = _report(options, data, targets, share_of_zeros, result, rate, tried)
         layers = whole_layers(model, result.trained) if in_full else {}
         if is_first and isinstance(trained, PeftModel):
             _write_adapter(out, options, inputs[WEIGHTS_OF_MODEL], trained, result.trained, report)
@@ -185,7 +187,7 @@ def _check(options: TrainOptions, folder: Path) -> None:
 
 def _load_base(options: TrainOptions, folder: Path, device: torch.device) -> PreTrainedModel:
     """The sparse model, on the CPU: the Trainer moves it to the device, and each of several processes has its own."""
-    dtype = compute_dtype(options.dtype, device)
+    dtype = training_dtype(options.dtype, device, load_config(folder, options).dtype)
     if options.method == "full":
         return load_model(folder, options, dtype=dtype, device="cpu", pack=True)
     pack = False if options.quantize != "none" else options.pack
@@ -217,14 +219,20 @@ def _use_checkpointing(
 
 
 def _report(
-    options: TrainOptions, data: _Data, targets: Mapping[str, nn.Module], share_of_zeros: float, result: TrainingResult
+    options: TrainOptions,
+    data: _Data,
+    targets: Mapping[str, nn.Module],
+    share_of_zeros: float,
+    result: TrainingResult,
+    rate: float,
+    tried: Mapping[float, float],
 ) -> TrainReport:
     return TrainReport(
         out=options.out,
         method=options.method,
         data=options.data,
         steps=result.steps,
-        examples=len(data.examples) - options.validation,
+        examples=len(data.examples) - options.held_out,
         tokens=result.tokens,
         window=data.window,
         join_documents=data.join_documents,
@@ -233,7 +241,8 @@ def _report(
         trainable_parameters=sum(factor.numel() for factor in result.trained.values()),
         sparsity=share_of_zeros,
         packed=sum(isinstance(one, PackedLinear) for one in targets.values()),
-        learning_rate=options.peak_learning_rate,
+        learning_rate=rate,
+        rates_tried=sorted(tried.items()),
         batch_size=options.batch_size,
         peak_memory_bytes=peak_memory_bytes(result.device),
         losses=result.losses,
@@ -254,9 +263,11 @@ def _write_adapter(
     write_adapter_card(out)
 
 
-def _request(options: TrainOptions, inputs: dict[str, str], examples: list[Example]) -> Request:
+def _request(options: TrainOptions, inputs: dict[str, str], examples: list[Example], dtype: torch.dtype) -> Request:
     """Everything that the result depends on; only checkpoints of the same request are resumed."""
     circumstances: dict[str, Any] = {"spp": __version__}
+    if options.dtype == "auto":
+        circumstances["dtype of auto"] = str(dtype).removeprefix("torch.")  # which depends on the device
     if options.sharding == "zero3":
         circumstances["processes"] = distributed.launched_world_size()  # DeepSpeed's checkpoints are of that number
     taught = {"training data": digest(examples), "teacher": teacher_digest(options)}

@@ -71,22 +71,26 @@ def smaller_batch(options: TrainingSettings, sequences: int) -> int | None:
 
 def training_arguments(
     options: TrainOptions,
+    rate: float,
     folder: Path,
     dtype: torch.dtype,
     device: torch.device,
     sequences: int,
     *,
     gradient_checkpointing: bool,
+    evaluate_first: bool,
 ) -> TrainingArguments:
     """The Trainer's arguments.
 
     Args:
         options: ours.
+        rate: the peak learning rate.
         folder: folder for checkpoints.
         dtype: dtype that the model computes in.
         device: device to train on.
         sequences: sequences computed at once on a device.
         gradient_checkpointing: whether to recompute activations in backward.
+        evaluate_first: whether to evaluate on the held-out examples, if there are some, before the first step.
     """
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -96,8 +100,10 @@ def training_arguments(
         remove_unused_columns=False,
         seed=options.seed,
         use_cpu=device.type == "cpu",
+        learning_rate=rate,
         **_optimization(options, sequences),
         **_records(options),
+        eval_on_start=evaluate_first and options.held_out > 0,
         **sharding_arguments(options, dtype),
     )
     _choose_device(arguments, device)
@@ -105,13 +111,12 @@ def training_arguments(
 
 
 def _optimization(options: TrainingSettings, sequences: int) -> dict[str, Any]:
-    """Arguments for batches, the number of steps, and the learning rate."""
+    """Arguments for batches, the number of steps, and the schedule."""
     return {
         "per_device_train_batch_size": sequences,
         "gradient_accumulation_steps": _share(options) // sequences,
         "num_train_epochs": options.epochs,
         "max_steps": options.max_steps or -1,
-        "learning_rate": options.peak_learning_rate,
         "weight_decay": options.weight_decay,
         "warmup_steps": options.warmup_ratio if options.warmup_ratio < 1 else 1 - 1e-9,  # below 1 it is a share
         "lr_scheduler_type": _SCHEDULES[options.schedule],
@@ -124,7 +129,7 @@ def _records(options: TrainingSettings) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_steps": options.save_steps,
         "save_total_limit": options.keep,
-        "eval_strategy": "steps" if options.validation else "no",
+        "eval_strategy": "steps" if options.held_out else "no",
         "eval_steps": options.eval_steps or options.save_steps,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,

@@ -60,7 +60,7 @@ def hold_out(examples: Sequence[Example], options: TrainOptions) -> tuple[list[t
     Raises:
         UsageError: nothing would be left to train on.
     """
-    count = options.validation
+    count = options.held_out
     if count >= len(examples):
         raise UsageError(f"validation {count} would leave nothing of {len(examples)} examples to train on; lower it")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(options.seed))

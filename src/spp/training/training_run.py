@@ -65,9 +65,11 @@ class TrainingRun:
         held_out: examples to evaluate on; may be empty.
         teacher: teacher to distil from, or None.
         options: options of the run.
+        rate: the peak learning rate.
         folder: folder of its checkpoints.
         device: device to train on.
         gradient_checkpointing: whether to recompute activations in backward.
+        trial: whether this run only tries a learning rate.
     """
 
     def __init__(
@@ -77,14 +79,16 @@ class TrainingRun:
         held_out: Sequence[Example],
         teacher: Teacher | None,
         options: TrainOptions,
+        rate: float,
         *,
         folder: Path,
         device: torch.device,
         gradient_checkpointing: bool,
+        trial: bool = False,
     ) -> None:
         self._model, self._items, self._held_out, self._teacher = model, items, held_out, teacher
-        self._options, self._device = options, device
-        self._gradient_checkpointing = gradient_checkpointing
+        self._options, self._rate, self._device = options, rate, device
+        self._gradient_checkpointing, self._trial = gradient_checkpointing, trial
         # To start over from. On a CPU, memory that does not suffice ends the process before it is known.
         self._first = whole_trained(model) if device.type != "cpu" else {}
         self._folder, self._checkpoints = folder, Checkpoints(folder)
@@ -93,7 +97,8 @@ class TrainingRun:
         """Train to the end.
 
         Raises:
-            SppError: a loss or weight that is not finite, or no batch fits into memory.
+            LossNotFinite: a loss or weight that is not finite.
+        SppError: no batch fits into memory, or the disk is full.
         """
         sequences: int | None = batching(self._options)[0]
         while sequences is not None:
@@ -119,15 +124,19 @@ class TrainingRun:
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(options.out.with_name(f"{options.out.name}.logs")))
         arguments = training_arguments(
             options,
+            self._rate,
             self._folder,
             self._model.dtype,
             self._device,
             sequences,
             gradient_checkpointing=self._gradient_checkpointing,
+            evaluate_first=not self._trial,
         )
         with arguments.main_process_first(local=False):  # the first process tidies up, the others find it done
             latest = self._checkpoints.latest()
-        watch = TrainingProgress()
+        if latest is not None:
+            arguments.eval_on_start = False
+        watch = TrainingProgress(self._rate if self._trial else None)
         best = [self._best()] if self._held_out else []
         trainer = SppTrainer(
             self._items,
@@ -161,7 +170,7 @@ class TrainingRun:
         except LossNotFinite as error:
             examples = ", ".join(map(str, trainer.examples_of_the_step))
             good = self._checkpoints.latest()
-            raise SppError(
+            raise LossNotFinite(
                 f"{error} Its examples, counted from 0: {examples}. "
                 + (f"The last good checkpoint is {good}" if good else "There is no checkpoint before it")
             ) from error
@@ -177,7 +186,14 @@ class TrainingRun:
             trainer.accelerator.wait_for_everyone()  # for the one that writes it
             best = self._best()
             if not math.isfinite(best.loss):
-                raise SppError("the loss on held-out examples was never finite; nothing was written; check the data")
+                raise LossNotFinite(
+                    "the loss on held-out examples was never finite; nothing was written; check the data"
+                )
+            if best.step == 0 and trainer.is_world_process_zero():
+                logger.warning(
+                    "training only made the loss on held-out examples worse (it was %.4f before), so the weights stay "
+                    "as they were: try a --learning-rate lower than %.2g, or other data", best.loss, self._rate,
+                )  # fmt: skip
             best_step, trained = best.step, best.tensors()
         else:
             trained = whole_trained(self._model)
@@ -200,6 +216,6 @@ class TrainingRun:
 def _require_finite(trained: dict[str, Tensor]) -> None:
     """Check the weights after the last step, whose update no loss depends on."""
     if not all(map(all_finite, trained.values())):
-        raise SppError(
+        raise LossNotFinite(
             "the last step made the trained weights NaN or infinite; nothing was written. Lower --learning-rate"
         )
