@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import HiraConfig, get_peft_model
+from peft import HiraConfig, IA3Config, SupertuningConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
@@ -29,19 +29,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 import spp
-from benchmarks.baselines.finetuning import Lora, MaskedLora, MaskedWeight, replace_linears
+from benchmarks.baselines.finetuning import HalfSpp, Lora, MaskedLora, MaskedWeight, replace_linears
 from benchmarks.common import append_rows, machine_columns, read_rows
 from benchmarks.evaluated_models import EvaluatedModel, add_model_arguments, evaluated_models
 from spp.adapters.options import AdapterSettings
 from spp.data.examples import Example, collate
 from spp.evaluation.perplexity import perplexity_of, read_windows
-from spp.models.architecture import prunable_linears
+from spp.models.architecture import prunable_linears, shape_oi
 from spp.models.loading import load_model
 from spp.options import LoadingOptions
 from spp.reporting.results import gap_closed
 from spp.training.distillation_loss import divergence
 from spp.training.new_adapter import target_layers, with_new_adapter
 from spp.training.teacher import predicted
+from spp.training.trained_model import with_trained_values
 from spp.training.training_data import hold_out, training_examples
 
 PATTERNS = ("2:4", "50%", "75%")
@@ -77,20 +78,65 @@ def _hira(model: PreTrainedModel) -> nn.Module:
     return get_peft_model(model, HiraConfig(r=16, target_modules=list(prunable_linears(model)), task_type="CAUSAL_LM"))
 
 
+def _ia3(model: PreTrainedModel) -> nn.Module:
+    """Scales the outputs of attention's layers and of the MLP's first, and the inputs of its last, as IA3 has it."""
+    linears = list(prunable_linears(model))
+    last = [name for name in linears if name.endswith(("down_proj", "fc2"))]
+    return get_peft_model(model, IA3Config(target_modules=linears, feedforward_modules=last, task_type="CAUSAL_LM"))
+
+
+def _super_tuning(model: PreTrainedModel) -> nn.Module:
+    """The largest weights, as many as LoRA of rank 16 has parameters; all of them are survivors of pruning."""
+    shapes = [shape_oi(layer) for layer in prunable_linears(model).values()]
+    share = sum(16 * (rows + columns) for rows, columns in shapes) / sum(rows * columns for rows, columns in shapes)
+    targets = list(prunable_linears(model))
+    return get_peft_model(model, SupertuningConfig(target_modules=targets, sparsity=1 - share, task_type="CAUSAL_LM"))
+
+
+def _spp_and_norms(model: PreTrainedModel) -> nn.Module:
+    adapted = _spp(model)
+    for name, parameter in adapted.named_parameters():
+        if parameter.ndim == 1 and "norm" in name.lower():
+            parameter.requires_grad_(True)
+    return adapted
+
+
+def _spp_in_the_memory_of_hira(model: PreTrainedModel) -> nn.Module:
+    """As many parameters as fit into HiRA's memory at rank 16: the dense bf16 weight, and 16 bytes for each one."""
+    rows_columns = [shape_oi(layer) for layer in prunable_linears(model).values()]
+    entries, sides = sum(o * i for o, i in rows_columns), sum(o + i for o, i in rows_columns)
+    survivors = sum(int((layer.weight != 0).sum()) for layer in prunable_linears(model).values())
+    saved = 2 * entries - (2 * survivors + entries / 8)
+    return _spp(model, lora_rank=16 + max(int(saved / (16 * sides)), 0))
+
+
+def _full(model: PreTrainedModel) -> nn.Module:
+    """As `spp train --method full` has it."""
+    return with_trained_values(model, target_layers(model, "all-linear"))
+
+
 _RATES = (0.01, 0.02, 0.04, 0.08)
 _LORA_RATES = (4e-3, 8e-3, 0.016, 0.032)
+_FULL_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 _PUBLISHED = {"r": 16, "directions": 1, "init_weights": "published"}
 METHODS: dict[str, Method] = {
     "SPP": Method(adapt=_spp, rates=_RATES),
     "HiRA": Method(adapt=_hira, rates=_RATES),
     "masked LoRA": Method(adapt=partial(replace_linears, make=MaskedLora), rates=_LORA_RATES),
     "SPP, published": Method(adapt=partial(_spp, **_PUBLISHED, dropout=0.05), rates=(4e-3,) * 4, weight_decay=1e-3),
-    "masked full": Method(adapt=partial(replace_linears, make=MaskedWeight), rates=(1e-3, 2e-3, 4e-3, 8e-3)),
+    "masked full": Method(adapt=partial(replace_linears, make=MaskedWeight), rates=_FULL_RATES),
     "SPP + both": Method(adapt=_spp, rates=_RATES, reconstructed=True, teacher=0.5),
     "LoRA*": Method(adapt=partial(replace_linears, make=Lora), rates=_LORA_RATES),
     "SPP + reconstruction": Method(adapt=_spp, rates=_RATES, reconstructed=True),
     "SPP + distillation": Method(adapt=_spp, rates=_RATES, teacher=0.5),
     "HiRA + reconstruction": Method(adapt=_hira, rates=_RATES, reconstructed=True),
+    "full": Method(adapt=_full, rates=_FULL_RATES),
+    "full + both": Method(adapt=_full, rates=_FULL_RATES, reconstructed=True, teacher=0.5),
+    "SPP + norms": Method(adapt=_spp_and_norms, rates=_RATES),
+    "half SPP, half masked LoRA": Method(adapt=partial(replace_linears, make=HalfSpp), rates=_LORA_RATES),
+    "SPP, memory of HiRA": Method(adapt=_spp_in_the_memory_of_hira, rates=_RATES),
+    "Super-Tuning": Method(adapt=_super_tuning, rates=_FULL_RATES),
+    "IA3": Method(adapt=_ia3, rates=_RATES),
     "SPP, K = 1": Method(adapt=partial(_spp, directions=1), rates=_RATES),
 }
 """Name in the table -> how. Reconstruction alone is the `pruned` of the methods that start from it."""

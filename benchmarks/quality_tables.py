@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from pandas import DataFrame, Series
+from pandas import DataFrame, Series, isna
 
 from benchmarks.table_cells import markdown, number
 
@@ -40,6 +40,20 @@ def start_table(rows: DataFrame) -> str:
         "after SPP": last["trained_perplexity"].map(number),
     }
     return markdown(DataFrame(table))
+
+
+def rates_table(rows: DataFrame) -> str:
+    """The loss on held-out examples by learning rate; the lowest of each line is in bold."""
+    case = ["model", "pattern", "method", "steps", "default_rate", "start_loss"]
+    last = rows.drop_duplicates([*case, "learning_rate"], keep="last")
+    losses = last.pivot(index=case, columns="learning_rate", values="loss").astype(float)
+    lowest = losses.min(axis="columns")
+    texts = losses.apply(lambda column: [
+        "" if isna(loss) else f"**{loss:.3f}**" if loss == lowest[line] else f"{loss:.3f}"
+        for line, loss in column.items()
+    ])  # fmt: skip
+    lines = texts[sorted(texts.columns, key=float)].reindex(index=lowest.index).reset_index()
+    return markdown(lines.rename(columns={"default_rate": "default", "start_loss": "before"}))
 
 
 def quality_table(rows: DataFrame) -> str:

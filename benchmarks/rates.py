@@ -3,7 +3,7 @@
     python -m benchmarks.rates --data FOLDER --threads 2 [--model story] [--pattern 2:4] [--steps 100 1000]
 
 FOLDER has the models in benchmarks/evaluated_models.py; without it, there is the bundled one only. What the CSV file
-already has is not measured again. `ratio` in the rows is the rate over the one that spp would take by itself.
+already has is not measured again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from benchmarks.common import append_rows, machine_columns, read_rows
 from benchmarks.evaluated_models import add_model_arguments, evaluated_models
 from benchmarks.quality import METHODS, PATTERNS, Cell, Method, fit
+from spp.training.learning_rate import scaled_rate
+from spp.training.options import TrainingSettings
 
 _WARM_UP = 0.1
 _RATES = {
@@ -46,12 +48,14 @@ def _measure_cell(cell: Cell, args: argparse.Namespace) -> None:
     start = round(cell.validation(cell.start(reconstructed=False)), 4)
     for steps in args.steps:
         for method in args.method or _RATES:
+            settings = TrainingSettings.build({"method": method.lower()})
+            default = round(scaled_rate(settings, cell.dense.config), 5)
             for rate in args.rate or _RATES[method]:
                 row = case | {"steps": steps, "method": method, "learning_rate": rate}
                 if _is_measured(row, args.csv):
                     continue
                 model, found = fit(cell, _FITTED[method], rate, args.seed, steps, _WARM_UP)
-                losses = {"start_loss": start, "loss": round(cell.validation(model), 4)}
+                losses = {"default_rate": default, "start_loss": start, "loss": round(cell.validation(model), 4)}
                 losses["perplexity"] = round(cell.perplexity(model), 4)
                 append_rows(args.csv, [machine | row | found | losses])
                 print(row | found | losses, flush=True)

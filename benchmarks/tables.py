@@ -18,7 +18,7 @@ from pathlib import Path
 from pandas import DataFrame
 
 from benchmarks.common import DATA
-from benchmarks.quality_tables import pruned_table, quality_table, start_table
+from benchmarks.quality_tables import pruned_table, quality_table, rates_table, start_table
 from benchmarks.speed_tables import (
     criteria_table,
     decode_table,
@@ -33,6 +33,7 @@ TABLES: dict[str, tuple[str, Callable[[DataFrame], str]]] = {
     "layer": ("layer.csv", layer_table),
     "step": ("step.csv", step_table),
     "decode": ("decode.csv", decode_table),
+    "rates": ("rates.csv", rates_table),
     "criteria": ("pruning.csv", criteria_table),
     "streaming": ("streaming.csv", streaming_table),
     "merging": ("merging.csv", merging_table),

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from spp.adapters.tuner.ranks import like_lora
 from spp.models.architecture import prunable_linears, weight_oi
+from spp.ops.reference import delta_weight, fitting_groups, one_direction_each
 
 
 class Replaced(nn.Module, ABC):
@@ -65,6 +67,21 @@ class MaskedLora(Lora):
 
     def weight(self) -> Tensor:
         return torch.where(self.W == 0, 0.0, super().weight())
+
+
+class HalfSpp(MaskedLora):
+    """Half SPP and half masked LoRA, of half the rank each: W + s W * (A[g] B) + mask * (s B A)."""
+
+    def __init__(self, base: nn.Module, rank: int = 16, directions: int = 4) -> None:
+        super().__init__(base, rank // 2)
+        (rows, columns), device = self.W.shape, self.W.device
+        groups = like_lora(rows, columns, directions, rank - rank // 2)
+        groups, directions = fitting_groups(rows, groups, directions)
+        self.factor = nn.Parameter(torch.zeros(groups * directions, columns, device=device))
+        self.shares = nn.Parameter(one_direction_each(rows, groups, directions, device).float())
+
+    def weight(self) -> Tensor:
+        return super().weight() + delta_weight(self.W, self.factor, self.shares, self._scale)
 
 
 class MaskedWeight(Replaced):

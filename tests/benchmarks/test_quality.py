@@ -11,10 +11,11 @@ from peft import HiraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from benchmarks import common, quality, rates
-from benchmarks.baselines.finetuning import Lora, MaskedLora, MaskedWeight, Replaced, replace_linears
+from benchmarks.baselines.finetuning import HalfSpp, Lora, MaskedLora, MaskedWeight, Replaced, replace_linears
 from benchmarks.evaluated_models import EvaluatedModel
 from scripts import make_synthetic_model
 from spp.models.architecture import prunable_linears
+from spp.models.packed_linear import PackedLinear
 
 
 def sparse_layer() -> nn.Linear:
@@ -24,7 +25,7 @@ def sparse_layer() -> nn.Linear:
     return layer
 
 
-@pytest.mark.parametrize("kind", [Lora, MaskedLora, MaskedWeight])
+@pytest.mark.parametrize("kind", [Lora, MaskedLora, HalfSpp, MaskedWeight])
 def test_what_is_deployed_has_the_zeros(kind: type[Replaced]) -> None:
     base = sparse_layer()
     layer, x = kind(base), torch.randn(3, 12)
@@ -103,7 +104,8 @@ def deployed(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of a trained model after merging."""
     if isinstance(model, PeftModel):
         return {name: layer.weight for name, layer in prunable_linears(model.merge_and_unload()).items()}
-    return {name: layer.deployed() for name, layer in model.named_modules() if isinstance(layer, Replaced)}
+    packed = {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    return packed or {name: layer.deployed() for name, layer in model.named_modules() if isinstance(layer, Replaced)}
 
 
 @pytest.mark.parametrize("name", [name for name, method in quality.METHODS.items() if not method.reconstructed])

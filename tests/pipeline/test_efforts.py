@@ -31,7 +31,7 @@ def test_an_effort_adds_mask_reconstruction_and_the_dense_model_as_teacher(effor
     values = RunOptions.build({"model": "m", "effort": effort})
     assert values.criterion != "wanda" and values.reconstruct == "block" and values.teacher == "m"
     assert RunOptions.build({"effort": effort}).teacher == str(bundled_model())
-    assert values.learning_rate is None  # what is best for one model is not for another
+    assert values.learning_rate == ("auto" if effort == "best" else None)
 
 
 @pytest.mark.parametrize("effort", MORE)

@@ -87,8 +87,8 @@ def test_a_recipe_that_is_no_file_or_no_text_is_refused(tmp_path):
 
 
 def test_a_recipes_learning_rate_is_for_its_own_method(tmp_path):
-    assert "learning_rate" not in load_recipe("demo", method="full")
-    assert load_recipe("demo", method="spp")["learning_rate"] == load_recipe("demo")["learning_rate"] == 2e-2
+    assert "learning_rate" not in load_recipe("paper", method="full")
+    assert load_recipe("paper", method="spp")["learning_rate"] == load_recipe("paper")["learning_rate"] == 4e-3
     path = tmp_path / "full.yaml"
     path.write_text("method: full\nlearning_rate: 1.0e-3\n")
     assert load_recipe(str(path), method="full")["learning_rate"] == 1e-3

@@ -11,7 +11,14 @@ Effort = Literal["quick", "standard", "best"]
 
 EFFORTS: dict[Any, dict[str, Any]] = {
     "standard": {"criterion": "admm", "reconstruct": "block"},
-    "best": {"criterion": "admm", "refine": "swaps", "reconstruct": "block", "samples": 256, "epochs": 2.0},
+    "best": {
+        "criterion": "admm",
+        "refine": "swaps",
+        "reconstruct": "block",
+        "samples": 256,
+        "epochs": 2.0,
+        "learning_rate": "auto",
+    },
 }
 """Effort -> option -> value; all also have the run's dense model as teacher. Quick has the options' own defaults."""
 

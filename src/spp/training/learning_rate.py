@@ -16,7 +16,7 @@ from spp.training.training_run import TrainingRun
 
 logger = logging.getLogger("spp")
 
-_SPP, _FULL = 1.0, 0.1
+_SPP, _FULL = 1.0, 0.05
 _PUBLISHED = 4e-3
 
 
@@ -26,7 +26,7 @@ def scaled_rate(settings: TrainingSettings, config: PretrainedConfig) -> float:
     A step of AdamW changes what is trained by about the learning rate, whatever the gradient is: with SPP, each weight
     by scale * rate of itself. Changes of weights agree where an output adds them up, over the hidden size d, and where
     the residual stream adds up the L blocks; weights themselves do not. So the same change of the model's output takes
-    a rate that falls as 1 / sqrt(d L): 1 / (scale sqrt(d L)) for SPP, 0.1 / sqrt(d L) for the weights themselves.
+    a rate that falls as 1 / sqrt(d L): 1 / (scale sqrt(d L)) for SPP, 0.05 / sqrt(d L) for the weights themselves.
 
     Args:
         settings: the method, the scale and the start of factors. The published start keeps the published rate, 0.004.
