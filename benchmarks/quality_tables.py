@@ -19,7 +19,7 @@ def pruned_table(rows: DataFrame) -> str:
     for model, of_model in rows.groupby("model", sort=False):
         last = of_model.drop_duplicates(["method", "pattern"], keep="last")
         cells = last.pivot(index="method", columns="pattern", values="perplexity")
-        cells = cells.reindex(index=last["method"].unique(), columns=patterns).fillna("").map(number)
+        cells = cells.reindex(index=last["method"].unique(), columns=patterns).astype(object).fillna("").map(number)
         case = of_model.iloc[-1]
         title = f"{model}, dense {number(case['dense'])} ({case['protocol']}):\n\n"
         made.append(title + markdown(cells.reset_index()))
