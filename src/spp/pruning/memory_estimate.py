@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from spp.checkpoints.checkpoint import Checkpoint
 from spp.checkpoints.hub import resolve_model
 from spp.models.architecture import Matrix, decoder_blocks, prunable_matrices
+from spp.models.blockwise.block_calls import BlockCalls, batched, capture
+from spp.models.blockwise.hidden_states import State
 from spp.models.completeness import require_whole
 from spp.models.loading import context_window, skeleton
-from spp.pruning.calibration.block_calls import BlockCalls, batched, capture
-from spp.pruning.calibration.hidden_states import State
 from spp.pruning.calibration.input_hooks import collect_statistics
 from spp.pruning.engine import matrices_to_prune
 from spp.pruning.options import PruneOptions
