@@ -44,6 +44,9 @@ ROWS = [
     Row("eval", "window", "--window 65", error("window 65"), TASKS, after=True, codes=(0, 2)),  # of 64 positions
     Row("eval", "per_document", "--no-per-document", report("nll")),
     Row("eval", "per_document", "--per-document", report("nll"), "source=--text+stories.txt"),
+    Row("eval", "stream", "--stream", report("streamed"), after=True),
+    Row("eval", "stream_folder", "--stream-folder {taken}/page.html", error("is a file"), "--stream", codes=(0, 2)),
+    Row("eval", "dry_run", "--dry-run", report("states_bytes"), "--stream"),
     Row("eval", "limit", "--limit 4", report("nll")),
     Row("eval", "limit", "--limit 2", report("tasks", "quiz", "items"), TASKS, after=2),
     Row("eval", "limit", "--limit 2", report("limit"), TASKS, after=2),

@@ -34,6 +34,7 @@ HANDED_ON = [
     ("window", "--window 16"),
     ("per_document", "--per-document"),
     ("limit", "--limit 2"),
+    ("stream", "--stream"),
     ("bos", "--bos always"),
     ("columns", "--columns text=body"),
     ("rounding", "--rounding stochastic"),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # each command imports what it needs, and no other
     from spp.evaluation.comparison import Comparison
     from spp.evaluation.generate import GenerateReport
     from spp.evaluation.perplexity import EvalReport
+    from spp.evaluation.streaming_memory import StreamingPrediction
     from spp.evaluation.tasks import TasksReport
     from spp.pipeline.run import RunReport
     from spp.pruning.memory_estimate import PruningPrediction
@@ -173,6 +174,14 @@ def _perplexity(report: EvalReport) -> Iterable[RenderableType]:
     yield table
 
 
+def _eval_dry_run(report: StreamingPrediction) -> Iterable[RenderableType]:
+    yield _memory_table(report)
+    yield (
+        f"the peak is while {report.phase} of {report.model}, whatever the number of blocks; hidden states take "
+        f"{size(report.states_bytes)} on disk until the evaluation has finished; nothing was written"
+    )
+
+
 def _task_scores(report: TasksReport) -> Iterable[RenderableType]:
     from spp.evaluation.comparison import with_error
 
@@ -201,7 +210,8 @@ def _protocol(report: EvalReport | TasksReport) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
         return f"{limit}context {report.context} tokens, {report.dtype} on {report.device}; {versions}"
     how = "each document by itself" if report.per_document else f"stride {report.stride}, tail dropped"
-    return f"window {report.window}, {how}, BOS {report.bos}, {report.dtype}"
+    streamed = ", block by block" if report.streamed else ""
+    return f"window {report.window}, {how}, BOS {report.bos}, {report.dtype}{streamed}"
 
 
 def _comparison(report: Comparison) -> Iterable[RenderableType]:
@@ -268,6 +278,7 @@ _DESCRIPTIONS: dict[str, Callable[[Any], Iterable[RenderableType]]] = {
     "convert": _convert,
     "verify": _verify,
     "eval": _eval,
+    "eval --dry-run": _eval_dry_run,
     "pack": _pack,
     "unpack": _unpack,
     "generate": _generate,

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from spp.options import (
+    NOT_OF_THE_RESULT,
     DtypeName,
     LoadingOptions,
     Options,
@@ -32,6 +33,12 @@ class ScoringSettings(TableSettings):
         "needs it, and else leaves it to the tokenizer, as published figures do",
     )
     limit: int | None = Field(None, ge=1, description="score only the first N documents, or N items of each task")
+    stream: bool | None = Field(
+        None,
+        description="compute the perplexity block by block, with one block of a model in memory and hidden states on "
+        "disk (default: where a model does not fit into memory)",
+        json_schema_extra=NOT_OF_THE_RESULT,
+    )
 
 
 class TaskSettings(Options):
@@ -72,6 +79,12 @@ class EvalOptions(TaskSettings, ScoringSettings, WindowSettings, LoadingOptions)
         description="evaluation text: a file, a datasets id, or python-stdlib",
         json_schema_extra={"metavar": "DATA"},
     )
+    stream_folder: Path = Field(
+        Path(),
+        description="folder in which --stream keeps hidden states until it has finished; a killed evaluation goes on "
+        "from there (default: the current one)",
+        json_schema_extra={"metavar": "DIR"},
+    )
     compare: bool = Field(False, description="also plot the scores of several models")
     plot: Path = Field(
         Path("comparison.svg"), description="file for the plot of --compare", json_schema_extra={"metavar": "FILE"}
@@ -88,6 +101,11 @@ class EvalOptions(TaskSettings, ScoringSettings, WindowSettings, LoadingOptions)
             )
         if self.tasks is None and (self.task_folder is not None or self.num_fewshot is not None):
             problems.append("task-folder and num-fewshot are for tasks; pass --tasks")
+        if self.stream and (self.tasks is not None or self.adapter is not None):
+            what = "tasks" if self.tasks is not None else "an adapter"
+            problems.append(
+                f"stream is for the perplexity of a model on disk, and not for {what}; leave one of them out"
+            )
         if self.others and self.adapter is not None:
             problems.append("adapter goes with one model; give the adapter's folder as one of the models")
         if not self.others and (self.compare or "plot" in self.model_fields_set):

@@ -60,7 +60,7 @@ class Stages:
     """
 
     def __init__(self, options: RunOptions, model: str, out: Path) -> None:
-        self._options, self._model = options, model
+        self._options, self._model, self._out = options, model, out
         self.pruned, self.adapter, self.merged = out / PRUNED, out / ADAPTER, out / MERGED
         self._one_shot = out / ONE_SHOT
 
@@ -120,7 +120,7 @@ class Stages:
         return verify(VerifyOptions.build(values))
 
     def _evaluate(self, model: str) -> Any:
-        return evaluate(self._of(EvalOptions, model=model, text=self._options.eval))
+        return evaluate(self._of(EvalOptions, model=model, text=self._options.eval, stream_folder=self._out))
 
     def _pattern_of_every_matrix(self) -> str | None:
         """The pattern to verify in every matrix; None if the sparsity is a mean over matrices (OWL, keep_zeros)."""

@@ -41,6 +41,9 @@ class StreamedBlocks:
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
+        # Tied parameters have their values under the first of their names.
+        first = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._first = {name: first[id(one)] for name, one in model.named_parameters(remove_duplicate=False)}
         inside = (name for name, _ in model.named_parameters() if name.startswith(f"{self._prefix}."))
         require_filled(parts, inside, checkpoint)
 
@@ -109,12 +112,18 @@ class StreamedBlocks:
         """Read a module's own weights, unless it has them."""
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                require_filled(self._parts.get(f"{name}.{key}", {}), [f"{name}.{key}"], self._checkpoint)
-                real = torch.empty_like(parameter, device=self.device)
-                self._read(f"{name}.{key}", real)
-                module.register_parameter(key, nn.Parameter(real, requires_grad=False))
+                first = self._first[f"{name}.{key}"]
+                known = self.model.get_parameter(first)
+                module.register_parameter(key, self._new(first, parameter) if known.is_meta else known)
         for key, buffer in module.named_buffers(recurse=False):
             self._read(f"{name}.{key}", buffer)
+
+    def _new(self, name: str, meta: nn.Parameter) -> nn.Parameter:
+        """A parameter with its values from the files."""
+        require_filled(self._parts.get(name, {}), [name], self._checkpoint)
+        real = torch.empty_like(meta, device=self.device)
+        self._read(name, real)
+        return nn.Parameter(real, requires_grad=False)
 
     def _read(self, name: str, real: Tensor) -> None:
         for stored, part in self._parts.get(name, {}).items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spp.models.architecture import decoder_blocks
-from spp.models.blockwise.block_calls import BlockCalls, capture
+from spp.models.blockwise.block_calls import BlockCalls, after_blocks, capture
 from spp.models.blockwise.journal import Journal
 from spp.runtime import distributed
 from spp.runtime.progress import track
@@ -98,6 +98,14 @@ class Walk:
         """Batch -> the output of a block in the dense model, if it was stored."""
         states = self._journal.states(self._walk, index + 1, "dense")
         return lambda batch: states[batch].hidden.to(self.source.device)
+
+    def outcome(self, batch: int) -> Tensor:
+        """The hidden states of a batch that have left the last block."""
+        return self._journal.states(self._walk, len(self._blocks))[batch].hidden.to(self.source.device)
+
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The logits of hidden states that have left the last block, in their surroundings; see `after_blocks`."""
+        return after_blocks(self.source.model, self._blocks, self._calls, tokens, hidden)
 
     def is_last(self, index: int) -> bool:
         """Whether it is the last block."""
