@@ -338,7 +338,7 @@ def test_malformed_files_in_the_hubs_form_are_refused(tmp_path, name, changes, m
         (["--tasks", "rte,FILES/more/rte.jsonl"], "task 'rte' is named, and .*rte.jsonl is one too"),
         (["--tasks", "FILES", "--num-fewshot", "6"], "quiz.jsonl has 6 items, too few for 6 examples"),
         (["--tasks", "FILES", "--num-fewshot", "-1"], "num_fewshot.*'-1'"),
-        (["--num-fewshot", "1"], "task-folder and num-fewshot are for tasks"),
+        (["--num-fewshot", "1"], "num-fewshot: for tasks only"),
         (
             ["--tasks", "FILES", "--text", "FILES/quiz.jsonl", "--per-document"],
             "text and per-document: tasks bring their own text",

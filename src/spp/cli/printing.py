@@ -207,8 +207,10 @@ def _protocol(report: EvalReport | TasksReport) -> str:
 
     if isinstance(report, TasksReport):
         limit = "" if report.limit is None else f"the first {report.limit} items of each task only; "
+        form = "" if report.form is None else f"{report.form}; "
+        chat = "in the chat template; " if report.chat_template else ""
         versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
-        return f"{limit}context {report.context} tokens, {report.dtype} on {report.device}; {versions}"
+        return f"{form}{limit}{chat}context {report.context} tokens, {report.dtype} on {report.device}; {versions}"
     how = "each document by itself" if report.per_document else f"stride {report.stride}, tail dropped"
     streamed = ", block by block" if report.streamed else ""
     return f"window {report.window}, {how}, BOS {report.bos}, {report.dtype}{streamed}"

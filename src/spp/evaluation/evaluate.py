@@ -9,6 +9,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from spp.adapters.attach import with_adapter
+from spp.checkpoints.atomic_folder import check_output_file
+from spp.errors import UsageError
 from spp.evaluation.comparison import Comparison, check_plot, write_plot
 from spp.evaluation.options import EvalOptions
 from spp.evaluation.perplexity import EvalReport, perplexity_of, read_windows
@@ -34,6 +36,8 @@ def evaluate(options: EvalOptions) -> EvalReport | TasksReport | Comparison:
     subjects = subjects_of(options)
     if options.compare:
         check_plot(options.plot, options.overwrite)
+    if options.output_path is not None:
+        check_output_file(options.output_path, options.overwrite)
     reports: dict[str, EvalReport | TasksReport] = {}
     if options.tasks is None and (do_not_fit(subjects) if options.stream is None else options.stream):
         reports |= stream_perplexities(subjects, options)
@@ -67,6 +71,8 @@ def _scores(subject: Subject, tasks: TaskSet) -> TasksReport:
     if options.window is not None:
         context_window(load_config(subject.folder, options), options.window)  # raises if the model has fewer positions
     tokenizer = load_tokenizer(subject.folder, options)
+    if options.apply_chat_template and not tokenizer.chat_template:
+        raise UsageError(f"apply-chat-template: the tokenizer of {options.model} has no chat template; leave it out")
     model, dtype = _loaded(subject)
     return score_tasks(model, tokenizer, tasks, options, dtype)
 
