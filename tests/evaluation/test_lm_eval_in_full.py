@@ -18,7 +18,7 @@ from spp.evaluation.tasks import TasksReport
 from spp.models.loading import load_model
 from spp.pipeline.bundled import bundled_model
 
-lm_eval = pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "spp[eval]"')
+lm_eval = pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "spp-llm[eval]"')
 index = pytest.importorskip("lm_eval.tasks")
 
 TEMPLATE = (

@@ -73,7 +73,7 @@ def load_tasks(options: EvalOptions) -> TaskSet:
         UsageError: lm-eval is not installed, or names, files or data sets are wrong; it lists all of one kind.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UsageError('tasks need lm-eval: pip install "spp[eval]"')
+        raise UsageError('tasks need lm-eval: pip install "spp-llm[eval]"')
     request = _request(options)
     files = {file.name: file for file in read_task_files(request.files)}
     _require_examples(files.values(), options.num_fewshot or 0)

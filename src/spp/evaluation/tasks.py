@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spp._version import __version__
 from spp.errors import SppError, brief
 from spp.evaluation.lm_eval_json import write_lm_eval_json
 from spp.evaluation.options import EvalOptions
@@ -31,7 +32,7 @@ _FORMS = {
     HARNESS: "paper-harness: as the paper's harness, no BOS in front, 2,000 items a task if the model's name has 65b "
     "or 70b, the figure is acc; but the prompts are those of today's versions of the tasks",
 }
-_VERSIONS = ("spp", "lm_eval", "transformers", "torch", "datasets")
+_VERSIONS = ("lm_eval", "transformers", "torch", "datasets")
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def score_tasks(
         batch_size=options.batch_size,
         dtype=dtype,
         device=str(model.device),
-        versions={name: version(name) for name in _VERSIONS},
+        versions={"spp": __version__, **{name: version(name) for name in _VERSIONS}},
         seconds=time.perf_counter() - start,
     )
 
