@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST := build/oldest
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo docs test test-slow test-peft test-sanitized test-oldest lint clean
+.PHONY: help install demo docs test test-slow test-peft test-sanitized test-oldest lint release-check clean
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -47,6 +47,9 @@ lint: $(INSTALLED)  ## style, types, and the direction of imports
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+release-check:  ## build what would be released, check it, install it where nothing else is, and run the demo
+	$(PYTHON) scripts/release_check.py
 
 clean:  ## remove what the targets above made, except results in runs/
 	rm -rf $(VENV) build dist

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 import spp
-from spp.pruning.calibration.block_calls import BlockCalls
+from spp.models.blockwise.block_calls import BlockCalls
+from spp.pruning.pruned_blocks import PrunedBlocks
 from spp.pruning.steps import Steps
-from spp.pruning.streamed_blocks import StreamedBlocks
 from spp.runtime.devices import pick_device
 from spp.runtime.memory import peak_memory_bytes
 
@@ -71,7 +71,7 @@ def run(values: dict[str, Any], threads: int | None, last_block: int | None = No
     BlockCalls.run = forward.timed(BlockCalls.run)
     Steps.run = criterion.timed(Steps.run)
     if last_block is not None:
-        StreamedBlocks.keep = _dying(StreamedBlocks.keep, last_block, device)
+        PrunedBlocks.keep = _dying(PrunedBlocks.keep, last_block, device)
     report = spp.prune(options)
     return {
         "seconds": report.seconds,
@@ -84,7 +84,7 @@ def run(values: dict[str, Any], threads: int | None, last_block: int | None = No
 def _dying(keep: Callable[..., Any], last_block: int, device: torch.device) -> Callable[..., Any]:
     """The method, after which the process is gone, having said how much memory it had."""
 
-    def keep_or_die(blocks: StreamedBlocks, index: int) -> Any:
+    def keep_or_die(blocks: PrunedBlocks, index: int) -> Any:
         kept = keep(blocks, index)
         if index == last_block:
             print(json.dumps({"peak_bytes": peak_memory_bytes(device)}), flush=True)

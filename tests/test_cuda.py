@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from spp.errors import SppError
+from spp.models.blockwise.journal import FolderJournal
 from spp.patterns import parse_pattern
 from spp.pipeline.options import RunOptions
 from spp.pipeline.run import run
 from spp.pruning.in_memory import prune_model
-from spp.pruning.journal import FolderJournal
 from spp.pruning.memory_estimate import predict_pruning
 from spp.pruning.options import Criterion, PruneOptions, PruningSettings
 from spp.pruning.prune import prune

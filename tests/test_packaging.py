@@ -20,7 +20,7 @@ RESOURCES = {
     "spp/py.typed",
     "spp/checkpoints/templates/model_card.md.j2",
     "spp/pipeline/bundled_model/model.safetensors",
-    *(f"spp/pipeline/recipes/{name}.yaml" for name in ("demo", "paper")),
+    *(f"spp/pipeline/recipes/{name}.yaml" for name in ("demo", "paper", "paper-7b", "paper-135m")),
     *(f"spp/reporting/templates/report.{kind}" for kind in ("css", "html.j2", "js")),
 }
 
@@ -51,13 +51,13 @@ def test_the_wheel_has_all_that_the_package_needs_and_no_more(built):
     sources = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "spp").rglob("*.py")}
     assert sources <= names
     assert names >= RESOURCES
-    assert {name.split("/")[0] for name in names} == {"spp", f"spp-{spp.__version__}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"spp", f"spp_llm-{spp.__version__}.dist-info"}
     assert any("licenses/LICENSE" in name for name in names)
 
 
 def test_the_sdist_can_be_built_and_tested(built):
     [sdist] = built.glob("*.tar.gz")
-    top = f"spp-{spp.__version__}/"
+    top = f"spp_llm-{spp.__version__}/"
     with tarfile.open(sdist) as archive:
         names = {name.removeprefix(top) for name in archive.getnames()}
     kernels = {

@@ -91,7 +91,7 @@ def test_an_optional_package_that_is_missing_is_no_problem(without):
     without("deepspeed")
     report = diagnose()
     assert report.versions["deepspeed"] is None and report.problems == []
-    assert 'not installed (pip install "spp[deepspeed]")' in shown(report)
+    assert 'not installed (pip install "spp-llm[deepspeed]")' in shown(report)
 
 
 def test_a_required_package_that_is_missing_is_one(without):

@@ -34,6 +34,7 @@ HANDED_ON = [
     ("window", "--window 16"),
     ("per_document", "--per-document"),
     ("limit", "--limit 2"),
+    ("stream", "--stream"),
     ("bos", "--bos always"),
     ("columns", "--columns text=body"),
     ("rounding", "--rounding stochastic"),
@@ -108,6 +109,9 @@ def handed_on(option: str, change: str) -> Row:
 ROWS = [
     *(handed_on(option, change) for option, change in HANDED_ON),
     Row("run", "rounding", "--rounding stochastic", given_to_stages("rounding"), "--method full", after={"stochastic"}),
+    Row("run", "calibration_window", "--calibration-window 16", given_to_stages("window", "prune"), after={"16"}),
+    Row("run", "eval_window", "--eval-window 16", given_to_stages("window", "evaluate"), after={"16"}),
+    Row("run", "eval_window", "--eval-window context", given_to_stages("window", "evaluate"), after={"64"}),
     json_row("run"),
     Row("run", "recipe", "recipe=recipe.yaml", given_to_stages("seed"), after={"7"}),
     Row("run", "model", "model=other", dense_model, after="other"),

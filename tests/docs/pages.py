@@ -56,6 +56,12 @@ def _is_command(line: str) -> bool:
     return line.split()[0] in _PROGRAMS or " --" in line
 
 
+def commands_in_tables(markdown: str) -> list[Shown]:
+    """The commands in cells of tables, `in code`: those of spp that have an argument."""
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [Shown("shell", found) for row in rows for found in re.findall(r"`(spp \w[\w-]* [^`]+)`", row)]
+
+
 def links(markdown: str) -> list[str]:
     """Targets of a page's links and images, outside of code."""
     return re.findall(r"\]\(([^)\s]+)\)", _FENCE.sub("", markdown))

@@ -42,9 +42,9 @@ ALPACA = ["alpaca.json"]
 # Options that a command gets in addition, so that it takes a fraction of a second.
 _FEW = "--window 32 --max-tokens 4000"
 SMALL = {
-    "run": f"{_FEW} --samples 4 --max-steps 2 --batch-size 8 --limit 4",
+    "run": f"{_FEW} --samples 4 --max-steps 2 --batch-size 8 --limit 4 --validation 2",
     "prune": "--window 32 --samples 4",
-    "train": f"{_FEW} --max-steps 2 --batch-size 8",
+    "train": f"{_FEW} --max-steps 2 --batch-size 8 --validation 2",
     "cache-teacher": _FEW,
     "eval": "--window 32 --limit 4",
     "generate": "--max-new-tokens 4",

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from pages import PAGES, README, ROOT, Shown, shown
+from pages import DOCS, PAGES, README, ROOT, Shown, commands_in_tables, shown
 from sandbox import SMALL, examples_of_the_help, fill, run, run_python
 
 from spp.cli.commands import COMMANDS
 
 SHOWN = {str(page.relative_to(ROOT)): shown(page.read_text()) for page in PAGES}
+SHOWN["docs/migration.md"] = commands_in_tables((DOCS / "migration.md").read_text())
 SHOWN["spp COMMAND --help"] = [Shown("shell", example) for example in examples_of_the_help()]
 _done: set[Shown] = set()
 """Pages repeat each other; what ran once need not run again."""
@@ -71,6 +72,12 @@ def test_a_documented_torchrun_command_runs_with_two_processes(stock, tmp_path, 
     assert Path("adapter/adapter_model.safetensors").is_file()
 
 
+def test_the_tables_of_migration_have_commands_for_each_tool():
+    sections = (DOCS / "migration.md").read_text().split("\n## ")[1:]
+    counts = {section.splitlines()[0]: len(commands_in_tables(section)) for section in sections}
+    assert len(counts) == 4 and min(counts.values()) >= 4
+
+
 def test_every_command_is_shown():
     words = {one.text.split()[1] for found in SHOWN.values() for one in found if one.text.startswith("spp ")}
     assert words >= set(COMMANDS)
@@ -117,7 +124,7 @@ import spp
     [
         "some-tool a",
         "make nothing-of-the-kind",
-        'pip install "spp[nothing]"',
+        'pip install "spp-llm[nothing]"',
         "python -m benchmarks.nothing",
         ".venv/bin/python -m benchmarks.step --nothing",
         "spp inspect nothing-there",

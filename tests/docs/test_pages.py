@@ -41,7 +41,7 @@ def test_every_command_is_two_clicks_from_the_readme():
 
 def test_every_recipe_and_every_public_name_has_its_place():
     recipes, api = (DOCS / "recipes.md").read_text(), (DOCS / "api.md").read_text()
-    assert set(re.findall(r"<!-- recipe: (\w+) -->", recipes)) == set(shipped_recipes())
+    assert set(re.findall(r"<!-- recipe: ([\w-]+) -->", recipes)) == set(shipped_recipes())
     assert set(re.findall(r"^::: spp\.(\w+)$", api, re.MULTILINE)) == set(spp._HOMES)
 
 

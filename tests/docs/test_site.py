@@ -16,9 +16,9 @@ from pages import DOCS, ROOT
 from spp.cli.commands import COMMANDS
 from spp.training.options import TrainOptions
 
-pytest.importorskip("mkdocs", reason="needs the extra docs: pip install spp[docs]")
-pytest.importorskip("material", reason="needs the extra docs: pip install spp[docs]")
-pytest.importorskip("mkdocstrings", reason="needs the extra docs: pip install spp[docs]")
+pytest.importorskip("mkdocs", reason="needs the extra docs: pip install spp-llm[docs]")
+pytest.importorskip("material", reason="needs the extra docs: pip install spp-llm[docs]")
+pytest.importorskip("mkdocstrings", reason="needs the extra docs: pip install spp-llm[docs]")
 
 
 @pytest.fixture(scope="module")

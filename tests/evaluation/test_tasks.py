@@ -21,7 +21,7 @@ from spp.evaluation.options import EvalOptions
 from spp.evaluation.task_files import read_task_files
 from spp.pipeline.bundled import bundled_model
 
-lm_eval = pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "spp[eval]"')
+lm_eval = pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "spp-llm[eval]"')
 index = pytest.importorskip("lm_eval.tasks")
 
 QUESTIONS = [
@@ -338,7 +338,7 @@ def test_malformed_files_in_the_hubs_form_are_refused(tmp_path, name, changes, m
         (["--tasks", "rte,FILES/more/rte.jsonl"], "task 'rte' is named, and .*rte.jsonl is one too"),
         (["--tasks", "FILES", "--num-fewshot", "6"], "quiz.jsonl has 6 items, too few for 6 examples"),
         (["--tasks", "FILES", "--num-fewshot", "-1"], "num_fewshot.*'-1'"),
-        (["--num-fewshot", "1"], "task-folder and num-fewshot are for tasks"),
+        (["--num-fewshot", "1"], "num-fewshot: for tasks only"),
         (
             ["--tasks", "FILES", "--text", "FILES/quiz.jsonl", "--per-document"],
             "text and per-document: tasks bring their own text",
@@ -363,7 +363,7 @@ def test_requests_that_cannot_be_met_are_refused(tmp_path, tiny_checkpoint, quiz
 def test_without_lm_eval_the_error_names_the_extra(tiny_checkpoint, quiz, monkeypatch, capsys):
     monkeypatch.setattr(task_loading.importlib.util, "find_spec", lambda name: None)
     assert main(["eval", str(tiny_checkpoint), "--tasks", str(quiz)]) == 2
-    assert capsys.readouterr().err == 'error: tasks need lm-eval: pip install "spp[eval]"\n'
+    assert capsys.readouterr().err == 'error: tasks need lm-eval: pip install "spp-llm[eval]"\n'
 
 
 def test_without_a_hub_the_error_names_ways_out(tiny_checkpoint, monkeypatch, capsys):

@@ -22,7 +22,7 @@ from spp.pipeline.options import RunOptions
 from spp.pipeline.run import run
 from spp.pruning.options import PruneOptions
 from spp.pruning.prune import prune
-from spp.pruning.streamed_blocks import StreamedBlocks
+from spp.pruning.pruned_blocks import PrunedBlocks
 from spp.training.options import TrainOptions
 from spp.training.progress_callback import TrainingProgress
 from spp.training.train import train
@@ -58,14 +58,14 @@ CHANGES = {
 
 
 def stop_prune(patch: pytest.MonkeyPatch) -> None:
-    real = StreamedBlocks.keep
+    real = PrunedBlocks.keep
 
-    def keep(self: StreamedBlocks, index: int) -> object:
+    def keep(self: PrunedBlocks, index: int) -> object:
         if index == 1:
             raise KeyboardInterrupt
         return real(self, index)
 
-    patch.setattr(StreamedBlocks, "keep", keep)
+    patch.setattr(PrunedBlocks, "keep", keep)
 
 
 def stop_train(patch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from spp.errors import SppError, UsageError
 from spp.models.architecture import decoder_blocks, prunable_linears, weight_oi
+from spp.models.blockwise import block_calls
+from spp.models.blockwise.journal import FolderJournal
 from spp.patterns import NM, Pattern, parse_pattern
-from spp.pruning.calibration import block_calls as block_calls
 from spp.pruning.engine import prune_blocks
 from spp.pruning.in_memory import LoadedBlocks, prune_model
-from spp.pruning.journal import FolderJournal
 from spp.pruning.options import Criterion, PruningSettings
 from spp.runtime.tensor_memory import LiveBytes
 

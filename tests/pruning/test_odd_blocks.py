@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from spp.checkpoints.options import VerifyOptions
 from spp.checkpoints.verify import verify
 from spp.errors import SppError, UsageError
-from spp.pruning.calibration.hidden_states import FolderStates, State, StatesWriter
+from spp.models.blockwise.hidden_states import FolderStates, State, StatesWriter
 from spp.pruning.memory_estimate import predict_pruning
 from spp.pruning.options import PruneOptions
 from spp.pruning.prune import PruneReport, prune
-from spp.pruning.streamed_blocks import StreamedBlocks
+from spp.pruning.pruned_blocks import PrunedBlocks
 
 SHARED = ["gemma4_text-shared", "gemma3n_text"]
 Asked = Callable[..., PruneOptions]
@@ -47,14 +47,14 @@ def pruned_names(report: PruneReport) -> set[str]:
 
 
 def interrupt(at: int, patch: pytest.MonkeyPatch) -> None:
-    keep = StreamedBlocks.keep
+    keep = PrunedBlocks.keep
 
-    def failing(self: StreamedBlocks, index: int) -> Any:
+    def failing(self: PrunedBlocks, index: int) -> Any:
         if index == at:
             raise KeyboardInterrupt
         return keep(self, index)
 
-    patch.setattr(StreamedBlocks, "keep", failing)
+    patch.setattr(PrunedBlocks, "keep", failing)
 
 
 @pytest.mark.parametrize(

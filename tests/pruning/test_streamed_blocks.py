@@ -23,11 +23,11 @@ from spp.checkpoints.checkpoint import MANIFEST, Checkpoint
 from spp.checkpoints.json_files import read_json
 from spp.checkpoints.unfinished import read_record
 from spp.errors import SppError, UsageError
+from spp.models.blockwise.journal import FolderJournal
 from spp.models.loading import skeleton
-from spp.pruning.journal import FolderJournal
 from spp.pruning.options import PruneOptions
 from spp.pruning.prune import PruneReport, prune
-from spp.pruning.streamed_blocks import StreamedBlocks
+from spp.pruning.pruned_blocks import PrunedBlocks
 
 MakeModel = Callable[..., PreTrainedModel]
 BLOCKS = 4
@@ -65,20 +65,20 @@ def finished(out: Path) -> int:
 def die_after(blocks: int, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """Fail when so many blocks have been pruned, and the next one is to be loaded."""
     done = 0
-    loaded, finish = StreamedBlocks.loaded, FolderJournal.finish
+    loaded, finish = PrunedBlocks.loaded, FolderJournal.finish
 
     def counted(self: FolderJournal, walk: str, result: Any) -> None:
         nonlocal done
         finish(self, walk, result)
         done += walk == "prune"
 
-    def failing(self: StreamedBlocks, index: int) -> Any:
+    def failing(self: PrunedBlocks, index: int) -> Any:
         if done == blocks:
             raise error
         return loaded(self, index)
 
     monkeypatch.setattr(FolderJournal, "finish", counted)
-    monkeypatch.setattr(StreamedBlocks, "loaded", failing)
+    monkeypatch.setattr(PrunedBlocks, "loaded", failing)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert finished(resumed.out) == block
     assert not resumed.out.exists()
     with monkeypatch.context() as patch:
-        real = StreamedBlocks.keep
+        real = PrunedBlocks.keep
         kept: list[int] = []
-        patch.setattr(StreamedBlocks, "keep", lambda self, index: kept.append(index) or real(self, index))
+        patch.setattr(PrunedBlocks, "keep", lambda self, index: kept.append(index) or real(self, index))
         report = prune(resumed)
     assert kept == list(range(block, BLOCKS))  # no finished block was done again
     assert contents(report.out) == contents(whole.out)
@@ -132,9 +132,9 @@ prune(PruneOptions.build({values!r}))
             "checkpoints.safetensors_file", "TensorFile", "write", 2, marks=pytest.mark.slow
         ),  # copying what is not pruned
         ("checkpoints.safetensors_file", "TensorFile", "write", 17),  # in the middle of a block
-        pytest.param("pruning.calibration.hidden_states", "FolderStates", "__setitem__", 2, marks=pytest.mark.slow),
-        pytest.param("pruning.journal", "FolderJournal", "finish", 3, marks=pytest.mark.slow),
-        pytest.param("pruning.journal", "shutil", "rmtree", 3, marks=pytest.mark.slow),
+        pytest.param("models.blockwise.hidden_states", "FolderStates", "__setitem__", 2, marks=pytest.mark.slow),
+        pytest.param("models.blockwise.journal", "FolderJournal", "finish", 3, marks=pytest.mark.slow),
+        pytest.param("models.blockwise.journal", "shutil", "rmtree", 3, marks=pytest.mark.slow),
         ("checkpoints.atomic_folder", "shutil", "rmtree", 1),  # at the very end
     ],
 )
@@ -163,14 +163,14 @@ def test_other_options_start_over_where_the_user_says_so(
 def test_one_block_is_in_memory_at_a_time(
     options: Callable[..., PruneOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, seen = StreamedBlocks.keep, []
+    real, seen = PrunedBlocks.keep, []
 
-    def keep(self: StreamedBlocks, index: int) -> Any:
+    def keep(self: PrunedBlocks, index: int) -> Any:
         loaded = {name.split(".")[2] for name, one in self.model.named_parameters() if not one.is_meta}
         seen.append(loaded)
         return real(self, index)
 
-    monkeypatch.setattr(StreamedBlocks, "keep", keep)
+    monkeypatch.setattr(PrunedBlocks, "keep", keep)
     prune(options())
     assert seen == [{str(index)} for index in range(BLOCKS)]
 
@@ -202,9 +202,9 @@ def test_a_disk_too_small_for_the_model_is_noticed_at_once(
 
 
 def test_a_second_process_is_refused(options: Callable[..., PruneOptions], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = StreamedBlocks.keep
+    real = PrunedBlocks.keep
 
-    def keep(self: StreamedBlocks, index: int) -> Any:
+    def keep(self: PrunedBlocks, index: int) -> Any:
         if index != 1:
             return real(self, index)
         command = [
@@ -215,7 +215,7 @@ def test_a_second_process_is_refused(options: Callable[..., PruneOptions], monke
         assert "another process is writing" in other.stderr
         return real(self, index)
 
-    monkeypatch.setattr(StreamedBlocks, "keep", keep)
+    monkeypatch.setattr(PrunedBlocks, "keep", keep)
     assert prune(options(criterion="magnitude")).out.is_dir()
 
 

@@ -14,7 +14,7 @@ from whole_inputs import Case, results
 
 import spp.adapters.merge as merge_stage
 from spp.adapters.merge_record import MergeRecord
-from spp.pruning.journal import FolderJournal
+from spp.models.blockwise.journal import FolderJournal
 from spp.training.checkpoints import Checkpoints
 
 _TRAIN = "train {pruned} {out} --data {stories.jsonl} --max-steps 4 --save-steps 1"

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from spp.checkpoints.json_files import read_json, read_object, write_json, write_text
 from spp.checkpoints.safetensors_file import Layout, TensorFile, read_header, save_tensors
 from spp.errors import SppError, UsageError, brief, shown
-from spp.pruning.calibration.hidden_states import FolderStates, State, StatesWriter
+from spp.models.blockwise.hidden_states import FolderStates, State, StatesWriter
 from spp.runtime.files import is_disk_full, reading, user_path, writing
 
 

@@ -77,6 +77,7 @@ COMMANDS: dict[str, Command] = {
         positional=("model", "others"),
         work="spp.evaluation.evaluate:evaluate",
         example="spp eval ./llama-2of4-tuned --text wikitext2_test.txt --window 2048",
+        dry_run="spp.evaluation.streaming_memory:predict_streaming",
     ),
     "pack": Command(
         options=PackOptions,

@@ -137,7 +137,7 @@ def doctor_table(report: DoctorReport) -> Table:
 
 
 def _absent(name: str) -> str:
-    remedy = f'"spp[{OPTIONAL[name]}]"' if name in OPTIONAL else name
+    remedy = f'"spp-llm[{OPTIONAL[name]}]"' if name in OPTIONAL else name
     return f"not installed (pip install {remedy})"
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # each command imports what it needs, and no other
     from spp.evaluation.comparison import Comparison
     from spp.evaluation.generate import GenerateReport
     from spp.evaluation.perplexity import EvalReport
+    from spp.evaluation.streaming_memory import StreamingPrediction
     from spp.evaluation.tasks import TasksReport
     from spp.pipeline.run import RunReport
     from spp.pruning.memory_estimate import PruningPrediction
@@ -177,6 +178,14 @@ def _perplexity(report: EvalReport) -> Iterable[RenderableType]:
     yield table
 
 
+def _eval_dry_run(report: StreamingPrediction) -> Iterable[RenderableType]:
+    yield _memory_table(report)
+    yield (
+        f"the peak is while {report.phase} of {report.model}, whatever the number of blocks; hidden states take "
+        f"{size(report.states_bytes)} on disk until the evaluation has finished; nothing was written"
+    )
+
+
 def _task_scores(report: TasksReport) -> Iterable[RenderableType]:
     from spp.evaluation.comparison import with_error
 
@@ -202,10 +211,13 @@ def _protocol(report: EvalReport | TasksReport) -> str:
 
     if isinstance(report, TasksReport):
         limit = "" if report.limit is None else f"the first {report.limit} items of each task only; "
+        form = "" if report.form is None else f"{report.form}; "
+        chat = "in the chat template; " if report.chat_template else ""
         versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
-        return f"{limit}context {report.context} tokens, {report.dtype} on {report.device}; {versions}"
+        return f"{form}{limit}{chat}context {report.context} tokens, {report.dtype} on {report.device}; {versions}"
     how = "each document by itself" if report.per_document else f"stride {report.stride}, tail dropped"
-    return f"window {report.window}, {how}, BOS {report.bos}, {report.dtype}"
+    streamed = ", block by block" if report.streamed else ""
+    return f"window {report.window}, {how}, BOS {report.bos}, {report.dtype}{streamed}"
 
 
 def _comparison(report: Comparison) -> Iterable[RenderableType]:
@@ -272,6 +284,7 @@ _DESCRIPTIONS: dict[str, Callable[[Any], Iterable[RenderableType]]] = {
     "convert": _convert,
     "verify": _verify,
     "eval": _eval,
+    "eval --dry-run": _eval_dry_run,
     "pack": _pack,
     "unpack": _unpack,
     "generate": _generate,

@@ -1,4 +1,7 @@
-"""A model for lm-eval: its own wrapper `HFLM`, with the cases handled that `HFLM` does not."""
+"""A model for lm-eval: its own wrapper `HFLM`, with the cases handled that `HFLM` does not.
+
+What `HFLM` generates for tasks with free answers is left as it is.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,9 @@ class ScoredModel(_HFLM):
         shortened: number of answers whose prompt was cut at its beginning, to fit into the model's context.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, window: int | None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, batch_size: int, window: int | None, bos: bool | None = None
+    ) -> None:
         # Some character models have neither BOS nor EOS, but lm-eval needs one. Any id will do: it would be used for an
         # empty prompt only, and no prompt is empty.
         nothing = tokenizer.bos_token_id is None and tokenizer.eos_token_id is None
@@ -34,6 +39,7 @@ class ScoredModel(_HFLM):
             backend="causal",
             batch_size=batch_size,
             max_length=window,
+            add_bos_token=bos,
             prefix_token_id=0 if nothing else None,
         )
         self.shortened = 0
@@ -41,6 +47,10 @@ class ScoredModel(_HFLM):
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As in lm-eval, but with progress bars on a terminal only."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """As in lm-eval, but with progress bars on a terminal only."""
+        return super().generate_until(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(self, requests: Sequence[_Tokens], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         longest = max(len(answer) for _, _, answer in requests)

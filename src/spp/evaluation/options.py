@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from spp.options import (
+    NOT_OF_THE_RESULT,
     DtypeName,
     LoadingOptions,
     Options,
@@ -32,6 +33,12 @@ class ScoringSettings(TableSettings):
         "needs it, and else leaves it to the tokenizer, as published figures do",
     )
     limit: int | None = Field(None, ge=1, description="score only the first N documents, or N items of each task")
+    stream: bool | None = Field(
+        None,
+        description="compute the perplexity block by block, with one block of a model in memory and hidden states on "
+        "disk (default: where a model does not fit into memory)",
+        json_schema_extra=NOT_OF_THE_RESULT,
+    )
 
 
 class TaskSettings(Options):
@@ -40,7 +47,8 @@ class TaskSettings(Options):
     tasks: str | None = Field(
         None,
         description="score tasks instead of a text: names that lm-eval knows, paper (the seven of the SPP paper), "
-        ".jsonl files, or folders of them, separated by commas",
+        "paper-harness (the same by the rules of the paper's harness), .jsonl files, folders of them, or .yaml files "
+        "with lm-eval's definition of a task, separated by commas",
         json_schema_extra={"metavar": "NAMES"},
     )
     task_folder: Path | None = Field(
@@ -51,12 +59,26 @@ class TaskSettings(Options):
     num_fewshot: int | None = Field(
         None, ge=0, description="solved examples before each item (default: the task's own)"
     )
+    apply_chat_template: bool = Field(
+        False, description="put each prompt into the tokenizer's chat template, solved examples as its earlier turns"
+    )
+    system_instruction: str | None = Field(
+        None, description="system prompt of the tasks", json_schema_extra={"metavar": "TEXT"}
+    )
+    output_path: Path | None = Field(
+        None,
+        description="also write the results as lm-eval's own JSON to this file",
+        json_schema_extra={"metavar": "FILE"},
+    )
     batch_size: int = Field(8, ge=1, description="answers scored at once")
 
     @property
     def task_names(self) -> list[str]:
         """What `tasks` lists."""
         return listed_names(self.tasks or "")
+
+
+_OF_TASKS = ("task_folder", "num_fewshot", "apply_chat_template", "system_instruction", "output_path")
 
 
 class EvalOptions(TaskSettings, ScoringSettings, WindowSettings, LoadingOptions):
@@ -72,11 +94,17 @@ class EvalOptions(TaskSettings, ScoringSettings, WindowSettings, LoadingOptions)
         description="evaluation text: a file, a datasets id, or python-stdlib",
         json_schema_extra={"metavar": "DATA"},
     )
+    stream_folder: Path = Field(
+        Path(),
+        description="folder in which --stream keeps hidden states until it has finished; a killed evaluation goes on "
+        "from there (default: the current one)",
+        json_schema_extra={"metavar": "DIR"},
+    )
     compare: bool = Field(False, description="also plot the scores of several models")
     plot: Path = Field(
         Path("comparison.svg"), description="file for the plot of --compare", json_schema_extra={"metavar": "FILE"}
     )
-    overwrite: bool = Field(False, description="replace the plot if it exists")
+    overwrite: bool = Field(False, description="replace the plot, or the file of output-path, if it exists")
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -86,8 +114,17 @@ class EvalOptions(TaskSettings, ScoringSettings, WindowSettings, LoadingOptions)
             problems.append(
                 f"{' and '.join(given).replace('_', '-')}: tasks bring their own text; leave one of them out"
             )
-        if self.tasks is None and (self.task_folder is not None or self.num_fewshot is not None):
-            problems.append("task-folder and num-fewshot are for tasks; pass --tasks")
+        of_tasks = [name for name in _OF_TASKS if name in self.model_fields_set]
+        if self.tasks is None and of_tasks:
+            names = " and ".join(of_tasks).replace("_", "-")
+            problems.append(f"{names}: for tasks only; pass --tasks")
+        if self.others and self.output_path is not None:
+            problems.append("output-path goes with one model; score each by itself")
+        if self.stream and (self.tasks is not None or self.adapter is not None):
+            what = "tasks" if self.tasks is not None else "an adapter"
+            problems.append(
+                f"stream is for the perplexity of a model on disk, and not for {what}; leave one of them out"
+            )
         if self.others and self.adapter is not None:
             problems.append("adapter goes with one model; give the adapter's folder as one of the models")
         if not self.others and (self.compare or "plot" in self.model_fields_set):

@@ -197,12 +197,17 @@ def perplexity_of(model: PreTrainedModel | PeftModel, windows: Sequence[Sequence
         losses = _losses(model, *(tensor.to(model.device) for tensor in _padded(batch)))
         total += float(losses.sum(dtype=torch.float64))
         tokens += losses.numel()
-        if not math.isfinite(total):
-            raise SppError(
-                "the model gives log-likelihoods that are not finite, so it has no perplexity; its weights are "
-                "damaged, or the dtype is too narrow for them (pass --dtype float32)"
-            )
+        require_finite(total)
     return Score(total, tokens)
+
+
+def require_finite(total: float) -> None:
+    """Refuse a sum of log-likelihoods that is not finite."""
+    if not math.isfinite(total):
+        raise SppError(
+            "the model gives log-likelihoods that are not finite, so it has no perplexity; its weights are damaged, or "
+            "the dtype is too narrow for them (pass --dtype float32)"
+        )
 
 
 def _batches(windows: Sequence[Sequence[int]], vocabulary: int) -> Iterator[list[Sequence[int]]]:
@@ -236,9 +241,19 @@ def _losses(model: PreTrainedModel | PeftModel, ids: Tensor, mask: Tensor) -> Te
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     predicted = mask[:, 1:].bool()
     logits, targets = logits[predicted], ids[:, 1:][predicted]
-    rows = max(1, _LOG_SOFTMAX_AT_ONCE // logits.shape[-1])
+    rows = rows_at_once(logits.shape[-1])
     pieces = zip(logits.split(rows), targets.split(rows), strict=True)
-    return torch.cat([torch.nn.functional.cross_entropy(a.float(), b, reduction="none") for a, b in pieces])
+    return torch.cat([losses_of(*pair) for pair in pieces])
+
+
+def rows_at_once(vocabulary: int) -> int:
+    """Tokens whose log-probabilities are computed at once."""
+    return max(1, _LOG_SOFTMAX_AT_ONCE // vocabulary)
+
+
+def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of tokens (n,), in nats, given their logits (n, V) in any float dtype: fp32."""
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +273,7 @@ class EvalReport:
         source: the text.
         bos: which windows begin with the beginning-of-text token: `in each window`,
             `nowhere`, or `as the tokenizer adds it`.
+        streamed: whether it was computed block by block.
     """
 
     perplexity: float
@@ -272,4 +288,27 @@ class EvalReport:
     dtype: str
     source: str
     bos: str
+    streamed: bool
     seconds: float
+
+    @classmethod
+    def of(
+        cls, score: Score, text: Windows, source: str, dtype: str, seconds: float, *, streamed: bool = False
+    ) -> EvalReport:
+        """The report on a score over windows of the text that `source` names."""
+        return cls(
+            perplexity=score.perplexity,
+            nll=score.nll,
+            unit="token",
+            tokens=score.tokens,
+            documents=text.documents,
+            windows=len(text.windows),
+            window=text.window,
+            stride=text.window,
+            per_document=text.per_document,
+            dtype=dtype,
+            source=source,
+            bos=text.bos,
+            streamed=streamed,
+            seconds=seconds,
+        )

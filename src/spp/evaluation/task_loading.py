@@ -13,17 +13,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from spp.errors import UsageError, brief, raise_problems
 from spp.evaluation.options import EvalOptions
 from spp.evaluation.task_files import PAPER_TASKS, TaskFile, read_task_files
-from spp.runtime.files import user_path
+from spp.runtime.files import reading, user_path
 
 logger = logging.getLogger("spp")
 
 PAPER = "paper"
 """Name of the group of the SPP paper's seven tasks."""
 
+HARNESS = "paper-harness"
+"""Name of the same group, scored by the rules of the harness that the paper used."""
+
 _SUFFIX = ".jsonl"
+_DEFINITIONS = (".yaml", ".yml")
 _FILES = "files"  # a group, because only members of a group may combine lm-eval's definition with other data
 
 
@@ -35,11 +41,13 @@ class TaskSet:
         loaded: lm-eval's tasks and groups, in the order of the request.
         files: the tasks that come from files, by name.
         missing: the paper's tasks that have no file.
+        form: `paper` or `paper-harness` if that was asked for.
     """
 
     loaded: list[Any]
     files: dict[str, TaskFile]
     missing: list[str]
+    form: str | None = None
 
 
 @dataclass
@@ -47,6 +55,7 @@ class _Request:
     """The tasks that `--tasks` names, sorted by source."""
 
     files: dict[str, Path] = field(default_factory=dict)
+    definitions: list[Path] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -64,13 +73,14 @@ def load_tasks(options: EvalOptions) -> TaskSet:
         UsageError: lm-eval is not installed, or names, files or data sets are wrong; it lists all of one kind.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UsageError('tasks need lm-eval: pip install "spp[eval]"')
+        raise UsageError('tasks need lm-eval: pip install "spp-llm[eval]"')
     request = _request(options)
     files = {file.name: file for file in read_task_files(request.files)}
     _require_examples(files.values(), options.num_fewshot or 0)
     with quiet():
-        loaded = [*_from_files(files), *_from_hub(request.names)]
-    return TaskSet(loaded, files, request.missing)
+        loaded = [*_from_files(files), *map(_defined, request.definitions), *_from_hub(request.names)]
+    form = next((name for name in (HARNESS, PAPER) if name in options.task_names), None)
+    return TaskSet(loaded, files, request.missing, form)
 
 
 def _request(options: EvalOptions) -> _Request:
@@ -80,16 +90,20 @@ def _request(options: EvalOptions) -> _Request:
         raise UsageError(f"task-folder {folder}: no such folder")
     if not options.task_names:
         raise UsageError(f"tasks is empty; name some, separated by commas: {', '.join(PAPER_TASKS)}, or {PAPER}")
+    if HARNESS in options.task_names and len(options.task_names) > 1:
+        raise UsageError(f"{HARNESS} has rules of its own for all tasks; score it by itself, without other tasks")
     for name in dict.fromkeys(options.task_names):
         path = user_path(name)
-        if path.suffix == _SUFFIX:
+        if path.suffix in _DEFINITIONS:
+            request.definitions.append(path)
+        elif path.suffix == _SUFFIX:
             request.add_file(path.stem, path)
         elif path.is_dir():
             _add_folder(request, path)
         elif folder is not None:
             _add_of_folder(request, name, folder)
         else:
-            request.names += PAPER_TASKS if name == PAPER else [name]
+            request.names += PAPER_TASKS if name in (PAPER, HARNESS) else [name]
     both = [name for name in request.names if name in request.files]
     request.problems += [f"task {name!r} is named, and {request.files[name]} is one too; keep one" for name in both]
     raise_problems(request.problems)
@@ -106,8 +120,8 @@ def _add_folder(request: _Request, folder: Path) -> None:
 
 
 def _add_of_folder(request: _Request, name: str, folder: Path) -> None:
-    """Add the task `name` from its file in a folder; for `paper`, all of its tasks that have one."""
-    wanted = list(PAPER_TASKS) if name == PAPER else [name]
+    """Add the task `name` from its file in a folder; for the paper's, all of its tasks that have one."""
+    wanted = list(PAPER_TASKS) if name in (PAPER, HARNESS) else [name]
     there = [task for task in wanted if (folder / f"{task}{_SUFFIX}").is_file()]
     for task in there:
         request.add_file(task, folder / f"{task}{_SUFFIX}")
@@ -148,6 +162,19 @@ def _from_files(files: Mapping[str, TaskFile]) -> list[Any]:
         tasks.append(task)
     raise_problems(problems)
     return tasks
+
+
+def _defined(path: Path) -> Any:
+    """A task that a user's file defines in lm-eval's words; it cannot name Python functions, which would be run."""
+    configurable_task: Any = import_module("lm_eval.api.task").ConfigurableTask
+    with reading(path, "lm-eval's definition of a task", "write it in YAML, without !function"):
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise UsageError(f"{path}: expected lm-eval's definition of a task, `key: value` lines")
+    try:
+        return configurable_task(config={"task": path.stem, **config})
+    except Exception as error:  # lm-eval, its templates and the hub may raise anything
+        raise UsageError(f"{path}: lm-eval cannot make a task of it ({brief(error)})") from error
 
 
 def _manager() -> Any:

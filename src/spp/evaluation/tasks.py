@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,17 +12,27 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
+import numpy
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spp._version import __version__
 from spp.errors import SppError, brief
+from spp.evaluation.lm_eval_json import write_lm_eval_json
 from spp.evaluation.options import EvalOptions
-from spp.evaluation.task_loading import TaskSet, groups_in, quiet, tasks_in
+from spp.evaluation.task_loading import HARNESS, PAPER, TaskSet, groups_in, quiet, tasks_in
 
 logger = logging.getLogger("spp")
 
 _EXAMPLES_SEED = 1234  # lm-eval's default
-_VERSIONS = ("spp", "lm_eval", "transformers", "torch", "datasets")
+_HARNESS_ITEMS = 2000
+_FORMS = {
+    PAPER: "paper: today's lm-eval, with its own versions of the tasks, BOS as the tokenizer adds it, all items",
+    HARNESS: "paper-harness: as the paper's harness, no BOS in front, 2,000 items a task if the model's name has 65b "
+    "or 70b, the figure is acc; but the prompts are those of today's versions of the tasks",
+}
+_VERSIONS = ("lm_eval", "transformers", "torch", "datasets")
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,9 @@ class TasksReport:
         context: most tokens of prompt and answer; a longer prompt is cut at its beginning.
         shortened: number of answers whose prompt was cut.
         limit: items scored of each task; None if all were.
+        form: what `paper` or `paper-harness` means; None for other tasks.
+        chat_template: whether each prompt was put into the tokenizer's chat template.
+        system_instruction: the system prompt.
         dtype: dtype that the model computed in, log-probabilities included.
         versions: versions of the packages that the scores depend on.
     """
@@ -94,6 +108,9 @@ class TasksReport:
     context: int
     shortened: int
     limit: int | None
+    form: str | None
+    chat_template: bool
+    system_instruction: str | None
     batch_size: int
     dtype: str
     device: str
@@ -125,8 +142,14 @@ def score_tasks(
         from spp.evaluation.lm_eval_model import ScoredModel
 
         start = time.perf_counter()
-        scored = ScoredModel(model, tokenizer, batch_size=options.batch_size, window=options.window)
-        results = _run_lm_eval(scored, tasks, options)
+        by_harness = tasks.form == HARNESS
+        scored = ScoredModel(
+            model, tokenizer, batch_size=options.batch_size, window=options.window, bos=False if by_harness else None
+        )
+        limit = options.limit or (_harness_limit(options.model) if by_harness else None)
+        results = _run_lm_eval(scored, tasks, options, limit)
+    if options.output_path is not None:
+        write_lm_eval_json(options.output_path, results, scored, options, limit)
     if scored.shortened:
         logger.warning(
             "%d prompts were longer than the model's context of %d tokens, and lost their beginning",
@@ -140,16 +163,24 @@ def score_tasks(
         mean=_mean(scores, tasks.missing),
         context=scored.max_length,
         shortened=scored.shortened,
-        limit=options.limit,
+        limit=limit,
+        form=_FORMS[tasks.form] if tasks.form else None,
+        chat_template=options.apply_chat_template,
+        system_instruction=options.system_instruction,
         batch_size=options.batch_size,
         dtype=dtype,
         device=str(model.device),
-        versions={name: version(name) for name in _VERSIONS},
+        versions={"spp": __version__, **{name: version(name) for name in _VERSIONS}},
         seconds=time.perf_counter() - start,
     )
 
 
-def _run_lm_eval(scored: Any, tasks: TaskSet, options: EvalOptions) -> dict[str, Any]:
+def _harness_limit(model: str) -> int | None:
+    """The paper's harness scores the first 2,000 items of each task where a model's name has its size of 65 or 70 B."""
+    return _HARNESS_ITEMS if any(size in model.lower() for size in ("65b", "70b")) else None
+
+
+def _run_lm_eval(scored: Any, tasks: TaskSet, options: EvalOptions, limit: int | None) -> dict[str, Any]:
     """lm-eval's results for a `ScoredModel`.
 
     Raises:
@@ -160,12 +191,28 @@ def _run_lm_eval(scored: Any, tasks: TaskSet, options: EvalOptions) -> dict[str,
         _set_examples(task, options.num_fewshot)
     # Not `simple_evaluate`, which also runs git, pip and others to describe the machine.
     run: Any = import_module("lm_eval.evaluator").evaluate
+    _set_seeds()
     try:
-        return run(scored, loaded, limit=options.limit, log_samples=False)
+        return run(
+            scored,
+            loaded,
+            limit=limit,
+            log_samples=False,
+            system_instruction=options.system_instruction,
+            apply_chat_template=options.apply_chat_template,
+            fewshot_as_multiturn=options.apply_chat_template,
+        )
     except SppError:
         raise
     except Exception as error:  # lm-eval and its tasks may raise anything
         raise SppError(f"lm-eval failed: {brief(error)}") from error
+
+
+def _set_seeds() -> None:
+    """Those of `lm_eval.simple_evaluate`, for tasks that sample."""
+    random.seed(0)
+    numpy.random.seed(_EXAMPLES_SEED)
+    torch.manual_seed(_EXAMPLES_SEED)
 
 
 def _set_examples(task: Any, asked: int | None) -> None:

@@ -52,7 +52,7 @@ def made_again(weight: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
 def require_bitsandbytes() -> None:
     """Raise a UsageError if bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError('quantize needs bitsandbytes: pip install "spp[quant]"')
+        raise UsageError('quantize needs bitsandbytes: pip install "spp-llm[quant]"')
 
 
 def quantize_(

@@ -47,7 +47,9 @@ def check_run(options: RunOptions, folder: Path, training: TrainOptions) -> None
 
 def _check_fit(options: RunOptions, training: TrainOptions, model: PreTrainedModel, problems: Problems) -> None:
     """Check the options against the model."""
-    problems.of(context_window, model.config, options.window)
+    for window in dict.fromkeys((options.window, options.calibration_window, options.eval_window)):
+        if window != "context":
+            problems.of(context_window, model.config, window)
     problems.of(matrices_to_prune, model, options)
     problems.of(target_layers, model, options.target_modules)
     problems.of(check_teacher, training, model.config.get_text_config().vocab_size)

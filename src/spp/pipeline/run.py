@@ -79,7 +79,7 @@ def run(options: RunOptions) -> RunReport:
     model = options.model or str(bundled_model())
     folder = resolve_model(model, code=options.trust_remote_code)
     out = options.out or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    stages = Stages(options, model, out)
+    stages = Stages(options, model, folder, out)
     check_run(options, folder, stages.training)
     with locked(out):
         _open_run(out, options, _request(options, folder, stages.training))

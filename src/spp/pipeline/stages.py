@@ -18,6 +18,7 @@ from spp.checkpoints.verify import verify
 from spp.errors import SppError, shown
 from spp.evaluation.evaluate import evaluate
 from spp.evaluation.options import EvalOptions
+from spp.models.loading import context_of, load_config
 from spp.options import Options
 from spp.pipeline.options import RunOptions
 from spp.pruning.options import PruneOptions
@@ -53,14 +54,20 @@ class Stages:
     Args:
         options: of the run.
         model: the dense model.
+        folder: its folder.
         out: folder of the run.
 
     Attributes:
         pruned, adapter, merged: folders that stages write.
     """
 
-    def __init__(self, options: RunOptions, model: str, out: Path) -> None:
-        self._options, self._model = options, model
+    def __init__(self, options: RunOptions, model: str, folder: Path, out: Path) -> None:
+        self._options, self._model, self._out = options, model, out
+        windows = options.calibration_window, options.eval_window
+        config = load_config(folder, options) if "context" in windows else None
+        self._calibration_window, self._eval_window = (
+            context_of(config) if window == "context" else window or options.window for window in windows
+        )
         self.pruned, self.adapter, self.merged = out / PRUNED, out / ADAPTER, out / MERGED
         self._one_shot = out / ONE_SHOT
 
@@ -98,10 +105,9 @@ class Stages:
     # The folder of a stage without a record can only be what a killed run left behind, so a stage may replace it.
 
     def _prune(self, out: Path, **values: Any) -> Any:
+        own = {"model": self._model, "out": out, "window": self._calibration_window, "overwrite": True}
         calibration = self._options.calibration or self._options.train
-        return prune(
-            self._of(PruneOptions, model=self._model, out=out, calibration=calibration, overwrite=True, **values)
-        )
+        return prune(self._of(PruneOptions, calibration=calibration, **own, **values))
 
     def _evaluate_one_shot(self) -> Any:
         """The perplexity from which the gap is counted: that of the mask alone, before blocks are reconstructed."""
@@ -120,7 +126,8 @@ class Stages:
         return verify(VerifyOptions.build(values))
 
     def _evaluate(self, model: str) -> Any:
-        return evaluate(self._of(EvalOptions, model=model, text=self._options.eval))
+        own = {"text": self._options.eval, "window": self._eval_window, "stream_folder": self._out}
+        return evaluate(self._of(EvalOptions, model=model, **own))
 
     def _pattern_of_every_matrix(self) -> str | None:
         """The pattern to verify in every matrix; None if the sparsity is a mean over matrices (OWL, keep_zeros)."""

@@ -9,53 +9,40 @@ so that all of them get the same blocks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Set
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from spp.data.tokens import require_known_ids
 from spp.errors import UsageError
 from spp.models.architecture import Matrix, decoder_blocks, prunable_matrices
+from spp.models.blockwise.block_calls import batched
+from spp.models.blockwise.journal import Journal
+from spp.models.blockwise.walk import BlocksToWalk, Walk
 from spp.patterns import Unstructured
-from spp.pruning.calibration.block_calls import BlockCalls, batched, capture
 from spp.pruning.calibration.input_hooks import collect_statistics
 from spp.pruning.calibration.input_statistics import InputNorm
-from spp.pruning.journal import Journal
 from spp.pruning.options import PruningSettings
 from spp.pruning.owl import outlier_share, owl_ratios
-from spp.pruning.prune_block import BlockPruner, BlockResult, Runs, all_reduce_statistics
+from spp.pruning.prune_block import BlockPruner, BlockResult, all_reduce_statistics
 from spp.runtime import distributed
-from spp.runtime.progress import track
 
 logger = logging.getLogger("spp")
 
 
-class Blocks(Protocol):
+class Blocks(BlocksToWalk, Protocol):
     """The decoder blocks of a model, of which as few as possible are in memory.
 
     Attributes:
-        model: the model.
-        device: the device that blocks are loaded to.
         untouched: names of parameters that pruning turns out to leave as they are; it adds them before `keep`.
     """
 
-    model: PreTrainedModel
-    device: torch.device
     untouched: set[str]
-
-    def surroundings(self) -> AbstractContextManager[None]:
-        """Context manager in which all modules that run before the blocks have their weights."""
-        ...
-
-    def loaded(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Context manager that yields block `index` with its weights loaded."""
-        ...
 
     def keep(self, index: int) -> Any:
         """Store the changed weights of a loaded block; returns facts about them, as JSON values."""
@@ -73,7 +60,7 @@ def prune_blocks(
     if pruner.calibrates:
         batches = _my_batches(windows, settings, blocks)
     with torch.no_grad():
-        walk = _Walk(blocks, batches, journal, calibrates=pruner.calibrates)
+        walk = Walk(blocks, batches, journal, calibrates=pruner.calibrates)
         ratios = _survey(walk, pruner, settings) if settings.allocation == "owl" else None
         walk.start("prune")
         for index in walk.unfinished("pruning"):
@@ -153,78 +140,7 @@ def _my_batches(windows: Tensor | None, settings: PruningSettings, blocks: Block
     return {number: batch for number, batch in numbered if number % distributed.world_size() == distributed.rank()}
 
 
-class _Walk:
-    """One pass over the blocks in order, in which hidden states go from each to the next."""
-
-    def __init__(
-        self, blocks: Blocks, batches: Mapping[int, Tensor], journal: Journal, *, calibrates: bool = True
-    ) -> None:
-        self.source, self._batches, self._journal = blocks, batches, journal
-        self._calibrates = calibrates
-        self._reached: set[int] = set()
-        self._prefix, self._blocks = decoder_blocks(blocks.model)
-        self._calls: list[BlockCalls] = []
-        self._walk = ""
-
-    def start(self, walk: str) -> None:
-        """Begin the pass of this name, or go on with it."""
-        self._walk = walk
-        done = len(self._journal.results(walk))
-        if self._batches and done < len(self._blocks):
-            hidden = None if done else self._journal.states(walk, 0)
-            with self.source.surroundings():
-                self._calls = capture(self.source.model, self._blocks, self._batches, hidden, self.source.loaded)
-        mine = [index for index, calls in enumerate(self._calls) if not calls.skipped]
-        self._reached = {index for one in distributed.all_gather(mine) for index in one}
-
-    def reaches(self, index: int) -> bool:
-        """Whether calibration text goes through a block, which the model may skip; True without calibration."""
-        return not self._calibrates or index in self._reached
-
-    def unfinished(self, description: str) -> Iterator[int]:
-        """The blocks that are left, with a bar."""
-        done = len(self._journal.results(self._walk))
-        return track(range(done, len(self._blocks)), description, total=len(self._blocks) - done)
-
-    def name(self, index: int) -> str:
-        """The full name of a block."""
-        return f"{self._prefix}.{index}"
-
-    def runs(self, index: int, stream: str = "main") -> Runs:
-        """Batch -> a function that runs a block, or a function in its place, on its input states in a stream."""
-        states, calls = self._journal.states(self._walk, index, stream if index else "main"), self._calls
-
-        def run(batch: int, block: Callable[..., Any]) -> Tensor:
-            return calls[index].run(block, batch, states[batch].to(self.source.device)).hidden
-
-        return {batch: partial(run, batch) for batch in self._batches}
-
-    def propagate(self, index: int, block: nn.Module, stream: str = "main") -> None:
-        """Run a block, and store the input states of the next one in a stream."""
-        states = self._journal.states(self._walk, index, stream if index else "main")
-        following = self._journal.states(self._walk, index + 1, stream)
-        for batch in self._batches:
-            following[batch] = self._calls[index].run(block, batch, states[batch].to(self.source.device))
-
-    def targets(self, index: int) -> Callable[[int], Tensor]:
-        """Batch -> the output of a block in the dense model, if it was stored."""
-        states = self._journal.states(self._walk, index + 1, "dense")
-        return lambda batch: states[batch].hidden.to(self.source.device)
-
-    def is_last(self, index: int) -> bool:
-        """Whether it is the last block."""
-        return index + 1 == len(self._blocks)
-
-    def results(self) -> list[Any]:
-        """The results of all finished blocks."""
-        return self._journal.results(self._walk)
-
-    def finish(self, result: object) -> None:
-        """Note the block as finished."""
-        self._journal.finish(self._walk, result)
-
-
-def _survey(walk: _Walk, pruner: BlockPruner, settings: PruningSettings) -> list[float]:
+def _survey(walk: Walk, pruner: BlockPruner, settings: PruningSettings) -> list[float]:
     """OWL's sparsity of every block, from a pass over the dense blocks."""
     walk.start("survey")
     for index in walk.unfinished("looking for outliers"):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spp.models.architecture import decoder_blocks
-from spp.pruning.calibration.hidden_states import States
+from spp.models.blockwise.hidden_states import States
+from spp.models.blockwise.journal import Journal
 from spp.pruning.engine import prune_blocks
-from spp.pruning.journal import Journal
 from spp.pruning.options import PruningSettings
 from spp.pruning.prune_block import BlockResult
 

@@ -5,22 +5,20 @@ The passes over a block are traced on fake tensors, which computes nothing; the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from spp.checkpoints.checkpoint import Checkpoint
 from spp.checkpoints.hub import resolve_model
 from spp.models.architecture import Matrix, decoder_blocks, prunable_matrices
+from spp.models.blockwise.block_calls import batched
+from spp.models.blockwise.traced import heaviest_block, nbytes, traced
 from spp.models.completeness import require_whole
 from spp.models.loading import context_window, skeleton
-from spp.pruning.calibration.block_calls import BlockCalls, batched, capture
-from spp.pruning.calibration.hidden_states import State
 from spp.pruning.calibration.input_hooks import collect_statistics
 from spp.pruning.engine import matrices_to_prune
 from spp.pruning.options import PruneOptions
@@ -28,7 +26,7 @@ from spp.pruning.prune_block import BlockPruner
 from spp.pruning.steps import steps_of
 from spp.runtime.devices import compute_dtype, pick_device
 from spp.runtime.memory_estimate import MemoryPrediction, available_bytes, libraries
-from spp.runtime.tensor_memory import LiveBytes, make_fake
+from spp.runtime.tensor_memory import LiveBytes
 
 # Adam's two moments, an fp32 copy, its gradient, and the weight that is computed with.
 _TUNED_BYTES = 20
@@ -65,8 +63,8 @@ def predict_pruning(options: PruneOptions) -> PruningPrediction:
     require_whole(model, source)
     pruner = BlockPruner(options, matrices_to_prune(model, options)[0])
     prefix, blocks = decoder_blocks(model)
-    heaviest = max(range(len(blocks)), key=lambda index: _nbytes(blocks[index].parameters()))
-    block = _nbytes(blocks[heaviest].parameters())
+    heaviest = heaviest_block(model)
+    block = nbytes(blocks[heaviest].parameters())
     matrices = prunable_matrices(f"{prefix}.{heaviest}", blocks[heaviest])
     layouts = source.layouts
     largest = max(layout.nbytes for layout in layouts.values())
@@ -97,10 +95,6 @@ def predict_pruning(options: PruneOptions) -> PruningPrediction:
     )
 
 
-def _nbytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
 def _scratch_of_criterion(options: PruneOptions, matrices: Sequence[Matrix], device: torch.device) -> int:
     """Most bytes that choosing the weights of one matrix takes."""
     steps = steps_of(options)
@@ -128,53 +122,21 @@ class _Traced:
         device: torch.device,
     ) -> None:
         prefix, blocks = decoder_blocks(model)
-        self.outside = _nbytes(model.get_input_embeddings().parameters())
+        self.outside = nbytes(model.get_input_embeddings().parameters())
         experts = [one for one in prunable_matrices(f"{prefix}.{index}", blocks[index]) if one.expert is not None]
         of_experts = sum(pruner.statistic_bytes(matrix) for matrix in experts)
-        for owner in _owners_of_experts(prefix, blocks):
-            owner.forward = _stand_in  # where tokens go depends on numbers, which fake tensors have not
-        tokens = torch.zeros(options.samples, window, dtype=torch.int64)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            make_fake(model, device)
-            batch = torch.zeros(batched(tokens)[0].shape, dtype=torch.int64, device=device)
-            hidden: dict[int, State] = {}
+        shape = batched(torch.zeros(options.samples, window, dtype=torch.int64))[0].shape
+        with traced(model, index, shape, device) as one:
+            self.capture = {"hidden states of a batch": one.capturing}
+            linears = [
+                matrix for matrix in pruner.matrices(f"{prefix}.{one.index}", one.block) if matrix.expert is None
+            ]
             with torch.no_grad(), LiveBytes() as live:
-                calls = capture(model, blocks, {0: batch}, hidden)
-            index = index if not calls[index].skipped else next(at for at, one in enumerate(calls) if not one.skipped)
-            with torch.no_grad():
-                state = _entering(index, blocks, calls, hidden[0])
-            self.capture = {"hidden states of a batch": live.peak}
-
-            def run() -> Tensor:
-                return calls[index].run(blocks[index], 0, state).hidden
-
-            linears = [one for one in pruner.matrices(f"{prefix}.{index}", blocks[index]) if one.expert is None]
-            with torch.no_grad(), LiveBytes() as live:
-                kept = collect_statistics(linears, pruner.kinds, run)
+                kept = collect_statistics(linears, pruner.kinds, one.run)
             self.calibration = {"statistics and activations": live.peak + of_experts}
             self.statistics = live.now + of_experts
             del kept
-            self.reconstruction = _reconstruction(linears, run) if options.reconstruct else {}
-
-
-def _owners_of_experts(prefix: str, blocks: Sequence[nn.Module]) -> set[nn.Module]:
-    matrices = (one for number, block in enumerate(blocks) for one in prunable_matrices(f"{prefix}.{number}", block))
-    return {matrix.owner for matrix in matrices if matrix.expert is not None}
-
-
-def _entering(index: int, blocks: Sequence[nn.Module], calls: Sequence[BlockCalls], first: State) -> State:
-    """What can enter a block, from what enters the first; others only run if they may leave something for it."""
-    if not calls[index].shares:
-        return first
-    state = first
-    for block, call in zip(blocks[:index], calls[:index], strict=True):
-        state = call.run(block, 0, state)
-    return state
-
-
-def _stand_in(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-    """A stand-in for experts: a tensor of their output's size."""
-    return torch.zeros_like(hidden)
+            self.reconstruction = _reconstruction(linears, one.run) if options.reconstruct else {}
 
 
 def _reconstruction(matrices: Sequence[Matrix], run: Callable[[], Tensor]) -> dict[str, int]:

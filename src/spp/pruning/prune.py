@@ -31,17 +31,17 @@ from spp.checkpoints.request import Request
 from spp.data.calibration import Calibration, calibration_windows
 from spp.errors import SppError, UsageError
 from spp.models.architecture import unreached_weights
+from spp.models.blockwise.journal import FolderJournal
 from spp.models.completeness import require_whole
 from spp.models.loading import context_window, load_tokenizer, skeleton
 from spp.models.weight_map import Part
 from spp.patterns import Unstructured
 from spp.pruning.engine import matrices_to_prune, needs_calibration, prune_blocks, pruned_parameters
-from spp.pruning.journal import FolderJournal
 from spp.pruning.options import BlockPart, PruneOptions, PruningSettings
 from spp.pruning.prune_block import BlockResult
+from spp.pruning.pruned_blocks import PrunedBlocks
 from spp.pruning.pruned_files import PrunedFiles, TensorFacts
 from spp.pruning.reconstruction import Fit
-from spp.pruning.streamed_blocks import StreamedBlocks
 from spp.runtime import distributed
 from spp.runtime.devices import compute_dtype, pick_device
 from spp.runtime.memory import return_freed_memory
@@ -147,7 +147,7 @@ def _prune(options: PruneOptions, device: torch.device) -> PruneReport:
         files = None  # the first of several processes writes
         if distributed.rank() == 0:
             files = PrunedFiles(source, folder, work, pruned_parameters(model, names), adopt=options.keep_zeros)
-        blocks = StreamedBlocks(model, source, device, files.keep if files else _leave)
+        blocks = PrunedBlocks(model, source, device, files.keep if files else _leave)
         if not journal.results("rest"):
             if files:
                 files.copy(set(source.names) - blocks.stored_names())

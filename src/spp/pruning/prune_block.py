@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spp.errors import SppError, raise_problems
 from spp.models.architecture import Matrix, prunable_matrices
+from spp.models.blockwise.walk import Runs
 from spp.models.bypassed import computes_otherwise, read_directly
 from spp.ops.dtypes import dtype_name
 from spp.ops.zeros import all_finite
@@ -26,9 +27,6 @@ from spp.pruning.steps import CRITERIA, steps_of
 from spp.runtime import distributed
 
 logger = logging.getLogger("spp")
-
-Runs = Mapping[int, Callable[[Callable[..., Any]], Tensor]]
-"""Calibration batch -> function that runs a block, or a function in its place, on that batch; returns its output."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Calibration: run the blocks on text, and collect statistics of each layer's inputs."""
+"""Calibration: statistics of each layer's inputs, collected while the blocks run on text."""

@@ -142,7 +142,7 @@ def _encoded(value: Any, tensors: list[Tensor]) -> Any:
         return ["plain", value]
     raise SppError(
         f"a block of this model passes a {type(value).__name__} on to later blocks, which cannot be kept between them; "
-        "prune it with the criterion magnitude"
+        "prune it with the criterion magnitude, and evaluate it without --stream"
     )
 
 

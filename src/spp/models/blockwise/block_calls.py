@@ -6,13 +6,14 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spp.errors import SppError
-from spp.pruning.calibration.hidden_states import Carried, State, States
+from spp.models.blockwise.hidden_states import Carried, State, States
 
 # Most tokens that one call computes, unless a single window is longer.
 _TOKENS_PER_CALL = 2048
@@ -30,15 +31,17 @@ class BlockCalls:
     Attributes:
         args: batch -> positional arguments after the hidden states; none if the model skips the block.
         kwargs: batch -> keyword arguments (masks, positions, rotary embeddings).
+        form: makes what the model expects a block to return of hidden states.
     """
 
     args: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     kwargs: dict[int, dict[str, Any]] = field(default_factory=dict)
+    form: Callable[[Tensor], Any] = field(default=lambda hidden: hidden)
 
     def add(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember the arguments of one batch."""
-        self.args[batch] = _shared(args, next(iter(self.args.values()), None))
-        self.kwargs[batch] = _shared(kwargs, next(iter(self.kwargs.values()), None))
+        self.args[batch] = _shared(args, next(reversed(self.args.values()), None))
+        self.kwargs[batch] = _shared(kwargs, next(reversed(self.kwargs.values()), None))
 
     @property
     def skipped(self) -> bool:
@@ -140,6 +143,30 @@ def capture(
     return recorders.calls
 
 
+def after_blocks(
+    model: PreTrainedModel, blocks: list[nn.Module], calls: list[BlockCalls], tokens: Tensor, hidden: Tensor
+) -> Tensor:
+    """The logits of hidden states that leave the last block.
+
+    The model runs its own forward, so its norm, its head and what else it does are right. It does these position by
+    position, so any positions may be put together.
+
+    Args:
+        model: a causal LM; whatever runs outside of its blocks has its weights.
+        blocks: its decoder blocks.
+        calls: how it calls them.
+        tokens: (windows, tokens) int64: any valid ids, no more of them than the model has positions.
+        hidden: (windows, tokens, features).
+    """
+    with _replaced_forwards(blocks, [partial(_pass_on, one.form, hidden) for one in calls]):
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+def _pass_on(form: Callable[[Tensor], Any], hidden: Tensor, *_: Any, **__: Any) -> Any:
+    """What stands for a block when all blocks have run: it returns what leaves the last one."""
+    return form(hidden)
+
+
 class _Recorded(Exception):
     """The last block has been reached: neither it nor the head, often the largest matrix of all, need run."""
 
@@ -179,20 +206,23 @@ class _Recorders:
         def record(*args: Any, **kwargs: Any) -> Any:
             if index <= self._latest:
                 raise SppError(
-                    f"the model calls its decoder block {index} after block {self._latest}, and pruning goes through "
-                    "the blocks once, in order; prune it with the criterion magnitude"
+                    f"the model calls its decoder block {index} after block {self._latest}, and what is done block by "
+                    "block goes through them once, in order; prune it with the criterion magnitude, and evaluate it "
+                    "without --stream"
                 )
             hidden, args, kwargs = _take_hidden_states(args, kwargs)
             self.calls[index].add(self._batch, args, kwargs)
             if self._latest < 0 and self._hidden is not None:
                 self._hidden[self._batch] = State(hidden.clone())
             self._latest = index
-            if index == self._last:
-                raise _Recorded
             if self._form is None:
                 with self._loaded(index):
                     output, _ = self.calls[index].call(self._forwards[index], self._batch, State(hidden))
                 self._form = _form_of(output)
+                for calls in self.calls:
+                    calls.form = self._form
+            if index == self._last:
+                raise _Recorded
             return self._form(hidden)
 
         return record
@@ -234,7 +264,8 @@ def _take_hidden_states(
 def _shared(value: Any, first: Any) -> Any:
     """`value`, with every tensor that equals its counterpart in `first` replaced by that one.
 
-    Masks and rotary embeddings are the same for all batches of one shape; this keeps one copy of them.
+    Masks and rotary embeddings are the same for all batches of one shape; this keeps one copy of them, where batches of
+    one shape follow each other.
     """
     if isinstance(value, Tensor) and isinstance(first, Tensor):
         return first if value.dtype == first.dtype and value.equal(first) else value

@@ -1,4 +1,4 @@
-"""The progress of a pruning run, so that a killed run resumes after its last finished block."""
+"""The progress of passes over a model's blocks, so that a killed run resumes after its last finished block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from spp.checkpoints.json_files import sync_folder
 from spp.checkpoints.unfinished import read_record, write_record
-from spp.pruning.calibration.hidden_states import FolderStates, States, StatesWriter
+from spp.models.blockwise.hidden_states import FolderStates, States, StatesWriter
 from spp.runtime import distributed
 
 

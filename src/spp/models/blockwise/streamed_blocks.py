@@ -1,10 +1,9 @@
-"""The decoder blocks of a model that stays in its files: each is read when it is needed, and passed on when done."""
+"""The decoder blocks of a model that stays in its files: each is read when it is needed, and forgotten when done."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +15,23 @@ from spp.models.architecture import decoder_blocks
 from spp.models.weight_map import Part, require_filled, weight_map
 from spp.runtime.memory import return_freed_memory
 
-Keep = Callable[[dict[str, tuple[Part, Tensor]]], dict[str, Any]]
-"""What to do with a finished block: name in the file -> which part of which parameter it is, and that part's values.
-
-It returns facts of those that were pruned, by name.
-"""
-
 
 class StreamedBlocks:
-    """See `spp.pruning.engine.Blocks`.
+    """The blocks of one model, of which one is in memory at a time; see `spp.models.blockwise.walk.Blocks`.
 
     Args:
         model: without weights: its parameters are on the meta device, its buffers real.
         checkpoint: the files with the weights.
         device: device to compute on.
-        keep: called with the tensors of a finished block; returns facts about them, as JSON values.
 
     Raises:
         UsageError: blocks share weights.
         SppError: the checkpoint lacks weights, or holds them in another layout.
     """
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device, keep: Keep) -> None:
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> None:
         self.model, self.device = model, device
-        self.untouched: set[str] = set()
-        self._checkpoint, self._keep = checkpoint, keep
+        self._checkpoint = checkpoint
         self._prefix, self._blocks = decoder_blocks(model)
         _require_own_weights(self._prefix, self._blocks)
         parts = weight_map(model, checkpoint)
@@ -50,6 +41,9 @@ class StreamedBlocks:
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
+        # Tied parameters have their values under the first of their names.
+        first = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._first = {name: first[id(one)] for name, one in model.named_parameters(remove_duplicate=False)}
         inside = (name for name, _ in model.named_parameters() if name.startswith(f"{self._prefix}."))
         require_filled(parts, inside, checkpoint)
 
@@ -103,29 +97,33 @@ class StreamedBlocks:
                 _empty(module)
             return_freed_memory()  # or each block would find less room than the one before it
 
-    def keep(self, index: int) -> dict[str, Any]:
-        """Pass the tensors of a block to the function `keep`; the facts that it returns of those that were touched."""
+    def stored(self, index: int) -> dict[str, tuple[Part, Tensor]]:
+        """The tensors of a loaded block: name in the files -> which part of which parameter it is, and its values."""
         block = self._blocks[index]
         tensors = dict(block.named_parameters(prefix=f"{self._prefix}.{index}"))
         tensors |= dict(block.named_buffers(prefix=f"{self._prefix}.{index}"))
-        stored = {
+        return {
             stored: (part, part.view(tensor.detach()))
             for name, tensor in tensors.items()
             for stored, part in self._parts.get(name, {}).items()
         }
-        facts = self._keep(stored)
-        return {name: fact for name, fact in facts.items() if stored[name][0].parameter not in self.untouched}
 
     def _fill(self, name: str, module: nn.Module) -> None:
         """Read a module's own weights, unless it has them."""
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                require_filled(self._parts.get(f"{name}.{key}", {}), [f"{name}.{key}"], self._checkpoint)
-                real = torch.empty_like(parameter, device=self.device)
-                self._read(f"{name}.{key}", real)
-                module.register_parameter(key, nn.Parameter(real, requires_grad=False))
+                first = self._first[f"{name}.{key}"]
+                known = self.model.get_parameter(first)
+                module.register_parameter(key, self._new(first, parameter) if known.is_meta else known)
         for key, buffer in module.named_buffers(recurse=False):
             self._read(f"{name}.{key}", buffer)
+
+    def _new(self, name: str, meta: nn.Parameter) -> nn.Parameter:
+        """A parameter with its values from the files."""
+        require_filled(self._parts.get(name, {}), [name], self._checkpoint)
+        real = torch.empty_like(meta, device=self.device)
+        self._read(name, real)
+        return nn.Parameter(real, requires_grad=False)
 
     def _read(self, name: str, real: Tensor) -> None:
         for stored, part in self._parts.get(name, {}).items():
@@ -139,7 +137,7 @@ def _require_own_weights(prefix: str, blocks: list[nn.Module]) -> None:
             if (first := owners.setdefault(id(parameter), index)) != index:
                 raise UsageError(
                     f"{prefix}.{index} shares {name} with {prefix}.{first}; a model whose blocks share weights cannot "
-                    "be pruned block by block"
+                    "be read block by block"
                 )
 
 
