@@ -64,6 +64,7 @@ HANDED_ON = [
     ("gradient_checkpointing", "--gradient-checkpointing"),
     ("pack", "--pack"),
     ("quantize", "--quantize int8"),
+    ("optimizer", "--optimizer adamw-8bit"),
     ("save_steps", "--save-steps 2"),
     ("keep", "--keep 1"),
     ("validation", "--validation 4"),

@@ -32,6 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.integrations import integration_utils
+from transformers.training_args import OptimizerNames
 
 from spp.cli.entry_point import main
 from spp.training.trainer import SppTrainer
@@ -347,6 +348,7 @@ def _watched(folder: Path, stage: Callable[[Callable[[Any], Any], Any], Any]) ->
     def watched_init(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         self.add_callback(_Watch(seen))
+        seen["optimizer"], self.args.optim = self.args.optim, OptimizerNames.ADAMW_TORCH  # which is always there
         seen["examples"], seen["held_out"] = list(self.train_dataset), list(self.eval_dataset or ())
 
     def quantize(_: Any, layers: Any, kind: str, *__: Any) -> Any:
@@ -371,7 +373,7 @@ def _watched(folder: Path, stage: Callable[[Callable[[Any], Any], Any], Any]) ->
 
     stand_ins = [
         ("spp.models.quantized", "quantize_", quantize),
-        ("spp.models.quantized", "require_bitsandbytes", lambda: None),
+        ("spp.models.quantized", "require_bitsandbytes", lambda _: None),
         (integration_utils.__name__, "get_available_reporting_integrations", lambda: ["tensorboard"]),
     ]
     replaced: list[tuple[Any, str, Any]] = [

@@ -19,6 +19,7 @@ from test_options_reach import (
     written,
 )
 from test_options_reach_stock import Outcome
+from transformers.training_args import OptimizerNames
 
 TEACHER = "--teacher other"
 HUB_MODEL = "someone/pruned"
@@ -105,6 +106,7 @@ ROWS = [
     Row("train", "gradient_checkpointing", "--gradient-checkpointing", seen("checkpointing"), after=True),
     Row("train", "pack", "--pack", report("packed"), "--no-pack", after=14),
     Row("train", "quantize", "--quantize int8", seen("quantize"), after="int8"),
+    Row("train", "optimizer", "--optimizer adamw-8bit", seen("optimizer"), after=OptimizerNames.ADAMW_BNB),
     Row("train", "save_steps", "--save-steps 2", seen("checkpoints"), TWO_EPOCHS, after={2: [2], 4: [2, 4]}),
     Row("train", "keep", "--keep 1", seen("checkpoints"), f"{TWO_EPOCHS} --save-steps 2", after={2: [2], 4: [4]}),
     Row("train", "save_steps", "--save-steps 1", evaluated_steps, "--validation 4 --max-steps 2", after=[1, 2]),

@@ -49,10 +49,10 @@ def made_again(weight: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
         yield
 
 
-def require_bitsandbytes() -> None:
-    """Raise a UsageError if bitsandbytes is not installed."""
+def require_bitsandbytes(asked: str) -> None:
+    """Raise a UsageError if bitsandbytes, which what is asked for needs, is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError('quantize needs bitsandbytes: pip install "spp-llm[quant]"')
+        raise UsageError(f'{asked} needs bitsandbytes: pip install "spp-llm[quant]"')
 
 
 def quantize_(

@@ -18,7 +18,8 @@ def check_settings(settings: TrainingSettings) -> None:
     problems = Problems()
     problems.of(batching, settings)
     problems.of(require_sharding, settings)
-    if settings.quantize != "none":
-        problems.of(require_bitsandbytes)
+    for name in ("quantize", "optimizer"):
+        if getattr(settings, name) not in ("none", "adamw"):
+            problems.of(require_bitsandbytes, f"{name} {getattr(settings, name)}")
     problems.of(reports, settings)
     problems.raise_any()

@@ -7,7 +7,7 @@ for backward is counted, without formulas for architectures.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ from spp.training.training_data import training_examples
 _SHARE_TO_USE = 0.9  # of what is free; the rest is for what no one counts
 _PLAINLY_FITS = 0.25
 _NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # of a weight: 4 bits, a byte for 64 of them, a float for 256 of those
+_FEWEST_IN_8_BITS = 4096  # entries; bitsandbytes keeps the moments of fewer in fp32
 _COMPARED = 4  # fp32 matrices of predictions (tokens, vocabulary) beside those of the loss on the data
 # What a C library's heap holds on to beyond the tensors that are alive. With checkpointing it is made not to. Measured
 # with glibc on steps of a 67 M-parameter Llama: 0.30 to 0.50.
@@ -171,33 +172,43 @@ def needs_of_a_step(
     in_full = options.method == "full"
     adapted = _with_values(model, targets, stored) if in_full else with_new_adapter(model, traced, options)
     trace_as_one_expert_(adapted)
-    on_experts = 0 if in_full else _factors_of_experts(options, config, device)
-    trained = on_experts + (_trained(adapted) if targets else 0)
+    of_experts = [] if in_full else _factors_of_experts(options, config, device)
+    sizes = of_experts + (_trained(adapted) if targets else [])
     if checkpointing:
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
     inputs: dict[str, torch.Size] = {name: batch for name in ("input_ids", "attention_mask", "labels")}
     step = peak_of_a_step(adapted.train(), inputs, device)
     slack = {} if checkpointing or device.type != "cpu" else {"allocator's slack": int(_HEAP_SLACK * step)}
     return {
-        **({} if in_full else {"adapter": 4 * trained}),  # trained values are among the weights
-        "optimizer": 2 * 4 * trained,  # AdamW's two moments
-        "activations and gradients": step + 4 * on_experts,
+        **({} if in_full else {"adapter": 4 * sum(sizes)}),  # trained values are among the weights
+        "optimizer": _moments(options.optimizer, sizes),
+        "activations and gradients": step + 4 * sum(of_experts),
         **slack,
         "scratch": scratch,
     }
 
 
-def _factors_of_experts(options: TrainOptions, config: Any, device: torch.device) -> int:
-    """Entries of the factors on stacked experts, which are not traced."""
+def _factors_of_experts(options: TrainOptions, config: Any, device: torch.device) -> list[int]:
+    """Entries of each factor on stacked experts, which are not traced."""
     model = _skeleton(options, config, device)
     if not (stacks := target_stacks(model, options.target_modules)):
-        return 0
+        return []
     return _trained(with_new_adapter(model, {}, options, stacks=stacks))
 
 
-def _trained(adapted: nn.Module) -> int:
-    """Number of trained entries."""
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+def _trained(adapted: nn.Module) -> list[int]:
+    """Number of entries of each trained parameter."""
+    return [parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad]
+
+
+def _moments(optimizer: str, sizes: Iterable[int]) -> int:
+    """Bytes of AdamW's two moments of parameters of these sizes.
+
+    bitsandbytes has moments in 8 bits with a scale in fp32 for each 256 of them, but small ones in fp32.
+    """
+    if optimizer == "adamw":
+        return sum(2 * 4 * size for size in sizes)
+    return sum(2 * (size + 4 * -(-size // 256)) if size >= _FEWEST_IN_8_BITS else 2 * 4 * size for size in sizes)
 
 
 def _with_values(

@@ -84,6 +84,9 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
         "examples (default: by the model's width, its number of blocks, and the method)",
         json_schema_extra={"metavar": "X|auto"},
     )
+    optimizer: Literal["adamw", "adamw-8bit"] = Field(
+        "adamw", description="AdamW with its moments in float32, or in 8 bits (bitsandbytes): a quarter of their memory"
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay on what is trained")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps over which the rate rises")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="how the rate falls after warm-up")
@@ -165,6 +168,12 @@ class TrainingSettings(AdapterSettings, ExampleSettings, TeacherSettings):
                 f"learning-rate auto trains the model several times from its start, which a model that is sharded "
                 f"({self.sharding}) does not go back to; give a number, or leave out sharding"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_optimizer(self) -> Self:
+        if self.optimizer == "adamw-8bit" and self.sharding != "none":
+            raise ValueError(f"optimizer adamw-8bit does not go with sharding {self.sharding}; leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -117,6 +117,7 @@ def _optimization(options: TrainingSettings, sequences: int) -> dict[str, Any]:
         "gradient_accumulation_steps": _share(options) // sequences,
         "num_train_epochs": options.epochs,
         "max_steps": options.max_steps or -1,
+        **({"optim": "adamw_bnb_8bit"} if options.optimizer == "adamw-8bit" else {}),
         "weight_decay": options.weight_decay,
         "warmup_steps": options.warmup_ratio if options.warmup_ratio < 1 else 1 - 1e-9,  # below 1 it is a share
         "lr_scheduler_type": _SCHEDULES[options.schedule],
