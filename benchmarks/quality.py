@@ -2,6 +2,8 @@
 
     python -m benchmarks.quality --data FOLDER --threads 2 [--model story] [--pattern 2:4] [--method SPP HiRA]
 
+With `--seconds`, every method trains for the same CPU time, not for the same number of steps.
+
 FOLDER has the models in benchmarks/evaluated_models.py; without it, there is the bundled one only. Every method is
 tried at the same number of learning rates with the first seed. The one with the lowest loss on examples that were held
 out is taken, with all seeds, and evaluated on the text that perplexity is reported on. What the CSV file already has is
@@ -48,6 +50,7 @@ from spp.training.training_data import hold_out, training_examples
 PATTERNS = ("2:4", "50%", "75%")
 _HELD_OUT = 32
 _WARM_UP = 0.03
+_TIMED = 8  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +270,16 @@ def fit(
     return model.eval(), found
 
 
+def steps_within(cell: Cell, method: Method, seconds: float) -> int:
+    """How many steps a method makes in this time, by the time of a few of them."""
+    began = _seconds(cell.device)
+    fit(cell, method, method.rates[0], 0, 1)  # what happens once, and the first step, which is slower
+    once = _seconds(cell.device) - began
+    fit(cell, method, method.rates[0], 0, 1 + _TIMED)
+    each = (_seconds(cell.device) - began - 2 * once) / _TIMED
+    return max(round(seconds / each), 1)
+
+
 def _seconds(device: str) -> float:
     """A clock; on a CPU the process's own, which runs for each thread, and which other processes hardly change."""
     if device == "cpu":
@@ -311,12 +324,13 @@ def _measure_cell(cell: Cell, methods: Sequence[str], machine: dict[str, Any], a
     print(f"{cell.evaluated.name}, {cell.pattern}: dense {dense:.3f}, pruned {pruned[False]:.3f}, "
           f"reconstructed {pruned[True]:.3f}", flush=True)  # fmt: skip
     for name in methods:
-        for found in measure(cell, METHODS[name], args.seeds, args.steps):
+        steps = args.steps if args.seconds is None else steps_within(cell, METHODS[name], args.seconds)
+        for found in measure(cell, METHODS[name], args.seeds, steps):
             gap = gap_closed(dense, pruned[False], found["perplexity"])
             row = {
                 **machine,
                 **common,
-                "steps": args.steps,
+                "steps": steps,
                 "tokens_per_step": cell.evaluated.tokens_per_step,
                 "dense": round(dense, 4),
                 "pruned": round(pruned[False], 4),
@@ -332,6 +346,8 @@ def _measure_cell(cell: Cell, methods: Sequence[str], machine: dict[str, Any], a
 
 def _is_measured(evaluated: EvaluatedModel, pattern: str, method: str, args: argparse.Namespace) -> bool:
     """Whether the file has the rows of an earlier run, which may have been killed after them."""
+    if args.seconds is not None:  # how many steps that is cannot be known
+        return False
     asked = {
         (evaluated.name, pattern, method, str(args.steps), str(evaluated.tokens_per_step), str(seed))
         for seed in args.seeds
@@ -344,6 +360,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n")[0])
     add_model_arguments(parser, PATTERNS, METHODS, "quality.csv")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, help="CPU time of each training, in place of --steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser

@@ -77,6 +77,22 @@ def test_a_row_for_each_method_and_seed(small: EvaluatedModel, tmp_path: Path, m
     assert common.read_rows(path) == rows
 
 
+def test_equal_seconds(small: EvaluatedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "quality.csv"
+    monkeypatch.setattr(quality, "steps_within", lambda cell, method, seconds: 3 if method.teacher else int(seconds))
+    options = ["--pattern", "2:4", "--seconds", "2", "--seeds", "0", "--threads", "1", "--csv", str(path)]
+    quality.main([*options, "--method", "SPP", "SPP + both"])
+    assert [(row["method"], row["steps"]) for row in common.read_rows(path)] == [("SPP", "2"), ("SPP + both", "3")]
+
+
+def test_steps_by_their_time(small: EvaluatedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(quality, "fit", lambda *args: made.append(args[-1]))
+    monkeypatch.setattr(quality, "_seconds", lambda _: 5.0 * len(made) + 2.0 * sum(made))  # 5 s once, 2 s a step
+    cell = quality.Cell(small, "2:4", tmp_path)
+    assert quality.steps_within(cell, quality.METHODS["SPP"], 30) == 15
+
+
 def test_rates_are_tried_to_the_end(small: EvaluatedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rates.csv"
     options = ["--pattern", "2:4", "--steps", "2", "--rate", "0.01", "0.1", "--threads", "1", "--csv", str(path)]
