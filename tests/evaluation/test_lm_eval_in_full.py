@@ -80,7 +80,8 @@ def definition(tmp_path: Path, kind: str) -> Path:
 
 
 def report_of(model: Path, tasks: Path, **changes: Any) -> TasksReport:
-    report = evaluate(EvalOptions.build({"model": str(model), "tasks": str(tasks), "device": "cpu", **changes}))
+    values = {"model": str(model), "tasks": str(tasks), "device": "cpu", "trust_remote_code": True}
+    report = evaluate(EvalOptions.build(values | changes))
     assert isinstance(report, TasksReport)
     return report
 
@@ -157,8 +158,10 @@ def test_a_choice_in_a_chat_template_scores_as_lm_eval_scores_it(chat_model: Pat
     }
 
 
-def test_a_definition_cannot_bring_code(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_a_definition_is_read_if_it_is_trusted_and_cannot_name_functions(tmp_path: Path, tiny_checkpoint: Path) -> None:
     path = tmp_path / "task.yaml"
+    with pytest.raises(UsageError, match="may run code; pass --trust-remote-code if you trust it"):
+        report_of(tiny_checkpoint, path, trust_remote_code=False)
     path.write_text("task: t\ndoc_to_text: !function utils.text\n")
     with pytest.raises(SppError, match="without !function"):
         report_of(tiny_checkpoint, path)

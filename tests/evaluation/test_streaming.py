@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +28,8 @@ from spp.evaluation.options import EvalOptions
 from spp.evaluation.perplexity import EvalReport
 from spp.evaluation.streaming import batches_of
 from spp.evaluation.streaming_memory import predict_streaming
+from spp.models.blockwise.hidden_states import FolderStates
+from spp.models.blockwise.journal import FolderJournal
 from spp.models.blockwise.streamed_blocks import StreamedBlocks
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -180,6 +184,36 @@ def test_another_request_or_a_changed_model_starts_anew(
     save(tiny_model("llama", num_hidden_layers=3, rms_norm_eps=1e-2), tiny_tokenizer, folder)
     assert abs(score(folder, text, stream=True).nll - score(folder, text, stream=False).nll) < 1e-6
     assert score(folder, text, stream=True, window=8).nll != score(folder, text, stream=True).nll
+
+
+def test_a_full_disk_is_one_error_and_the_work_goes_on(
+    text: Path, tmp_path: Path, tiny_model: MakeModel, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tiny_model("llama", num_hidden_layers=3), tiny_tokenizer, tmp_path / "model")
+    real, finished = FolderStates.__setitem__, FolderJournal.finish
+    blocks = 0
+
+    def counted(self: FolderJournal, walk: str, result: Any) -> None:
+        nonlocal blocks
+        finished(self, walk, result)
+        blocks += 1
+
+    def full(self: FolderStates, batch: int, state: Any) -> None:
+        if blocks == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, batch, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderJournal, "finish", counted)
+        patch.setattr(FolderStates, "__setitem__", full)
+        with pytest.raises(
+            SppError, match="no space is left on the disk of .*finished blocks are kept.*--stream-folder"
+        ):
+            score(folder, text, stream=True)
+    loaded, load = [], StreamedBlocks.loaded
+    monkeypatch.setattr(StreamedBlocks, "loaded", lambda self, index: loaded.append(index) or load(self, index))
+    assert abs(score(folder, text, stream=True).nll - score(folder, text, stream=False).nll) < 1e-6
+    assert loaded == [0, 2]  # the first to see in what form it returns its output
 
 
 def test_a_model_that_does_not_fit_is_streamed_by_itself(

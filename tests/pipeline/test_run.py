@@ -52,6 +52,14 @@ def test_results_say_what_was_done(finished, tmp_path):
     assert "</html>" in (finished.out / "report.html").read_text()
 
 
+def test_models_that_do_not_fit_are_evaluated_block_by_block(finished, tmp_path, tiny_checkpoint, stories):
+    streamed = run(options(tiny_checkpoint, stories, tmp_path / "streamed", stream=True))
+    whole = finished.results.perplexity
+    assert streamed.results.perplexity == {name: pytest.approx(value, rel=1e-6) for name, value in whole.items()}
+    assert streamed.results.protocol.evaluation["streamed"] and not finished.results.protocol.evaluation["streamed"]
+    assert not list(streamed.out.glob(".*"))
+
+
 def test_every_folder_loads_without_spp_and_merging_changes_nothing(finished, tiny_tokenizer):
     code = (
         "import sys, torch\n"

@@ -96,6 +96,11 @@ def _request(options: EvalOptions) -> _Request:
         path = user_path(name)
         if path.suffix in _DEFINITIONS:
             request.definitions.append(path)
+            if not options.trust_remote_code:
+                request.problems.append(
+                    f"{path}: lm-eval fills in a definition's templates without a sandbox, so that it may run code; "
+                    "pass --trust-remote-code if you trust it"
+                )
         elif path.suffix == _SUFFIX:
             request.add_file(path.stem, path)
         elif path.is_dir():
@@ -165,7 +170,7 @@ def _from_files(files: Mapping[str, TaskFile]) -> list[Any]:
 
 
 def _defined(path: Path) -> Any:
-    """A task that a user's file defines in lm-eval's words; it cannot name Python functions, which would be run."""
+    """A task that a user's file defines in lm-eval's words, without Python functions of its own."""
     configurable_task: Any = import_module("lm_eval.api.task").ConfigurableTask
     with reading(path, "lm-eval's definition of a task", "write it in YAML, without !function"):
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
