@@ -1,22 +1,22 @@
 """The product with a weight of few-bit survivors: by integers for few tokens, by expanding W for more.
 
-For at most `MOST_ROUNDED` tokens, as in decoding, reading the weight takes most of the time. There x is rounded to int8, once
-for the whole product, with a scale per token and group of columns, as llama.cpp and others do it:
+For at most `MOST_ROUNDED` tokens, as in decoding, reading the weight takes most of the time. There x is rounded to
+int8, once for the whole product, with a scale per token and group of columns, as llama.cpp does it:
 
-    x[t, j] ~ s[t, g] q[t, j], s[t, g] = max over the group of |x[t, j]| / 127, q an integer from -127 to 127, rounded to nearest
+    x[t, j] ~ s[t, g] q[t, j], where s[t, g] = max |x[t, j]| / 127 over the group, and q is the nearest integer
     y[t, i] = sum over g of scales[i, g] s[t, g] (sum over j in g of codebook[code[i, j]] q[t, j]) + bias[i]
 
-The inner sums are exact. So y differs from x W^T by at most the sum over j of |W[i, j]| s[t, g] / 2, which is 1/254 of the
-largest |x| of each group, beside the rounding of fp32; `rounding_bound` computes it. Rounding errors have either sign,
-so in practice y is much nearer. A token with an entry that is not finite gives NaN in all of y. `exact=True` expands W instead,
-whatever the number of tokens.
+The inner sums are exact. So y differs from x W^T by at most the sum over j of |W[i, j]| s[t, g] / 2, that is, 1/254 of
+the largest |x| of the group for every weight, beside the rounding of fp32; `rounding_bound` computes it. Errors have
+either sign, so that their sum is much smaller as a rule. An entry that is not finite gives NaN in all of its token's y.
+`exact=True` expands W instead, whatever the number of tokens.
 
 Shapes: T tokens, O output features, I input features, G groups of columns.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -47,14 +47,16 @@ def few_bit_matmul(
         weight: (O, I), on x's device.
         bias: (O,) or None.
         exact: expand W rather than round x.
-        backend: `reference` is the formula in plain torch; `native` our kernels. `auto` takes the kernels if they support
-            the call, and else expands W.
+        backend: `reference` is the formula in plain torch; `native` our kernels. `auto` takes the kernels if they
+            support the call, and else expands W.
 
     Raises:
         ValueError: the shapes do not fit, or the back-end does not support the call.
         SppError: the weight is damaged.
     """
     _require_fit(x, weight, bias)
+    if backend not in get_args(Backend):
+        raise ValueError(f"back-end {backend!r} is unknown; use {', '.join(get_args(Backend))}")
     reason = native.why_not(weight, x.dtype)
     if backend == "native" and reason:
         raise ValueError(f"the back-end native cannot be used: {reason}")
@@ -95,9 +97,7 @@ def rounding_bound(x: Tensor, weight: FewBitWeight) -> Tensor:
     return halves @ weight.unpack(torch.float64).abs().T
 
 
-def _expanded_product(
-    x: Tensor, weight: FewBitWeight, bias: Tensor | None, compiled: bool, learns: bool
-) -> Tensor:
+def _expanded_product(x: Tensor, weight: FewBitWeight, bias: Tensor | None, compiled: bool, learns: bool) -> Tensor:
     """x W^T + bias with a dense W: whole where autograd keeps it, else in blocks of rows."""
     if not compiled or learns:
         with exactly(x):

@@ -16,6 +16,10 @@ constexpr int64_t kColumns = 64;     // at a time
 constexpr int64_t kDecoded = 4096;   // columns of a row that are decoded at once
 constexpr int64_t kLoad = 64;        // bytes that may be read from every survivor's on
 
+// Whole groups of columns, without a division, which would take as long as some words of a row.
+inline int64_t group_of(const FewBitWeight& w, int64_t column) { return column >> (w.group == 64 ? 6 : 7); }
+inline int64_t groups_of(const FewBitWeight& w, int64_t columns) { return group_of(w, columns + w.group - 1); }
+
 // x in int8, and what belongs to it, in the caller's memory.
 struct RoundedX {
   int64_t columns, groups;  // of one token: whole groups
@@ -24,7 +28,7 @@ struct RoundedX {
   int32_t* starts;          // (T, groups, 16): -128 times the sums of four entries each, where sums begin; see few_bits512.h
 
   RoundedX(const FewBitWeight& w, int64_t tokens, void* memory) {
-    groups = (w.in_features + w.group - 1) / w.group;
+    groups = groups_of(w, w.in_features);
     columns = groups * w.group;
     starts = static_cast<int32_t*>(memory);
     scales = reinterpret_cast<float*>(starts + tokens * groups * 16);
@@ -93,6 +97,8 @@ struct Levels {
 struct FewBitRow {
   const FewBitWeight& weight;
   const Levels table;
+  const int64_t most;       // codes in the whole weight
+  const int64_t pace;       // bytes of them per group, about
   int64_t row, next, past;  // the codes that are left
   // Of the segment: the bits of its columns, up to the next whole group; its bytes, and where they end.
   int64_t columns, groups;
@@ -103,23 +109,24 @@ struct FewBitRow {
   alignas(64) uint32_t bits[kDecoded / 32];
   alignas(64) uint8_t bytes[kDecoded + kLoad];
 
-  explicit FewBitRow(const FewBitWeight& w) : weight(w), table(w) {}
+  explicit FewBitRow(const FewBitWeight& w) : weight(w), table(w), most((w.code_bytes - kLoad) * 8 / w.bits), pace(most * w.bits / 8 / (w.out_features * groups_of(w, w.in_features))) {}
 
   bool start(int64_t which) {
     row = which;
     next = weight.row_offsets[row];
     past = weight.row_offsets[row + 1];
-    return 0 <= next && next <= past && past <= (weight.code_bytes - kLoad) * 8 / weight.bits;
+    return 0 <= next && next <= past && past <= most;
   }
 
   // The next columns of the row, from `first` on.
   bool segment(int64_t first) {
     const int64_t there = weight.in_features - first, words = (weight.in_features + 31) / 32, left = past - next;
     columns = there < kDecoded ? there : kDecoded;
-    groups = (columns + weight.group - 1) / weight.group;
+    groups = groups_of(weight, columns);
     word = reinterpret_cast<const uint32_t*>(weight.bitmask) + row * words + first / 32;
-    per_word = columns % weight.group ? 0 : weight.per_word;
-    if (columns % weight.group) copy_bits();
+    const bool whole = groups * weight.group == columns;
+    per_word = whole ? weight.per_word : 0;
+    if (!whole) copy_bits();
     int64_t codes = left;
     if (per_word) {
       codes = per_word * (columns / kColumns);
@@ -154,8 +161,7 @@ struct FewBitRow {
 
 // The scales of groups [first, first + n) of a row, in fp32; `out` has room for up to 15 more.
 inline void widen_scales(const FewBitWeight& w, int64_t row, int64_t first, int64_t n, float* out) {
-  const int64_t groups = (w.in_features + w.group - 1) / w.group;
-  const fp16* from = static_cast<const fp16*>(w.scales) + row * groups + first;
+  const fp16* from = static_cast<const fp16*>(w.scales) + row * groups_of(w, w.in_features) + first;
   for (int64_t g = 0; g < n; g += 16) {
     store(out + g, n - g >= 16 ? widen(from + g) : widen(Padded<fp16>(from + g, n - g).entries));
   }
@@ -172,8 +178,8 @@ struct GroupFactors {
     float scales[kMostGroups + 16];
     widen_scales(w, row, first, n, scales);
     for (int t = 0; t < tokens; ++t) {
-      const float* of_x = x.scales + t * x.groups + first;
-      for (int64_t g = 0; g < n; ++g) of[t][g] = scales[g] * of_x[g];
+      const float* of_x = x.scales + t * x.groups + first;  // up to 15 more are read, where x.entries are
+      for (int64_t g = 0; g < n; g += 16) store(of[t] + g, mul(load(scales + g), load(of_x + g)));
     }
   }
 };

@@ -19,9 +19,9 @@ bool matvec_few_rows(const FewBitWeight& w, const RoundedX& x, const float* bias
     for (int64_t column = 0; column < w.in_features; column += kDecoded) {
       for (int k = 0; k < 2; ++k) {
         if (!rows[k].segment(column)) return false;
-        factors[k].start(w, rows[k].row, x, column / w.group, rows[k].groups);
+        factors[k].start(w, rows[k].row, x, group_of(w, column), rows[k].groups);
       }
-      if (!DotRows<tokens>::add(rows, factors, x, column / w.group, totals)) return false;
+      if (!DotRows<tokens>::add(rows, factors, x, group_of(w, column), totals)) return false;
       if (rows[0].at != rows[0].end || rows[1].at != rows[1].end) return false;
     }
     for (const FewBitRow& one : rows) {
@@ -55,11 +55,11 @@ bool expand_few_rows(const FewBitWeight& w, Out* out, int64_t start, int64_t fir
     if (!reader.start(row)) return false;
     for (int64_t column = 0; column < w.in_features; column += kDecoded) {
       if (!reader.segment(column)) return false;
-      widen_scales(w, row, column / w.group, reader.groups, scales);
+      widen_scales(w, row, group_of(w, column), reader.groups, scales);
       Out* const to = out + (row - start) * w.in_features + column;
       for (int64_t j = 0; j < reader.columns; j += kChunk) {
         const uint32_t mask = *reader.word++;
-        const V scale = broadcast(scales[j / w.group]);
+        const V scale = broadcast(scales[group_of(w, j)]);
         const V low = levels(mask & 0xffff, reader.at);
         reader.at += count(mask & 0xffff);
         const V high = levels(mask >> 16, reader.at);

@@ -11,6 +11,17 @@ inline uint64_t next_64(const uint32_t* word) {
   return mask;
 }
 
+// A hint, which may point anywhere.
+inline void fetch_soon(uintptr_t at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+
+// Bits and scales of the segment after this row's.
+inline void fetch_next(const FewBitRow& row) {
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(row.word) + (row.weight.in_features + 31) / 32 * 4;
+  for (int64_t i = 0; i < row.columns / 8; i += 64) fetch_soon(bits + i);
+  const int64_t scales = groups_of(row.weight, row.weight.in_features) * 2;
+  fetch_soon(reinterpret_cast<uintptr_t>(row.weight.scales) + (row.row + 2) * scales);
+}
+
 template <int tokens>
 struct DotRows {
   static bool add(FewBitRow (&rows)[2], const GroupFactors<tokens> (&factors)[2], const RoundedX& x, int64_t group,
@@ -33,8 +44,10 @@ struct DotRows {
     const int8_t* entries = x.entries + group * per_group * kColumns;
     const int32_t* starts = x.starts + group * 16;
     // Decoding stops and goes, which no prefetcher follows: meanwhile, the codes of the rows to come are fetched.
-    uintptr_t ahead[2] = {rows[0].ahead(), rows[1].ahead()};
-    const int64_t pace = (rows[0].end - rows[0].at) * rows[0].weight.bits / 8 / groups;
+    const uintptr_t ahead[2] = {rows[0].ahead(), rows[1].ahead()};
+    const int64_t pace = rows[0].pace;
+    fetch_next(rows[0]);
+    fetch_next(rows[1]);
     uint64_t wrong = 0;
     V sums[2][tokens];
 #pragma GCC unroll 2
@@ -64,8 +77,7 @@ struct DotRows {
       }
 #pragma GCC unroll 2
       for (int k = 0; k < 2; ++k) {
-        _mm_prefetch(reinterpret_cast<const char*>(ahead[k]), _MM_HINT_T0);
-        ahead[k] += pace;
+        fetch_soon(ahead[k] + g * pace);
 #pragma GCC unroll 4
         for (int t = 0; t < tokens; ++t) {
           sums[k][t] = fma(_mm512_cvtepi32_ps(dots[k][t]), broadcast(factors[k].of[t][g]), sums[k][t]);
