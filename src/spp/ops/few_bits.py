@@ -20,6 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from spp.ops.dtypes import SCALE_DTYPE
 from spp.ops.packed import DamagedWeightError, mask_of_bits, pack_mask, problems_of_rows, word_count
 
 Bits = Literal[8, 6, 5, 4, 3, 2]
@@ -243,7 +244,7 @@ def _problems_of_layout(weight: FewBitWeight) -> Iterator[str]:
         "codes": (torch.uint8, (weight.codes.numel(),)),
         "bitmask": (torch.int32, (rows, word_count(weight.in_features))),
         "row_offsets": (torch.int64, (rows + 1,)),
-        "scales": (torch.float16, (rows, -(-weight.in_features // weight.group))),
+        "scales": (SCALE_DTYPE, (rows, -(-weight.in_features // weight.group))),
         "codebook": (torch.int8, (0 if weight.bits == 8 else 2**weight.bits,)),
     }
     for name, (dtype, shape) in expected.items():
@@ -288,7 +289,7 @@ def _problems_of_codes(
     out_features, in_features = mask.shape
     expected: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {
         "indices": (indices, torch.int8 if bits == 8 else torch.uint8, (out_features, in_features)),
-        "scales": (scales, torch.float16, (out_features, -(-in_features // group))),
+        "scales": (scales, SCALE_DTYPE, (out_features, -(-in_features // group))),
     }
     if bits == 8 and codebook is not None:
         yield "8 bits have no codebook"

@@ -161,9 +161,9 @@ struct FewBitRow {
 
 // The scales of groups [first, first + n) of a row, in fp32; `out` has room for up to 15 more.
 inline void widen_scales(const FewBitWeight& w, int64_t row, int64_t first, int64_t n, float* out) {
-  const fp16* from = static_cast<const fp16*>(w.scales) + row * groups_of(w, w.in_features) + first;
+  const Scale* from = static_cast<const Scale*>(w.scales) + row * groups_of(w, w.in_features) + first;
   for (int64_t g = 0; g < n; g += 16) {
-    store(out + g, n - g >= 16 ? widen(from + g) : widen(Padded<fp16>(from + g, n - g).entries));
+    store(out + g, n - g >= 16 ? widen(from + g) : widen(Padded<Scale>(from + g, n - g).entries));
   }
 }
 
