@@ -59,7 +59,12 @@ class Measured:
         }
 
 
-def measure(methods: Mapping[str, Step | None], repeats: int, device: str = "cpu") -> dict[str, Measured | None]:
+def measure(
+    methods: Mapping[str, Step | None],
+    repeats: int,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Measured | None]:
     """Time the methods in turn, so that a slow minute of the machine meets all of them.
 
     Every other round goes backwards, so that no method always runs in the wake of the same one.
@@ -68,17 +73,18 @@ def measure(methods: Mapping[str, Step | None], repeats: int, device: str = "cpu
         methods: name -> what to time, or None for what this machine lacks, which stays None.
         repeats: rounds, after one that is not counted.
         device: cpu or cuda.
+        clock: seconds, for the CPU.
     """
     steps = {name: step for name, step in methods.items() if step is not None}
     extra = {name: _extra_bytes(step, device) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(repeats):
         for name in list(steps) if round_ % 2 == 0 else reversed(steps):
-            times[name].append(_milliseconds(steps[name], device))
+            times[name].append(_milliseconds(steps[name], device, clock))
     return {name: Measured(times=times[name], extra_bytes=extra[name]) if name in steps else None for name in methods}
 
 
-def _milliseconds(step: Step, device: str) -> float:
+def _milliseconds(step: Step, device: str, clock: Callable[[], float]) -> float:
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -87,9 +93,9 @@ def _milliseconds(step: Step, device: str) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
-    began = time.perf_counter()
+    began = clock()
     step()
-    return (time.perf_counter() - began) * 1e3
+    return (clock() - began) * 1e3
 
 
 def _extra_bytes(step: Step, device: str) -> int | None:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NATIVE = ROOT / "src" / "spp" / "ops" / "native"
 TESTS = (
     "tests/ops/test_native.py",
+    "tests/ops/test_few_bits_native.py",
     "tests/ops/test_zero_proof.py",
     "tests/ops/test_operator.py",
     "tests/models/test_pack_model.py",

@@ -38,3 +38,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 KERNEL_DTYPE_NAMES = ", ".join(map(dtype_name, KERNEL_DTYPES))
 """Those dtypes as a phrase, for messages."""
+
+SCALE_DTYPE = torch.float16
+"""Dtype of the scales of few-bit weights; `Scale` in native/dtypes.h."""

@@ -19,6 +19,8 @@
 
 namespace {
 
+using Scale = fp16;  // of weights of few bits
+
 // float is what the kernels compute in.
 inline uint32_t nonzero(float w) { return (to_bits(w) & 0x7fffffff) != 0; }
 #if defined(SPP_AVX512) || defined(SPP_AVX2)
