@@ -113,14 +113,19 @@ def pack(weight: Tensor) -> PackedWeight:
     """
     require_packable(weight)
     keep = weight != 0  # by value: NaN is kept, and -0.0 is a zero
-    out_features, in_features = weight.shape
-    bits = torch.zeros(out_features, word_count(in_features) * WORD_BITS, dtype=torch.int64, device=weight.device)
+    return PackedWeight(weight[keep], *pack_mask(keep), weight.shape[1])
+
+
+def pack_mask(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The bitmask and the row offsets of the entries that have a value, (O, I) bool."""
+    out_features, in_features = keep.shape
+    bits = torch.zeros(out_features, word_count(in_features) * WORD_BITS, dtype=torch.int64, device=keep.device)
     bits[:, :in_features] = keep
-    places = torch.arange(WORD_BITS, device=weight.device)
+    places = torch.arange(WORD_BITS, device=keep.device)
     words = (bits.view(out_features, -1, WORD_BITS) << places).sum(dim=-1)
-    row_offsets = torch.zeros(out_features + 1, dtype=torch.int64, device=weight.device)
+    row_offsets = torch.zeros(out_features + 1, dtype=torch.int64, device=keep.device)
     row_offsets[1:] = keep.sum(dim=1).cumsum(dim=0)
-    return PackedWeight(weight[keep], _as_int32(words), row_offsets, in_features)
+    return _as_int32(words), row_offsets
 
 
 def unpack(packed: PackedWeight) -> Tensor:
@@ -131,7 +136,7 @@ def unpack(packed: PackedWeight) -> Tensor:
     """
     require_layout(packed)
     keep = unpack_mask(packed)
-    if found := next(_problems_of_rows(packed, keep), None):
+    if found := next(_problems_of_values(packed, keep), None):
         raise DamagedWeightError(f"a packed weight is damaged: {found}")
     weight = torch.zeros(packed.shape, dtype=packed.dtype, device=packed.device)
     # As integers: copying floats may change a signalling NaN.
@@ -149,9 +154,14 @@ def unpack_rows(packed: PackedWeight, first: int, last: int) -> Tensor:
 
 def unpack_mask(packed: PackedWeight) -> Tensor:
     """Which entries have a value, (O, I) bool."""
-    places = torch.arange(WORD_BITS, dtype=torch.int32, device=packed.device)
-    bits = (packed.bitmask[..., None] >> places) & 1
-    return bits.view(len(packed), -1)[:, : packed.in_features].bool()
+    return mask_of_bits(packed.bitmask, packed.in_features)
+
+
+def mask_of_bits(bitmask: Tensor, in_features: int) -> Tensor:
+    """Which entries have a value, (O, I) bool, of the bitmask of a packed weight."""
+    places = torch.arange(WORD_BITS, dtype=torch.int32, device=bitmask.device)
+    bits = (bitmask[..., None] >> places) & 1
+    return bits.view(len(bitmask), -1)[:, :in_features].bool()
 
 
 def problems(packed: PackedWeight) -> Iterator[str]:
@@ -159,7 +169,7 @@ def problems(packed: PackedWeight) -> Iterator[str]:
     unfit = list(problems_of_layout(packed))
     yield from unfit
     if not unfit:
-        yield from _problems_of_rows(packed, unpack_mask(packed))
+        yield from _problems_of_values(packed, unpack_mask(packed))
 
 
 def problems_of_layout(packed: PackedWeight) -> Iterator[str]:
@@ -212,25 +222,31 @@ def require_all_values(packed: PackedWeight) -> None:
         raise DamagedWeightError(f"a packed weight is damaged: its rows end at value {end} of {len(packed.values)}")
 
 
-def _problems_of_rows(packed: PackedWeight, keep: Tensor) -> Iterator[str]:
-    """What is wrong with the tensors' content.
+def _problems_of_values(packed: PackedWeight, keep: Tensor) -> Iterator[str]:
+    return problems_of_rows(packed.bitmask, packed.row_offsets, keep, len(packed.values), "values")
+
+
+def problems_of_rows(bitmask: Tensor, row_offsets: Tensor, keep: Tensor, count: int, what: str) -> Iterator[str]:
+    """What is wrong with the content of a bitmask and row offsets whose dtypes and shapes are sound.
 
     Args:
-        packed: a weight with a sound layout.
-        keep: its `unpack_mask`.
+        bitmask, row_offsets: of a packed weight.
+        keep: the bitmask's `mask_of_bits`.
+        count: the number of values that there are.
+        what: what they are called.
     """
-    counts, offsets = keep.sum(dim=1), packed.row_offsets
-    wrong = (offsets.diff() != counts).nonzero()
+    counts = keep.sum(dim=1)
+    wrong = (row_offsets.diff() != counts).nonzero()
     if len(wrong):
         row = int(wrong[0])
         yield (
-            f"{len(wrong)} rows have another number of bits than of values, e.g. row {row}: {int(counts[row])} bits, "
-            f"{int(offsets[row + 1] - offsets[row])} values"
+            f"{len(wrong)} rows have another number of bits than of {what}, e.g. row {row}: {int(counts[row])} bits, "
+            f"{int(row_offsets[row + 1] - row_offsets[row])} {what}"
         )
-    if int(offsets[0]) != 0 or int(offsets[-1]) != len(packed.values):
-        yield f"row_offsets run from {int(offsets[0])} to {int(offsets[-1])}, and there are {len(packed.values)} values"
-    used = packed.in_features % WORD_BITS
-    if used and bool((packed.bitmask[:, -1] >> used).any()):
+    if int(row_offsets[0]) != 0 or int(row_offsets[-1]) != count:
+        yield f"row_offsets run from {int(row_offsets[0])} to {int(row_offsets[-1])}, and there are {count} {what}"
+    used = keep.shape[1] % WORD_BITS
+    if used and bool((bitmask[:, -1] >> used).any()):
         yield "the bitmask has bits beyond the last column"
 
 
