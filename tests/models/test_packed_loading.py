@@ -13,12 +13,12 @@ from torch import nn
 import spp
 from spp.checkpoints.checkpoint import Checkpoint
 from spp.checkpoints.options import PackOptions
-from spp.checkpoints.pack import pack
 from spp.errors import SppError, UsageError
 from spp.models.architecture import prunable_linears
 from spp.models.loading import load_base, load_model
 from spp.models.packed_linear import PackedLinear
 from spp.options import LoadingOptions
+from spp.pruning.pack import pack
 
 ON_CPU = LoadingOptions(device="cpu")
 

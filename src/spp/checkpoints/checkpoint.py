@@ -180,6 +180,8 @@ class Checkpoint:
         return {name: self.headers[path].offsets[name] for name, path in self.files.items() if name not in self.packed}
 
     def _packed_layout(self, name: str, stored: dict[str, Layout]) -> Layout:
+        if few := self.packed[name].few_bits:
+            return float_layout(few.dtype, self.packed[name].shape)
         values = stored[f"{name}.{packed_archive.VALUES}"]
         if not is_float_layout(values):
             raise SppError(f"{self.folder}: the values of {name} are stored as {values.dtype}; it is damaged")

@@ -11,6 +11,7 @@ Shapes: O output features, I input features, G groups of C columns (the last may
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,19 @@ class Quantized:
             scales = self.scales[part].float().repeat_interleave(self.group, dim=1)[:, : rows.shape[1]]
             rows[part] = self.codebook.float()[self.codes[part].int()].mul_(scales).masked_fill_(~self.mask[part], 0)
         return rows
+
+    def error(self, weight: Tensor, hessian: Tensor | None = None) -> float:
+        """The root of the squared error against the weight (O, I), as a share of the root of its squares; 0 for zeros.
+
+        Of the numbers, |Q - W| / |W|; or, with a Hessian (I, I) of the layer's inputs, of its outputs.
+        """
+        squares = []
+        for matrix in (self.values() - weight.float(), weight.float()):
+            squares.append(
+                float((matrix if hessian is None else matrix @ hessian).mul(matrix).sum(dtype=torch.float64))
+            )
+        off, whole = squares
+        return math.sqrt(max(off, 0) / whole) if whole > 0 else 0.0
 
     def packed(self) -> FewBitWeight:
         """The same matrix without its zeros."""
