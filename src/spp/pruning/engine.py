@@ -71,9 +71,9 @@ def prune_blocks(
     pruner = BlockPruner(settings, matrices_to_prune(blocks.model, settings)[0], seed)
     batches: dict[int, Tensor] = {}
     if pruner.calibrates:
-        batches = _my_batches(windows, settings, blocks)
+        batches = my_batches(windows, f"the criterion {settings.criterion}", blocks)
     with torch.no_grad():
-        walk = _Walk(blocks, batches, journal, calibrates=pruner.calibrates)
+        walk = Walk(blocks, batches, journal, calibrates=pruner.calibrates)
         ratios = _survey(walk, pruner, settings) if settings.allocation == "owl" else None
         walk.start("prune")
         for index in walk.unfinished("pruning"):
@@ -143,17 +143,17 @@ def _all_matrices(model: PreTrainedModel) -> Iterator[Matrix]:
         yield from prunable_matrices(f"{prefix}.{index}", block)
 
 
-def _my_batches(windows: Tensor | None, settings: PruningSettings, blocks: Blocks) -> dict[int, Tensor]:
-    """This process's share of the calibration batches, by their number among all."""
+def my_batches(windows: Tensor | None, what: str, blocks: Blocks) -> dict[int, Tensor]:
+    """This process's share of the calibration batches that something needs, by their number among all."""
     if windows is None or not windows.numel():
-        raise UsageError(f"the criterion {settings.criterion} needs calibration text")
+        raise UsageError(f"{what} needs calibration text")
     vocabulary = blocks.model.get_input_embeddings().get_parameter("weight").shape[0]
     require_known_ids(windows.tolist(), vocabulary, "calibration text")
     numbered = enumerate(batched(windows.to(blocks.device)))
     return {number: batch for number, batch in numbered if number % distributed.world_size() == distributed.rank()}
 
 
-class _Walk:
+class Walk:
     """One pass over the blocks in order, in which hidden states go from each to the next."""
 
     def __init__(
@@ -224,7 +224,7 @@ class _Walk:
         self._journal.finish(self._walk, result)
 
 
-def _survey(walk: _Walk, pruner: BlockPruner, settings: PruningSettings) -> list[float]:
+def _survey(walk: Walk, pruner: BlockPruner, settings: PruningSettings) -> list[float]:
     """OWL's sparsity of every block, from a pass over the dense blocks."""
     walk.start("survey")
     for index in walk.unfinished("looking for outliers"):

@@ -57,7 +57,7 @@ def moved_levels(magnitudes: Tensor, scales: Tensor, importance: Tensor, levels:
     """
     nearest = nearest_level(magnitudes / scales, levels)
     total, weight = (
-        torch.zeros(len(levels), dtype=torch.float64).index_add_(0, nearest, (importance * scales * part).double())
+        torch.zeros_like(levels, dtype=torch.float64).index_add_(0, nearest, (importance * scales * part).double())
         for part in (magnitudes, scales)
     )
     moved = torch.where(weight > 0, total / weight.clamp(min=torch.finfo(torch.float64).tiny), levels.double())

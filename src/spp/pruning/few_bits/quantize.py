@@ -49,7 +49,7 @@ class Quantized:
 
     def values(self) -> Tensor:
         """The matrix (O, I) fp32: scale times codebook[code], +0.0 outside of the mask."""
-        rows = torch.zeros(self.codes.shape)
+        rows = torch.zeros_like(self.codes, dtype=torch.float32)
         for part in row_parts(rows):
             scales = self.scales[part].float().repeat_interleave(self.group, dim=1)[:, : rows.shape[1]]
             rows[part] = self.codebook.float()[self.codes[part].int()].mul_(scales).masked_fill_(~self.mask[part], 0)
@@ -90,10 +90,10 @@ def round_to_nearest(weight: Tensor, bits: int, group: int, importance: Tensor |
         SppError: NaN or infinity, or a weight that is too large.
     """
     require_finite(weight)
-    importance = torch.ones(weight.shape[1]) if importance is None else importance
+    importance = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance
     levels = fitted_levels(weight.float(), importance, bits, group)
-    found = torch.empty(weight.shape, dtype=torch.uint8)
-    scales = torch.empty(len(weight), -(-weight.shape[1] // group), dtype=torch.float16)
+    found = torch.empty_like(weight, dtype=torch.uint8)
+    scales = torch.empty(len(weight), -(-weight.shape[1] // group), dtype=torch.float16, device=weight.device)
     for part in row_parts(weight):
         rows = weight[part].float()
         scales[part] = search_scales(rows, importance, levels, group)
@@ -118,10 +118,9 @@ def with_feedback(weight: Tensor, inverse: Inverse, importance: Tensor, bits: in
     """
     require_finite(weight)
     levels = fitted_levels(weight.float(), importance, bits, group)
-    work = torch.empty(weight.shape[::-1])
-    work.copy_(weight.T)
+    work = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     mask = work != 0
-    found, scales = torch.empty(work.shape, dtype=torch.uint8), []
+    found, scales = torch.empty_like(work, dtype=torch.uint8), []
     with full_fp32():
         for start in range(0, len(work), group):
             block, end = slice(start, start + group), start + group
@@ -155,7 +154,7 @@ def _settled(columns: Tensor, mask: Tensor, unit: Tensor, scales: Tensor, levels
     Returns:
         Codes and errors w - q, (C, O) each.
     """
-    found, errors = torch.empty(columns.shape, dtype=torch.uint8), torch.empty_like(columns)
+    found, errors = torch.empty_like(columns, dtype=torch.uint8), torch.empty_like(columns)
     values, scales = codebook(levels).float(), scales.float()
     for j, column in enumerate(columns):
         if j:

@@ -118,7 +118,7 @@ def fitted_levels(weight: Tensor, importance: Tensor, bits: int, group: int) -> 
         bits: of a code.
         group: C.
     """
-    levels = usual_levels(bits)
+    levels = usual_levels(bits).to(weight.device)
     magnitudes = weight[:: max(weight.numel() // _SAMPLE, 1)].abs()
     present = magnitudes != 0
     if bits == BYTE or not bool(present.any()):
