@@ -37,6 +37,7 @@ class QuantizedFiles:
     def write(self, index: int, quantized: Mapping[str, Quantized]) -> dict[str, Any]:
         """Write the matrices of a block, by name of the parameter; returns what has to be known of its file."""
         path = self._work / f"quantized-{index}.safetensors"
+        path.unlink(missing_ok=True)  # whatever a killed run or a damage has left there
         names = {name: self.parameters[name] for name in quantized}
         save_tensors(
             path,
