@@ -24,7 +24,7 @@ from spp.ops.reference import MOST_DIRECTIONS
 
 logger = logging.getLogger("spp")
 
-ABI = 1
+ABI = 2
 """Version of the interface between this file and kernels.h, there `kAbi`; raise both with every change to it."""
 
 _BEST = -1
@@ -91,7 +91,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         logger.warning("the native kernels are not used: %s", reason)
         return None, reason
     library.spp_instructions.restype = ctypes.c_char_p
-    library.spp_blocks.restype = library.spp_most_tokens.restype = ctypes.c_int64
+    for sized in (library.spp_blocks, library.spp_most_tokens, library.spp_rounded_bytes):
+        sized.restype = ctypes.c_int64
     if threading := _torch_openmp():
         library.spp_use_threads_of(*threading)
     return library, None
@@ -120,6 +121,19 @@ def instructions(level: int = _BEST) -> str | None:
     """
     name = _LIBRARY.spp_instructions(level) if _LIBRARY else None
     return name.decode() if name else None
+
+
+def library_for(level: int) -> ctypes.CDLL:
+    """The library, for calls at a level; see `instructions`.
+
+    Raises:
+        ValueError: there is no library, or this CPU lacks the level.
+    """
+    if _LIBRARY is None:
+        raise ValueError(f"the back-end native cannot be used: {why_not_loaded}")
+    if instructions(level) is None:
+        raise ValueError(f"this CPU has no instruction set of level {level}")
+    return _LIBRARY
 
 
 def multithreaded() -> bool:
@@ -162,7 +176,7 @@ def expand(weight: PackedWeight, out: Tensor, *, level: int = _BEST) -> None:
 def _effective(weight: Weight, A: Tensor | None, B: Tensor | None, out: Tensor, with_base: bool, level: int) -> None:
     library, described = _described(weight, level)
     factors, _keep = _factors(weight, A, B)
-    _require(out.shape == tuple(weight.shape) and out.is_contiguous(), "out", out)
+    require(out.shape == tuple(weight.shape) and out.is_contiguous(), "out", out)
     failed = library.spp_effective(
         level,
         torch.get_num_threads(),
@@ -187,10 +201,10 @@ def add_factor_gradients(
     factors, _keep = _factors(weight, A, B)
     out_features, in_features = weight.shape
     fits = G.shape[1:] == (in_features,) and first >= 0 and first + len(G) <= out_features and G.is_contiguous()
-    _require(fits, "G", G)
+    require(fits, "G", G)
     for name, tensor, like in (("dA", dA, A), ("dB", dB, B)):
         ready = tensor.shape == like.shape and tensor.dtype == torch.float32 and tensor.is_contiguous()
-        _require(ready, name, tensor)
+        require(ready, name, tensor)
     shape = [ctypes.c_int64(number) for number in (first, len(G), factors.groups, out_features, _BLOCK_ROWS)]
     count = library.spp_blocks(*shape, None)
     blocks = (_Block * count)()
@@ -237,9 +251,9 @@ def matvec(x: Tensor, weight: Weight, bias: Tensor | None, *, level: int = _BEST
     out_features, in_features = weight.shape
     tokens = len(x)
     most = library.spp_most_tokens(level, ctypes.byref(described), KERNEL_DTYPES[x.dtype])
-    _require(x.shape[1:] == (in_features,) and 1 <= tokens <= most and x.is_contiguous(), "x", x)
+    require(x.shape[1:] == (in_features,) and 1 <= tokens <= most and x.is_contiguous(), "x", x)
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    _require(bias is None or bias.shape == (out_features,), "bias", bias)
+    require(bias is None or bias.shape == (out_features,), "bias", bias)
     arranged = torch.empty(tokens * word_count(in_features) * 32)
     y = torch.empty(tokens, out_features, dtype=x.dtype)
     failed = library.spp_matvec(
@@ -277,7 +291,7 @@ def compress(G: Tensor, first: int, weight: PackedWeight, *, level: int = _BEST)
     """As `torch_kernels.compress`."""
     library, described = _described(G, level)
     fits = G.shape[1:] == (weight.in_features,) and first >= 0 and first + len(G) <= len(weight) and G.is_contiguous()
-    _require(fits, "G", G)
+    require(fits, "G", G)
     _described(weight, level)  # checks the lengths
     offsets, bitmask = weight.row_offsets[first : first + len(G) + 1], weight.bitmask[first:]
     start, end = int(offsets[0]), int(offsets[-1])
@@ -307,14 +321,12 @@ def compare(base: Tensor, other: Tensor, *, level: int = _BEST) -> dict[str, int
     """
     if reason := why_not(base, other):
         raise ValueError(f"the back-end native cannot be used: {reason}")
-    if instructions(level) is None:
-        raise ValueError(f"this CPU has no instruction set of level {level}")
-    _require(base.is_contiguous(), "base", base)
-    _require(other.is_contiguous() and other.shape == base.shape, "other", other)
-    assert _LIBRARY is not None
+    loaded = library_for(level)
+    require(base.is_contiguous(), "base", base)
+    require(other.is_contiguous() and other.shape == base.shape, "other", other)
     found = _Comparison()
     parts = (_Comparison * -(-base.numel() // _MOST_COMPARED))()
-    _LIBRARY.spp_compare(
+    loaded.spp_compare(
         level,
         torch.get_num_threads(),
         ctypes.c_void_p(base.data_ptr()),
@@ -332,14 +344,12 @@ def _described(weight: Weight, level: int) -> tuple[ctypes.CDLL, _Weight]:
     """The library, and the weight as its argument. Lengths are checked here, for all functions; rows in C++."""
     if reason := why_not(weight):
         raise ValueError(f"the back-end native cannot be used: {reason}")
-    if instructions(level) is None:
-        raise ValueError(f"this CPU has no instruction set of level {level}")
-    assert _LIBRARY is not None
+    loaded = library_for(level)
     out_features, in_features = weight.shape
     described = _Weight(out_features=out_features, in_features=in_features, dtype=KERNEL_DTYPES[weight.dtype])
     if isinstance(weight, Tensor):
         described.values, described.row_stride = weight.data_ptr(), weight.stride(0)
-        return _LIBRARY, described
+        return loaded, described
     lengths = weight.bitmask.shape == (out_features, word_count(in_features)) and weight.bitmask.dtype == torch.int32
     offsets = weight.row_offsets.shape == (out_features + 1,) and weight.row_offsets.dtype == torch.int64
     if not (
@@ -349,7 +359,7 @@ def _described(weight: Weight, level: int) -> tuple[ctypes.CDLL, _Weight]:
     require_all_values(weight)
     described.values, described.nonzeros = weight.values.data_ptr(), len(weight.values)
     described.bitmask, described.row_offsets = weight.bitmask.data_ptr(), weight.row_offsets.data_ptr()
-    return _LIBRARY, described
+    return loaded, described
 
 
 def _factors(weight: Weight, A: Tensor | None, B: Tensor | None) -> tuple[_Factors, list[Tensor]]:
@@ -357,16 +367,17 @@ def _factors(weight: Weight, A: Tensor | None, B: Tensor | None) -> tuple[_Facto
     if A is None or B is None:
         return _Factors(), []
     out_features, in_features = weight.shape
-    _require(A.ndim == 2 and A.shape[1] == in_features and 1 <= len(A) <= out_features, "A", A)
-    _require(B.ndim == 2 and len(B) == out_features and 1 <= B.shape[1] <= MOST_DIRECTIONS, "B", B)
+    require(A.ndim == 2 and A.shape[1] == in_features and 1 <= len(A) <= out_features, "A", A)
+    require(B.ndim == 2 and len(B) == out_features and 1 <= B.shape[1] <= MOST_DIRECTIONS, "B", B)
     directions = B.shape[1]
-    _require(len(A) % directions == 0, "A", A)
+    require(len(A) % directions == 0, "A", A)
     keep = [factor.detach().to(torch.float32).contiguous() for factor in (A, B)]
     factors = _Factors(a=keep[0].data_ptr(), b=keep[1].data_ptr(), groups=len(A) // directions, directions=directions)
     return factors, keep
 
 
-def _require(holds: bool, name: str, tensor: Tensor | None) -> None:
+def require(holds: bool, name: str, tensor: Tensor | None) -> None:
+    """Raise a ValueError that names a tensor, and its shape, unless what is said of it holds."""
     if not holds:
         found = None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype)
         raise ValueError(f"{name} does not fit the weight, or is not contiguous: {found}")

@@ -9,6 +9,7 @@
 using spp::Comparison;
 using spp::Dtype;
 using spp::Factors;
+using spp::FewBitWeight;
 using spp::Kernels;
 using spp::Weight;
 
@@ -54,7 +55,8 @@ const Kernels* best() {
                      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt") &&
                      __builtin_cpu_supports("bmi2");
   if (basic && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
     return __builtin_cpu_supports("avx512bf16") ? &spp::avx512_bf16 : &spp::avx512;
   }
   if (basic) return &spp::avx2;
@@ -184,6 +186,29 @@ SPP_API void spp_gather(int level, int threads, const Weight* weight, const int3
 }
 
 // Entries [0, count) of two tensors; `parts` has room for ceil(count / spp::kMostCompared), and `found` is their sum.
+SPP_API int64_t spp_rounded_bytes(int level, const FewBitWeight* weight, int64_t tokens) {
+  return kernels(level)->rounded_bytes(*weight, tokens);
+}
+
+// `rounded` has room for spp_rounded_bytes(...).
+SPP_API int spp_matvec_few(int level, int threads, const FewBitWeight* weight, const void* x, Dtype dtype, int64_t tokens,
+                           const float* bias, void* rounded, void* y) {
+  const Kernels* k = kernels(level);
+  k->round_x(*weight, x, dtype, tokens, rounded);
+  return !in_parallel(weight->out_features, threads, [=](int64_t first, int64_t last) {
+    return k->matvec_few(*weight, rounded, dtype, tokens, bias, y, first, last);
+  });
+}
+
+// Rows [start, start + rows).
+SPP_API int spp_expand_few(int level, int threads, const FewBitWeight* weight, void* out, Dtype out_dtype, int64_t start,
+                           int64_t rows) {
+  const Kernels* k = kernels(level);
+  return !in_parallel(rows, threads, [=](int64_t first, int64_t last) {
+    return k->expand_few(*weight, out, out_dtype, start, start + first, start + last);
+  });
+}
+
 SPP_API void spp_compare(int level, int threads, const void* base, Dtype base_dtype, const void* other,
                          Dtype other_dtype, int64_t count, Comparison* parts, Comparison* found) {
   const Kernels* k = kernels(level);

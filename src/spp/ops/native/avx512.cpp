@@ -1,4 +1,4 @@
-// AVX-512 with VBMI2 (Ice Lake, Zen 4 and later): one instruction puts packed 16-bit values at their columns.
+// AVX-512 with VBMI2 and VNNI (Ice Lake, Zen 4 and later): one instruction puts packed values at their columns.
 
 #define SPP_AVX512
 #include "kernels.h"
@@ -6,9 +6,9 @@
 #if defined(__x86_64__)
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vpopcntdq,f16c,fma,popcnt,bmi2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512vpopcntdq,f16c,fma,popcnt,bmi2"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vpopcntdq,f16c,fma,popcnt,bmi2")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512vpopcntdq,f16c,fma,popcnt,bmi2")
 #endif
 
 #include <immintrin.h>
@@ -98,17 +98,45 @@ inline void expand_bits(float* out, uint32_t mask, const float* p, const float* 
   store(out + 16, expand(mask >> 16, p + count(mask & 0xffff), end));
 }
 
+// Codes as bytes, 64 at a time: the bytes that have a bit of eight codes go to one lane, from which the bits of every
+// code are taken; only the lowest six bits of an index count where it is looked up.
+inline void decode(const uint8_t* codes, int64_t first, int64_t n, int bits, const uint8_t (&table)[64], uint8_t* out) {
+  const uint8_t* from = codes + first * bits / 8;
+  const __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0), bytes = _mm512_set1_epi64(0x0706050403020100);
+  // Lane k begins with byte k * bits, and its code i with bit `phase` + i * bits.
+  const __m512i start = _mm512_mullo_epi64(lane, _mm512_set1_epi64(bits * 0x0101010101010101));
+  const __m512i spread = _mm512_add_epi8(start, bytes);
+  const int64_t phase = first * bits % 8, lowest = phase * 0x0101010101010101;
+  const __m512i places = _mm512_set1_epi64(bits * 0x0706050403020100 + lowest);
+  const __m512i levels = _mm512_loadu_si512(table);
+  for (int64_t i = 0; i < n; i += 64, from += 8 * bits, out += 64) {
+    const __m512i lanes = _mm512_permutexvar_epi8(spread, _mm512_loadu_si512(from));
+    const __m512i indices = _mm512_multishift_epi64_epi8(places, lanes);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi8(indices, levels));
+  }
+}
+
+inline V levels(uint32_t mask, const uint8_t* at) {
+  const __m128i zeros = _mm_set1_epi8(static_cast<char>(128));
+  const __m128i bytes = _mm_mask_expand_epi8(zeros, static_cast<__mmask16>(mask), _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_xor_si128(bytes, zeros)));
+}
+
 }  // namespace
 
 #include "rows.h"
 #include "table.h"
 #include "matvec512.h"
 #include "matmul512.h"
+#include "few_bit_rows.h"
+#include "few_bits512.h"
+#include "few_bit_table.h"
 
 namespace spp {
-const Kernels avx512 = {"avx512", effective, reduce, most_tokens, matvec_512, arrange_512, scan, gather, compare};
+const Kernels avx512 = {"avx512", effective, reduce, most_tokens, matvec_512, arrange_512, scan, gather,
+                        matvec_few, rounded_bytes, round_x, expand_few, compare};
 const Kernels avx512_bf16 = {"avx512_bf16", effective, reduce, most_tokens_512_bf16, matvec_512_bf16,
-                             arrange_512_bf16, scan, gather, compare};
+                             arrange_512_bf16, scan, gather, matvec_few, rounded_bytes, round_x, expand_few, compare};
 }  // namespace spp
 
 #if defined(__clang__)

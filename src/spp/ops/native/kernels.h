@@ -26,7 +26,7 @@ static inline float from_bits(uint32_t bits) {
 
 // The number of this interface: the structs, constants and functions that __init__.py repeats. Whoever changes one of
 // them raises it, here and there, so that a library built from other sources is refused and not called.
-constexpr int32_t kAbi = 1;
+constexpr int32_t kAbi = 2;
 
 enum class Dtype : int32_t { bf16 = 0, fp16 = 1, fp32 = 2 };
 
@@ -39,6 +39,22 @@ struct Weight {
   int64_t out_features;
   int64_t in_features;
   Dtype dtype;
+};
+
+// Survivors of `bits` bits each; spp/ops/few_bits.py has the layout.
+struct FewBitWeight {
+  const uint8_t* codes;
+  const int32_t* bitmask;
+  const int64_t* row_offsets;
+  const void* scales;      // (O, ceil(I / group)) fp16
+  const int8_t* codebook;  // (2^bits,), or unused for 8 bits
+  int64_t code_bytes;      // at least 64: the last 64 are padding
+  int64_t out_features;
+  int64_t in_features;
+  int32_t bits;
+  int32_t group;
+  int32_t per_word;
+  int32_t unused;
 };
 
 // s * B and A of the operator, both in fp32; `a` is null for no adapter.
@@ -89,6 +105,16 @@ struct Kernels {
   // The non-zeros of dense rows to where row_offsets says.
   void (*gather)(const Weight&, const int32_t* bitmask, const int64_t* row_offsets, void* values, int64_t first,
                  int64_t last);
+
+  // y[t, i] = sum_j W[i, j] x[t, j] + bias[i] for t < tokens <= kMostTokens, with x as `round_x` made it from one of `dtype`,
+  // which y has, too: in int8, with a scale per group, in rounded_bytes(...) bytes.
+  bool (*matvec_few)(const FewBitWeight&, void* rounded, Dtype dtype, int64_t tokens, const float* bias, void* y,
+                     int64_t first, int64_t last);
+  int64_t (*rounded_bytes)(const FewBitWeight&, int64_t tokens);
+  void (*round_x)(const FewBitWeight&, const void* x, Dtype dtype, int64_t tokens, void* rounded);
+
+  // out[i - start, :] = W[i, :], rounded once.
+  bool (*expand_few)(const FewBitWeight&, void* out, Dtype out_dtype, int64_t start, int64_t first, int64_t last);
 
   // Entries [first, last) of two tensors, at most kMostCompared of them; `found` is written.
   void (*compare)(const void* base, Dtype base_dtype, const void* other, Dtype other_dtype, int64_t first, int64_t last,

@@ -72,11 +72,57 @@ inline void expand_bits(T* out, uint32_t mask, const T* p, const T*) {
   for (int i = 0; i < 32; ++i) out[i] = mask >> i & 1 ? *p++ : T{};
 }
 
+inline void decode(const uint8_t* codes, int64_t first, int64_t n, int bits, const uint8_t (&table)[64], uint8_t* out) {
+  for (int64_t i = first; i < first + n; ++i) {
+    const uint8_t* from = codes + i * bits / 8;
+    const int both = from[0] | from[1] << 8;
+    *out++ = table[both >> (i * bits % 8) & ((1 << bits) - 1)];
+  }
+}
+inline V levels(uint32_t mask, const uint8_t* at) {
+  return each([&](int i) { return mask >> i & 1 ? static_cast<float>(*at++ - 128) : 0.0f; });
+}
+
 }  // namespace
 
 #include "rows.h"
 #include "table.h"
+#include "few_bit_rows.h"
+
+namespace {
+
+template <int tokens>
+struct DotRows {
+  static bool add(FewBitRow (&rows)[2], const GroupFactors<tokens> (&factors)[2], const RoundedX& x, int64_t group,
+                  float (&totals)[2][tokens]) {
+    bool as_promised = true;
+    for (int k = 0; k < 2; ++k) {
+      FewBitRow& row = rows[k];
+      const int64_t words = row.weight.group / 32;
+      for (int64_t g = 0; g < row.groups; ++g) {
+        int32_t dots[tokens] = {};
+        int64_t before = 0;
+        for (int64_t i = 0; i < words; ++i) {
+          const int8_t* entries = x.entries + (group + g) * row.weight.group + i * 32;
+          for (uint32_t mask = row.word[g * words + i]; mask; mask &= mask - 1) {
+            const int32_t w = *row.at++ - 128;
+            for (int t = 0; t < tokens; ++t) dots[t] += w * entries[t * x.columns + count((mask & -mask) - 1)];
+          }
+          before += count(row.word[g * words + i]);
+        }
+        as_promised &= row.per_word == 0 || before == row.per_word * (words / 2);
+        for (int t = 0; t < tokens; ++t) totals[k][t] += static_cast<float>(dots[t]) * factors[k].of[t][g];
+      }
+    }
+    return as_promised;
+  }
+};
+
+}  // namespace
+
+#include "few_bit_table.h"
 
 namespace spp {
-const Kernels portable = {"portable", effective, reduce, most_tokens, matvec, arrange, scan, gather, compare};
+const Kernels portable = {"portable", effective, reduce, most_tokens, matvec, arrange, scan, gather,
+                          matvec_few, rounded_bytes, round_x, expand_few, compare};
 }
