@@ -5,10 +5,10 @@
 FOLDER has the models in benchmarks/evaluated_models.py; without it, there is the bundled one only.
 
 Sparse models come from the best one-shot pipeline of `spp prune`. All weights in the decoder blocks are quantized,
-dense ones by the same functions as survivors: codebooks fitted to each matrix, searched scales for groups of 64 columns, and
-the nearest value (nearest), or error feedback and descent on codes (feedback), as `spp pack --bits --calibration` does.
-They are computed with as floats, so that nothing but their values is measured. What is in the file already is not
-measured again.
+dense ones by the same functions as survivors: codebooks fitted to each matrix, searched scales for groups of 64
+columns, and the nearest value (nearest), or error feedback and descent on codes (feedback), as `spp pack --bits
+--calibration` does. They are computed with as floats, so that nothing but their values is measured. What is in the file
+already is not measured again.
 """
 
 from __future__ import annotations

@@ -136,6 +136,28 @@ def test_merging_table_has_the_last_run_of_a_case(data):
     ]
 
 
+def test_the_table_of_bits_marks_what_nothing_smaller_reaches(data):
+    case = {"date": "1", **MACHINE, "model": "small", "protocol": "a text", "samples": 8, "group": 64}
+    for pattern, method, bits, size, seed, perplexity in (
+        ("dense", "float", 16, 16.0, 0, 10.0),
+        ("dense", "nearest", 4, 4.25, 0, 11.0),
+        ("dense", "nearest", 4, 4.25, 1, 13.0),
+        ("2:4", "feedback", 4, 3.25, 0, 99.0),
+        ("2:4", "feedback", 4, 3.25, 0, 11.5),
+        ("50%", "feedback", 8, 5.25, 0, 14.0),
+    ):
+        row = {"seed": seed, "pattern": pattern, "method": method, "bits": bits}
+        common.append_rows(data / "bits.csv", [case | row | {"bits_per_weight": size, "perplexity": perplexity}])
+    made = tables.tables(data)["bits"]
+    assert made.startswith("small (a text):")
+    assert cells(made)[2:] == [
+        ["16.00", "dense", "bf16", "**10**", "+0.0%"],
+        ["5.25", "50%", "8 bit, error feedback", "14.0", "+40.0%"],
+        ["4.25", "dense", "4 bit, nearest", "12.0", "+20.0%"],
+        ["3.25", "2:4", "4 bit, error feedback", "**11.5**", "+15.0%"],
+    ]
+
+
 def test_tables_of_pruned_models(data):
     case = {"date": "1", **MACHINE, "model": "small", "protocol": "a text", "dense": 10.0}
     for method, pattern, before, steps, after in (
