@@ -39,21 +39,26 @@ def bits_table(rows: DataFrame) -> str:
     return "\n\n".join(made)
 
 
-def _bits_lines(rows: DataFrame) -> DataFrame:
+def bits_cells(rows: DataFrame) -> DataFrame:
+    """The measurements of one model, by rising bits per weight: perplexity, mean over seeds, and how far above dense."""
     last = rows.drop_duplicates(["pattern", "method", "bits", "seed"], keep="last")
     numbers = last.astype({"bits": int, "bits_per_weight": float, "perplexity": float})
     keys = ["bits_per_weight", "pattern", "method", "bits"]
     cells = numbers.groupby(keys, sort=False)["perplexity"].mean().reset_index()
-    cells = cells.sort_values(["bits_per_weight", "perplexity"]).reset_index(drop=True)
-    best = cells["perplexity"] < cells["perplexity"].cummin().shift(fill_value=float("inf"))
     dense = cells[(cells["pattern"] == "dense") & (cells["method"] == "float")]["perplexity"]
-    above = cells["perplexity"] / dense.iloc[0] - 1 if len(dense) else cells["perplexity"] * float("nan")
+    cells["above"] = cells["perplexity"] / (dense.iloc[0] if len(dense) else float("nan")) - 1
+    return cells.sort_values(["bits_per_weight", "perplexity"]).reset_index(drop=True)
+
+
+def _bits_lines(rows: DataFrame) -> DataFrame:
+    cells = bits_cells(rows)
+    best = cells["perplexity"] < cells["perplexity"].cummin().shift(fill_value=float("inf"))
     lines = {
         "bits a weight": cells["bits_per_weight"].map("{:.2f}".format),
         "weights": cells["pattern"],
         "stored as": [_stored(method, bits) for method, bits in zip(cells["method"], cells["bits"], strict=True)],
         "perplexity": cells["perplexity"].map(significant).where(~best, cells["perplexity"].map("**{:.4g}**".format)),
-        "above dense": above.map("{:+.1%}".format),
+        "above dense": cells["above"].map("{:+.1%}".format),
     }
     return DataFrame(lines)[::-1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import common, plots, tables
+from benchmarks import bits_plot, common, plots, tables
 
 MACHINE = {"device": "cpu", "hardware": "A CPU", "instructions": "AVX2", "threads": 2}
 PAGE = "".join(f"Text.\n\n<!-- {name} -->\nold\n<!-- /{name} -->\n\n" for name in ("layer", "step", "decode"))
@@ -156,6 +156,9 @@ def test_the_table_of_bits_marks_what_nothing_smaller_reaches(data):
         ["4.25", "dense", "4 bit, nearest", "12.0", "+20.0%"],
         ["3.25", "2:4", "4 bit, error feedback", "**11.5**", "+15.0%"],
     ]
+    bits_plot.main(["--csv", str(data / "bits.csv"), "--out", str(data / "bits.svg")])
+    drawn = (data / "bits.svg").read_text()
+    assert all(f">{text}<" in drawn for text in ("small", "2:4", "50%", "dense", "bits per weight"))
 
 
 def test_tables_of_pruned_models(data):
