@@ -40,7 +40,7 @@ def bits_table(rows: DataFrame) -> str:
 
 
 def bits_cells(rows: DataFrame) -> DataFrame:
-    """The measurements of one model, by rising bits per weight: perplexity, mean over seeds, and how far above dense."""
+    """The measurements of one model by rising bits per weight: mean perplexity over seeds, and how far above dense."""
     last = rows.drop_duplicates(["pattern", "method", "bits", "seed"], keep="last")
     numbers = last.astype({"bits": int, "bits_per_weight": float, "perplexity": float})
     keys = ["bits_per_weight", "pattern", "method", "bits"]

@@ -97,6 +97,18 @@ def test_fewer_bits_are_smaller_files_and_larger_errors(source: Path, tmp_path: 
     assert manifest["few_bits"]["bits"] == 4 and manifest["few_bits"]["errors"] == reports[BITS.index(4)].errors
 
 
+def test_inspect_says_which_weights_are_in_few_bits(source: Path, tmp_path: Path) -> None:
+    archive = packed(source, tmp_path / "archive", 3)
+    before, after = (spp.inspect(spp.InspectOptions(model=str(one))).matrices for one in (source, archive))
+    few = Checkpoint.open(archive).packed
+    assert {name: one.dtype for name, one in after.items()} == {
+        name: "3 bit" if name in few else "bfloat16" for name in before
+    }
+    assert {name: (one.zeros, one.pattern) for name, one in after.items()} == {
+        name: (one.zeros, one.pattern) for name, one in before.items()
+    }
+
+
 def test_the_same_model_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
     first, second = (packed(source, tmp_path / name) for name in ("first", "second"))
     for path in first.iterdir():
