@@ -45,7 +45,7 @@ FLOAT = "float"
 GROUP = 64
 SAMPLES = 128
 _FLOAT_BITS = 16
-_CHARACTERS = 40_000
+_CHARACTERS = 20_000
 _PIPELINE = {"criterion": "admm", "refine": "swaps", "update": "least-squares"}
 
 
