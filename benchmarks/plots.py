@@ -21,14 +21,14 @@ from benchmarks.common import DATA, ROOT
 from benchmarks.quality_tables import quality_cells
 from benchmarks.table_cells import read_frame
 
-_STYLE = {"svg.hashsalt": "spp", "svg.fonttype": "none", "font.family": "sans-serif"}
+STYLE = {"svg.hashsalt": "spp", "svg.fonttype": "none", "font.family": "sans-serif"}
 
 
 def draw(rows: DataFrame, out: Path) -> None:
     """Horizontal bars in groups of one method each, a colour per pattern, with the standard deviation over seeds."""
     matplotlib.use("svg")
     models, methods, patterns = (list(rows[column].unique()) for column in ("model", "method", "pattern"))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, panels = pyplot.subplots(
             1, len(models), sharey=True, squeeze=False, figsize=(3.6 * len(models) + 1.5, 0.55 * len(methods) + 1.4)
         )

@@ -6,6 +6,7 @@ import statistics
 
 from pandas import DataFrame, Series, isna
 
+from benchmarks.common import significant
 from benchmarks.table_cells import markdown, number
 
 SPARSE_ADAPTERS = ("SPP", "HiRA", "masked LoRA", "LoRA*", "SPP, published", "SPP, K = 1")
@@ -24,6 +25,48 @@ def pruned_table(rows: DataFrame) -> str:
         title = f"{model}, dense {number(case['dense'])} ({case['protocol']}):\n\n"
         made.append(title + markdown(cells.reset_index()))
     return "\n\n".join(made)
+
+
+def bits_table(rows: DataFrame) -> str:
+    """One table per model, by falling bits per weight: perplexity, mean over seeds, and how much that is above dense.
+
+    In bold: what nothing else reaches with as many bits or fewer.
+    """
+    made = []
+    for model, of_model in rows.groupby("model", sort=False):
+        case = of_model.iloc[-1]
+        made.append(f"{model} ({case['protocol']}):\n\n{markdown(_bits_lines(of_model))}")
+    return "\n\n".join(made)
+
+
+def bits_cells(rows: DataFrame) -> DataFrame:
+    """The measurements of one model by rising bits per weight: mean perplexity over seeds, and how far above dense."""
+    last = rows.drop_duplicates(["pattern", "method", "bits", "seed"], keep="last")
+    numbers = last.astype({"bits": int, "bits_per_weight": float, "perplexity": float})
+    keys = ["bits_per_weight", "pattern", "method", "bits"]
+    cells = numbers.groupby(keys, sort=False)["perplexity"].mean().reset_index()
+    dense = cells[(cells["pattern"] == "dense") & (cells["method"] == "float")]["perplexity"]
+    cells["above"] = cells["perplexity"] / (dense.iloc[0] if len(dense) else float("nan")) - 1
+    return cells.sort_values(["bits_per_weight", "perplexity"]).reset_index(drop=True)
+
+
+def _bits_lines(rows: DataFrame) -> DataFrame:
+    cells = bits_cells(rows)
+    best = cells["perplexity"] < cells["perplexity"].cummin().shift(fill_value=float("inf"))
+    lines = {
+        "bits a weight": cells["bits_per_weight"].map("{:.2f}".format),
+        "weights": cells["pattern"],
+        "stored as": [_stored(method, bits) for method, bits in zip(cells["method"], cells["bits"], strict=True)],
+        "perplexity": cells["perplexity"].map(significant).where(~best, cells["perplexity"].map("**{:.4g}**".format)),
+        "above dense": cells["above"].map("{:+.1%}".format),
+    }
+    return DataFrame(lines)[::-1]
+
+
+def _stored(method: str, bits: int) -> str:
+    if method == "float":
+        return "bf16"
+    return f"{bits} bit, {'error feedback' if method == 'feedback' else 'nearest'}"
 
 
 def start_table(rows: DataFrame) -> str:

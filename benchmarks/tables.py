@@ -18,7 +18,7 @@ from pathlib import Path
 from pandas import DataFrame
 
 from benchmarks.common import DATA
-from benchmarks.quality_tables import pruned_table, quality_table, rates_table, start_table
+from benchmarks.quality_tables import bits_table, pruned_table, quality_table, rates_table, start_table
 from benchmarks.speed_tables import (
     criteria_table,
     decode_table,
@@ -38,6 +38,7 @@ TABLES: dict[str, tuple[str, Callable[[DataFrame], str]]] = {
     "streaming": ("streaming.csv", streaming_table),
     "merging": ("merging.csv", merging_table),
     "pruned": ("pruned_quality.csv", pruned_table),
+    "bits": ("bits.csv", bits_table),
     "start": ("pruned_quality.csv", start_table),
     "quality": ("quality.csv", quality_table),
 }

@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # explicit re-exports
     from spp.checkpoints.options import PushOptions as PushOptions
     from spp.checkpoints.options import UnpackOptions as UnpackOptions
     from spp.checkpoints.options import VerifyOptions as VerifyOptions
-    from spp.checkpoints.pack import pack as pack
     from spp.checkpoints.pack import unpack as unpack
     from spp.checkpoints.push import push_to_hub as push
     from spp.checkpoints.push import push_to_hub as push_to_hub
@@ -50,6 +49,7 @@ if TYPE_CHECKING:  # explicit re-exports
     from spp.pruning.in_memory import prune_model as prune_model
     from spp.pruning.options import PruneOptions as PruneOptions
     from spp.pruning.options import PruningSettings as PruningSettings
+    from spp.pruning.pack import pack as pack
     from spp.pruning.prune import prune as prune
     from spp.reporting.options import ReportOptions as ReportOptions
     from spp.reporting.report import report as report
@@ -87,7 +87,7 @@ _HOMES = {
     "generate": "spp.evaluation.generate",
     "inspect": "spp.checkpoints.inspect:inspect_model",
     "merge": "spp.adapters.merge",
-    "pack": "spp.checkpoints.pack",
+    "pack": "spp.pruning.pack",
     "pack_": "spp.models.pack_model",
     "prune": "spp.pruning.prune",
     "prune_model": "spp.pruning.in_memory",

@@ -69,6 +69,10 @@ NOT_OF_THE_RESULT: JsonDict = {_NOT_OF_THE_RESULT: True}
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+Samples = Annotated[int, Field(ge=1, description="calibration windows")]
+"""How many windows of text statistics are taken from."""
+
+
 def listed_names(text: str) -> list[str]:
     """The names in an option's value that lists some, separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import common, pruned_quality, streaming
+from benchmarks import bits, common, pruned_quality, streaming
 from benchmarks.evaluated_models import EvaluatedModel
 from scripts import make_synthetic_model
 
@@ -82,3 +82,31 @@ def test_quality_trains_and_leaves_out_what_does_not_divide(small: EvaluatedMode
     (row,) = common.read_rows(path)
     assert row["trained_steps"] == "2" and float(row["trained_perplexity"]) > 1
     assert row["trained_perplexity"] != row["perplexity"]
+
+
+def test_bits_appends_a_row_for_each_cell_once(small: EvaluatedModel, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(bits, "evaluated_models", lambda *_: [small])
+    monkeypatch.setattr(bits, "SAMPLES", 4)
+    path = tmp_path / "bits.csv"
+    options = ["--pattern", "dense", "2:4", "5:7", "--csv", str(path)]
+    bits.main([*options, "--bits", "4", "--method", "nearest"])
+    bits.main([*options, "--bits", "4", "2"])
+    found = [
+        (row["pattern"], row["method"], row["bits"], float(row["bits_per_weight"])) for row in common.read_rows(path)
+    ]
+    # 16 bits for a scale of 64 columns at most, of which small matrices have few.
+    scales = found[1][3] - 4
+    assert 0.25 <= scales < 1
+    assert found == [
+        ("dense", "float", "16", 16),
+        ("dense", "nearest", "4", pytest.approx(4 + scales)),
+        ("2:4", "float", "16", pytest.approx(9, abs=0.01)),
+        ("2:4", "nearest", "4", pytest.approx(3 + scales, abs=0.01)),
+        ("dense", "feedback", "4", pytest.approx(4 + scales)),
+        ("dense", "nearest", "2", pytest.approx(2 + scales)),
+        ("dense", "feedback", "2", pytest.approx(2 + scales)),
+        ("2:4", "feedback", "4", pytest.approx(3 + scales, abs=0.01)),
+        ("2:4", "nearest", "2", pytest.approx(2 + scales, abs=0.01)),
+        ("2:4", "feedback", "2", pytest.approx(2 + scales, abs=0.01)),
+    ]
+    assert all(float(row["perplexity"]) > 1 for row in common.read_rows(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import common, plots, tables
+from benchmarks import bits_plot, common, plots, tables
 
 MACHINE = {"device": "cpu", "hardware": "A CPU", "instructions": "AVX2", "threads": 2}
 PAGE = "".join(f"Text.\n\n<!-- {name} -->\nold\n<!-- /{name} -->\n\n" for name in ("layer", "step", "decode"))
@@ -134,6 +134,31 @@ def test_merging_table_has_the_last_run_of_a_case(data):
         *("A CPU (AVX2), 2 threads", "19.9", "20", "336", "nearest", "auto"),
         *("60.0", "80.0", "75%", "1024", "44.0", "512", "90.0"),
     ]
+
+
+def test_the_table_of_bits_marks_what_nothing_smaller_reaches(data):
+    case = {"date": "1", **MACHINE, "model": "small", "protocol": "a text", "samples": 8, "group": 64}
+    for pattern, method, bits, size, seed, perplexity in (
+        ("dense", "float", 16, 16.0, 0, 10.0),
+        ("dense", "nearest", 4, 4.25, 0, 11.0),
+        ("dense", "nearest", 4, 4.25, 1, 13.0),
+        ("2:4", "feedback", 4, 3.25, 0, 99.0),
+        ("2:4", "feedback", 4, 3.25, 0, 11.5),
+        ("50%", "feedback", 8, 5.25, 0, 14.0),
+    ):
+        row = {"seed": seed, "pattern": pattern, "method": method, "bits": bits}
+        common.append_rows(data / "bits.csv", [case | row | {"bits_per_weight": size, "perplexity": perplexity}])
+    made = tables.tables(data)["bits"]
+    assert made.startswith("small (a text):")
+    assert cells(made)[2:] == [
+        ["16.00", "dense", "bf16", "**10**", "+0.0%"],
+        ["5.25", "50%", "8 bit, error feedback", "14.0", "+40.0%"],
+        ["4.25", "dense", "4 bit, nearest", "12.0", "+20.0%"],
+        ["3.25", "2:4", "4 bit, error feedback", "**11.5**", "+15.0%"],
+    ]
+    bits_plot.main(["--csv", str(data / "bits.csv"), "--out", str(data / "bits.svg")])
+    drawn = (data / "bits.svg").read_text()
+    assert all(f">{text}<" in drawn for text in ("small", "2:4", "50%", "dense", "bits per weight"))
 
 
 def test_tables_of_pruned_models(data):

@@ -9,9 +9,10 @@ import pytest
 from spp.checkpoints.checkpoint import Checkpoint, is_plain
 from spp.checkpoints.companions import companions
 from spp.checkpoints.options import PackOptions, UnpackOptions
-from spp.checkpoints.pack import pack, unpack
+from spp.checkpoints.pack import unpack
 from spp.checkpoints.rewrite import write_companions
 from spp.pruning.options import PruneOptions
+from spp.pruning.pack import pack
 from spp.pruning.prune import prune
 
 OWN = ("additional_chat_templates/tool_use.jinja", "tokenizer.model.v3", "vocab.bpe", "NOTICE.md", "preprocessor.yaml")

@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from spp.checkpoints.checkpoint import Checkpoint
 from spp.checkpoints.fingerprint import base_fingerprint
 from spp.checkpoints.options import PackOptions, UnpackOptions, VerifyOptions
-from spp.checkpoints.pack import pack, unpack
+from spp.checkpoints.pack import unpack
 from spp.checkpoints.packed_archive import archive_files
 from spp.checkpoints.verify import verify
 from spp.errors import SppError, UsageError
 from spp.models.architecture import prunable_linears
 from spp.ops.zeros import canonical_zeros
+from spp.pruning.pack import pack
 
 
 @pytest.fixture(params=["llama", "gpt2"])

@@ -20,6 +20,9 @@ from test_options_reach import (
 from test_options_reach_stock import Outcome
 
 CONFIG = "adapter_config.json"
+MANIFEST = "spp.json"
+TRUST, OWN_CODE = "trust_remote_code", "--trust-remote-code"
+CALIBRATED = "--bits 3 --calibration stories.jsonl --window 32 --samples 4"
 RECORD, OTHER_RECORD = (f"--record {name}/verification.json" for name in ("merged", "merged-of-others"))
 INFINITE = "base=infinite other=infinite"
 
@@ -72,6 +75,24 @@ ROWS = [
     out_row("pack"),
     json_row("pack"),
     overwrite_row("pack"),
+    Row("pack", "bits", "--bits 4", tensors),
+    # The tiny model has no row of more than 64 columns, for which it would make a difference.
+    Row("pack", "group", "--group 64", setting(MANIFEST, "few_bits", "group"), "--bits 4", after=64),
+    Row("pack", "calibration", "--calibration others.jsonl", tensors, CALIBRATED),
+    Row("pack", "samples", "--samples 8", setting(MANIFEST, "few_bits", "calibration", "samples"), CALIBRATED, after=8),
+    Row("pack", "window", "--window 16", setting(MANIFEST, "few_bits", "calibration", "window"), CALIBRATED, after=16),
+    Row("pack", "seed", "--seed 1", setting(MANIFEST, "few_bits", "calibration", "sha256"), CALIBRATED),
+    Row("pack", "dtype", "--dtype bfloat16", setting(MANIFEST, "few_bits", "errors_of_outputs"), CALIBRATED),
+    Row(
+        "pack",
+        "columns",
+        "--columns text=body",
+        tensors,
+        "--bits 3 --window 32 --samples 4 --calibration columns.jsonl",
+    ),
+    Row("pack", TRUST, OWN_CODE, error("trust-remote-code"), f"model=own-pack {CALIBRATED}", after=False, codes=(2, 2)),
+    Row("pack", TRUST, OWN_CODE, seen("downloads"), "model=someone/pruned", after={("someone/pruned", True)}),
+    Row("pack", "device", "--device meta", error("'meta'"), CALIBRATED, after=True, codes=(0, 2)),
     Row("unpack", "model", "model=packed-half", tensors),
     out_row("unpack"),
     json_row("unpack"),

@@ -48,6 +48,7 @@ SMALL = {
     "cache-teacher": _FEW,
     "eval": "--window 32 --limit 4",
     "generate": "--max-new-tokens 4",
+    "pack": "--window 32 --samples 4",
 }
 # The demo's own text is the standard library, which takes half a minute to read and to score.
 DEMO = "--train alpaca.json --eval wiki.txt"

@@ -21,13 +21,13 @@ from spp.checkpoints.checkpoint import MANIFEST
 from spp.checkpoints.fingerprint import base_fingerprint
 from spp.checkpoints.json_files import write_json
 from spp.checkpoints.options import PackOptions
-from spp.checkpoints.pack import pack
 from spp.errors import SppError, UsageError
 from spp.evaluation.evaluate import evaluate
 from spp.evaluation.options import EvalOptions
 from spp.evaluation.perplexity import Score, perplexity_of
 from spp.models.architecture import prunable_linears
 from spp.patterns import NM
+from spp.pruning.pack import pack
 
 WINDOW = 16
 DOCUMENTS = [

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spp.checkpoints.options import PackOptions
-from spp.checkpoints.pack import pack
 from spp.errors import UsageError
 from spp.evaluation.generate import generate
 from spp.evaluation.options import GenerateOptions
 from spp.pruning.options import PruneOptions
+from spp.pruning.pack import pack
 from spp.pruning.prune import prune
 from spp.training.options import TrainOptions
 from spp.training.train import train

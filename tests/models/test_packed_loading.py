@@ -8,17 +8,20 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import spp
 from spp.checkpoints.checkpoint import Checkpoint
 from spp.checkpoints.options import PackOptions
-from spp.checkpoints.pack import pack
 from spp.errors import SppError, UsageError
 from spp.models.architecture import prunable_linears
+from spp.models.few_bit_linear import FewBitLinear
 from spp.models.loading import load_base, load_model
 from spp.models.packed_linear import PackedLinear
 from spp.options import LoadingOptions
+from spp.pruning.pack import pack
 
 ON_CPU = LoadingOptions(device="cpu")
 
@@ -151,3 +154,40 @@ def test_an_archive_is_not_mistaken_for_a_dense_model(sparse_folder, tmp_path):
     with pytest.raises(OSError, match=r"no file named|does not appear to have"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "archive")
     assert Checkpoint.open(tmp_path / "archive").packed
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_survivors_in_few_bits_stay_so_to_generate_and_are_expanded_to_train(sparse_folder, tmp_path, family):
+    folder, archive = sparse_folder(family), tmp_path / "archive"
+    pack(PackOptions.build({"model": str(folder), "out": archive, "bits": 4}))
+    few = load_base(archive, ON_CPU, dtype=torch.float32, pack=None, on=torch.device("cpu"), few_bits=True)
+    packed = Checkpoint.open(archive).packed
+    layers = {name: module for name, module in few.named_modules() if isinstance(module, FewBitLinear)}
+    assert {f"{name}.weight" for name in layers} == set(packed)
+    for name, layer in layers.items():
+        x = torch.randn(8, layer.in_features)
+        assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
+        stored = Checkpoint.open(archive).tensor(f"{name}.weight")
+        assert layer.weight.to(stored.dtype).equal(stored.T if packed[f"{name}.weight"].transposed else stored)
+        assert torch.allclose(layer(x[0]), nn.functional.linear(x[0], layer.weight, layer.bias), atol=0.05)
+    for options in ({"few_bits": False}, {"few_bits": True, "pack": False}):
+        loading = {"dtype": torch.float32, "pack": None, "on": torch.device("cpu"), **options}
+        other = load_base(archive, ON_CPU, **loading)
+        assert not any(isinstance(module, FewBitLinear) for module in other.modules())
+        ids = torch.arange(4, 20)[None]
+        with torch.no_grad():
+            assert torch.allclose(few(ids).logits, other(ids).logits, atol=0.05)
+
+
+def test_a_damaged_weight_in_few_bits_is_named(sparse_folder, tmp_path):
+    archive = tmp_path / "archive"
+    pack(PackOptions.build({"model": str(sparse_folder()), "out": archive, "bits": 4}))
+    name = next(iter(Checkpoint.open(archive).packed))
+    path = Checkpoint.open(archive).files[name]
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    changed = load_file(path)
+    changed[f"{name}.codebook"][2] = 0
+    save_file(changed, path, metadata)
+    with pytest.raises(SppError, match=f"{name}: .*the codebook has a zero"):
+        load_base(archive, ON_CPU, dtype=torch.float32, pack=None, on=torch.device("cpu"), few_bits=True)

@@ -25,12 +25,12 @@ from transformers.core_model_loading import (
 from spp.checkpoints.checkpoint import Checkpoint
 from spp.checkpoints.json_files import read_json, write_json
 from spp.checkpoints.options import PackOptions
-from spp.checkpoints.pack import pack
 from spp.errors import SppError, UsageError
 from spp.models.architecture import decoder_blocks, prunable_matrices
 from spp.models.loading import load_model, skeleton
 from spp.models.weight_map import Part, require_filled, weight_map
 from spp.options import LoadingOptions
+from spp.pruning.pack import pack
 
 CPU = LoadingOptions(device="cpu")
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -32,7 +32,7 @@ def processes() -> ForkServerContext:
     """Makes processes that have imported everything, so that they are killed at work, and not while they start."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["spp.pipeline.run", "spp.training.teacher_cache", "spp.checkpoints.pack", "spp.cli.printing", "killed_process"]
+        ["spp.pipeline.run", "spp.training.teacher_cache", "spp.pruning.pack", "spp.cli.printing", "killed_process"]
     )
     return context
 

@@ -23,6 +23,7 @@ KILLED = {
     "prune {sharded} {out} --pattern 50% --allocation owl --calibration {stories.txt}": (FolderJournal, "finish", 4),
     f"{_TRAIN} --validation 4": (Checkpoints, "on_save", 3),
     f"{_TRAIN} --method full": (Checkpoints, "on_save", 3),
+    "pack {pruned} {out} --bits 3 --calibration {stories.jsonl} --samples 4 --window 32": (FolderJournal, "finish", 2),
     "merge {pruned-sharded} {adapter-sharded} {out}": (MergeRecord, "save", 4),
 }
 """Words of a command -> the function that it does not return from, and at which call."""

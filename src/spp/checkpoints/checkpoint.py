@@ -27,6 +27,8 @@ from spp.checkpoints.safetensors_file import (
     read_header,
 )
 from spp.errors import SppError, UsageError
+from spp.ops.few_bits import FewBitWeight
+from spp.ops.packed import PackedWeight
 
 MANIFEST = "spp.json"
 """Side file in every folder that spp writes: how the folder was made, and from what. Separate from `config.json`."""
@@ -180,6 +182,8 @@ class Checkpoint:
         return {name: self.headers[path].offsets[name] for name, path in self.files.items() if name not in self.packed}
 
     def _packed_layout(self, name: str, stored: dict[str, Layout]) -> Layout:
+        if few := self.packed[name].few_bits:
+            return float_layout(few.dtype, self.packed[name].shape)
         values = stored[f"{name}.{packed_archive.VALUES}"]
         if not is_float_layout(values):
             raise SppError(f"{self.folder}: the values of {name} are stored as {values.dtype}; it is damaged")
@@ -197,6 +201,17 @@ class Checkpoint:
             return file.get_tensor(name)
         entry = self.packed[name]
         return packed_archive.dense(packed_archive.read_weight(file.get_tensor, name, entry), entry)
+
+    def packed_weight(self, name: str) -> PackedWeight | FewBitWeight | None:
+        """A packed weight (O, I) as it is, checked; None where the archive has no such weight.
+
+        Raises:
+            SppError: it is damaged.
+        """
+        if name not in self.packed:
+            return None
+        with safe_open(self.files[name], framework="pt") as file:
+            return packed_archive.read_weight(file.get_tensor, name, self.packed[name])
 
 
 def is_plain(quantization: Any) -> bool:

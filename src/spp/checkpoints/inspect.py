@@ -25,7 +25,7 @@ class MatrixFacts:
     Attributes:
         shape: (O, I) for a matrix, however the file holds it; the stored shape for a stack.
         transposed: whether the file holds it as (I, O).
-        dtype: dtype in the file.
+        dtype: dtype in the file; `4 bit` for survivors in so many.
         zeros: zeros of either sign.
         sparsity: share of zeros.
         pattern: the pattern it obeys along its last dimension (`2:4`, `50%`); None for a dense one.
@@ -138,7 +138,9 @@ def inspect_model(options: InspectOptions) -> InspectReport:
         if tensor.ndim not in (2, 3):
             others, in_others = others + 1, in_others + count
             continue
-        matrices[name] = facts = _facts(tensor, count, transposed=checkpoint.transposed(name))
+        entry = checkpoint.packed.get(name)
+        stored = f"{entry.few_bits.bits} bit" if entry and entry.few_bits else dtype_name(tensor.dtype)
+        matrices[name] = facts = _facts(tensor, count, stored, transposed=checkpoint.transposed(name))
         if facts.pattern:
             in_pruned += count
     return InspectReport(
@@ -161,13 +163,13 @@ def inspect_model(options: InspectOptions) -> InspectReport:
     )
 
 
-def _facts(tensor: Tensor, count: _Count, *, transposed: bool) -> MatrixFacts:
+def _facts(tensor: Tensor, count: _Count, dtype: str, *, transposed: bool) -> MatrixFacts:
     matrix = tensor.T if transposed and tensor.ndim == 2 else tensor
     pattern = detect_pattern(matrix)
     return MatrixFacts(
         shape=tuple(matrix.shape),
         transposed=matrix is not tensor,
-        dtype=dtype_name(tensor.dtype),
+        dtype=dtype,
         zeros=count.zeros,
         sparsity=count.zeros / max(count.entries, 1),
         pattern=str(pattern) if pattern else None,

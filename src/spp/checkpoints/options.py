@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from spp.options import Options, OutputOptions, PatternOption
+from spp.options import (
+    NOT_OF_THE_RESULT,
+    LoadingOptions,
+    Options,
+    OutputOptions,
+    PatternOption,
+    Samples,
+    SeedSettings,
+    TableSettings,
+    WindowSettings,
+)
 
 
 class VerifyOptions(Options):
@@ -49,11 +59,44 @@ class VerifyOptions(Options):
         return self
 
 
-class PackOptions(OutputOptions):
+def _number(value: object) -> object:
+    """The number that a text on the command line is."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
+class PackOptions(TableSettings, WindowSettings, SeedSettings, LoadingOptions, OutputOptions):
     """`spp pack MODEL OUT`: write a sparse model as a packed archive, without its zeros."""
 
-    model: str = Field(description="sparse model: a folder or a hub id")
-    out: Path = Field(description="folder for the archive")
+    model: str = Field(description="sparse model: a folder or a hub id", json_schema_extra=NOT_OF_THE_RESULT)
+    out: Path = Field(description="folder for the archive", json_schema_extra=NOT_OF_THE_RESULT)
+    bits: Annotated[Literal[8, 6, 5, 4, 3, 2] | None, BeforeValidator(_number)] = Field(
+        None,
+        description="store each survivor in that many bits (default: as it is, bit for bit)",
+        json_schema_extra={"metavar": "8|6|5|4|3|2"},
+    )
+    group: Annotated[Literal[64, 128], BeforeValidator(_number)] = Field(
+        128,
+        description="with --bits: columns that share a scale in each row",
+        json_schema_extra={"metavar": "64|128"},
+    )
+    calibration: str | None = Field(
+        None,
+        description="with --bits: text on which the layers' outputs are to change least, a file or datasets id; it "
+        "takes longer, and the result is better (default: none; each survivor takes the nearest value)",
+        json_schema_extra={"metavar": "DATA"} | NOT_OF_THE_RESULT,
+    )
+    samples: Samples = 128
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        problems = []
+        if self.bits is None and self.calibration is not None:
+            problems.append("calibration chooses the values of few bits; pass --bits, or leave it out")
+        if self.bits is None and self.group != type(self).model_fields["group"].default:
+            problems.append("group is about the scales of few bits; pass --bits, or leave it out")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class UnpackOptions(OutputOptions):

@@ -39,6 +39,7 @@ class VerifyReport:
         matrices_checked: matrices that were checked against the pattern, each expert by itself.
         matrices_dense: names of tensors with matrices that need not obey it.
         matrices_because: how it was known which have to obey.
+        in_few_bits: tensors of OTHER whose survivors are stored in few bits, and so are not those of BASE.
         base_sha256, other_sha256: fingerprints of all tensors of either side (see `base_fingerprint`).
     """
 
@@ -55,6 +56,7 @@ class VerifyReport:
     matrices_checked: int = 0
     matrices_dense: list[str] = field(default_factory=list)
     matrices_because: str | None = None
+    in_few_bits: int = 0
     base_sha256: str
     other_sha256: str | None
 
@@ -174,6 +176,7 @@ class _Comparison:
             matrices_checked=checked.matrices if checked else 0,
             matrices_dense=checked.dense if checked else [],
             matrices_because=checked.because if checked else None,
+            in_few_bits=sum(entry.few_bits is not None for entry in self._other.packed.values()),
             base_sha256=fingerprint(self._base, self._digests[0]),
             other_sha256=fingerprint(self._other, self._digests[1] | extra),
         )

@@ -82,7 +82,7 @@ COMMANDS: dict[str, Command] = {
     "pack": Command(
         options=PackOptions,
         positional=("model", "out"),
-        work="spp.checkpoints.pack:pack",
+        work="spp.pruning.pack:pack",
         example="spp pack ./llama-2of4-tuned ./llama-2of4-packed",
     ),
     "unpack": Command(

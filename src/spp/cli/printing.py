@@ -153,6 +153,12 @@ def _verify(report: VerifyReport) -> Iterable[RenderableType]:
             f"{len(report.matrices_dense):,} tensors need not obey it"
             + (f", e.g. {report.matrices_dense[0]}" if report.matrices_dense else "")
         )
+    if report.in_few_bits:
+        name, proof = max(report.tensors.items(), key=lambda one: one[1].largest_relative_change)
+        yield (
+            f"{report.in_few_bits} tensors of {report.other} are in few bits: a weight of {name} is off by "
+            f"{proof.largest_relative_change:.3g} times its size, which is the most"
+        )
     if underflowed := sum(proof.underflowed for proof in report.tensors.values()):
         yield f"note: {underflowed:,} non-zeros of BASE are zero in OTHER"
 
@@ -234,6 +240,9 @@ def _pack(report: PackReport) -> Iterable[RenderableType]:
         f"{report.packed} of {report.tensors} tensors packed: {size(report.archive_bytes)}, "
         f"{report.archive_bytes / report.dense_bytes:.3f} of the {size(report.dense_bytes)} of plain safetensors"
     )
+    if report.errors:
+        worst = max(report.errors, key=lambda name: report.errors[name])
+        yield f"{report.bits} bits: {report.errors[worst]:.2%} off at most, in {worst}; all are in spp.json"
     yield f"written to {report.out}; spp unpack {report.out} OUT writes plain safetensors again"
 
 

@@ -18,6 +18,7 @@ from spp.checkpoints.hub import resolve_model
 from spp.data.tokens import require_known_ids
 from spp.errors import SppError, UsageError, brief
 from spp.evaluation.options import GenerateOptions
+from spp.models.few_bit_linear import FewBitLinear
 from spp.models.loading import context_of, load_base, load_tokenizer
 from spp.models.packed_linear import PackedLinear
 from spp.ops.dtypes import dtype_name
@@ -77,7 +78,7 @@ def generate(options: GenerateOptions) -> GenerateReport:
         prompt_seconds=clock.times[1] - clock.started,
         tokens_per_second=(len(new) - 1) / later if later else 0.0,
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
-        packed=sum(isinstance(module, PackedLinear) for module in model.modules()),
+        packed=sum(isinstance(module, PackedLinear | FewBitLinear) for module in model.modules()),
         dtype=dtype,
         peak_memory_bytes=peak_memory_bytes(device),
     )
@@ -91,7 +92,9 @@ def _load(
     if options.adapter is not None:
         check_adapter(options.adapter, options.model, folder)
     tokenizer = load_tokenizer(folder, options)
-    base = load_base(folder, options, dtype=options.dtype, pack=options.pack, on=device)
+    base = load_base(
+        folder, options, dtype=options.dtype, pack=options.pack, on=device, few_bits=options.adapter is None
+    )
     dtype = dtype_name(base.dtype)
     model = base if options.adapter is None else with_adapter(base, options.adapter)
     model.to(device)  # pyright: ignore[reportArgumentType]

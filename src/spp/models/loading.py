@@ -19,6 +19,7 @@ from spp.checkpoints.json_files import read_object
 from spp.errors import SppError, UsageError, brief, shown
 from spp.models.architecture import AutoClass, auto_class
 from spp.models.completeness import check_size, require_floats, require_used
+from spp.models.few_bit_linear import FewBitLinear
 from spp.models.pack_model import pack_, unpack_
 from spp.models.packed_loading import load_packed, stored_dtype
 from spp.models.processor_template import take_processor_template
@@ -38,6 +39,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
     pack: bool = False,
+    few_bits: bool = False,
 ) -> PreTrainedModel:
     """Load a causal LM, or a language model that also takes images, in eval mode.
 
@@ -49,6 +51,7 @@ def load_model(
         dtype: overrides the options' dtype; "auto" keeps the checkpoint's own.
         device: overrides the options' device.
         pack: pack each sparse layer when it is read, so that the dense model is never in memory.
+        few_bits: see `load_packed`.
 
     Raises:
         UsageError: no such model, no weights, or not a causal LM.
@@ -69,7 +72,7 @@ def load_model(
     trust: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     with building(folder, config):
         loading: Any = (
-            load_packed(kind, checkpoint, config, wanted, trust)
+            load_packed(kind, checkpoint, config, wanted, trust, few_bits=few_bits)
             if (pack and not quantized) or checkpoint.packed
             else kind.from_pretrained(folder, config=config, **wanted, **trust)
         )
@@ -174,7 +177,13 @@ def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def load_base(
-    folder: Path, options: LoadingOptions, *, dtype: str | torch.dtype, pack: bool | None, on: torch.device
+    folder: Path,
+    options: LoadingOptions,
+    *,
+    dtype: str | torch.dtype,
+    pack: bool | None,
+    on: torch.device,
+    few_bits: bool = False,
 ) -> PreTrainedModel:
     """Load a model into CPU memory, packed or not, to be used on the device `on`.
 
@@ -182,15 +191,17 @@ def load_base(
         folder, options, dtype: as for `load_model`.
         pack: whether to pack its sparse layers; None packs them if packed weights are fast on `on`.
         on: the device that the model will be used on.
+        few_bits: whether survivors that are in few bits may stay so; they do on a CPU, unless `pack` is False.
 
     Raises:
         UsageError, SppError: as `load_model`; or packing was asked for, and no layer is sparse enough.
     """
     wanted = packs_well(on) if pack is None else pack
-    loaded = load_model(folder, options, dtype=dtype, device="cpu", pack=wanted)
+    few_bits = few_bits and pack is not False and on.type == "cpu"
+    loaded = load_model(folder, options, dtype=dtype, device="cpu", pack=wanted, few_bits=few_bits)
     if pack is False:
-        unpack_(loaded)  # an archive's layers come packed
-    elif pack:
+        unpack_(loaded, loaded.dtype)  # an archive's layers come packed
+    elif pack and not any(isinstance(module, FewBitLinear) for module in loaded.modules()):
         pack_(loaded)  # all are packed already; raises if no layer is sparse
     return loaded
 

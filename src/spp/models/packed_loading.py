@@ -22,16 +22,24 @@ from spp.checkpoints.checkpoint import Checkpoint
 from spp.errors import SppError
 from spp.models.architecture import AutoClass, prunable_linears
 from spp.models.dense_saving import save_dense_
+from spp.models.few_bit_linear import FewBitLinear
 from spp.models.pack_model import packed_layer
 from spp.models.packed_linear import PackedLinear
 from spp.ops.dtypes import FLOATS
+from spp.ops.few_bits import FewBitWeight
 from spp.ops.packed import WORTH_PACKING, zero_share
 
 _METHOD = "spp_packed"
 
 
 def load_packed(
-    kind: AutoClass, checkpoint: Checkpoint, config: PreTrainedConfig, wanted: dict[str, Any], trust: dict[str, Any]
+    kind: AutoClass,
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    wanted: dict[str, Any],
+    trust: dict[str, Any],
+    *,
+    few_bits: bool = False,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model of a checkpoint or an archive with its sparse layers packed, and transformers' loading info.
 
@@ -41,6 +49,8 @@ def load_packed(
         config: the model's configuration.
         wanted: arguments for `from_pretrained`, output_loading_info among them.
         trust: further arguments, about the model's own code.
+        few_bits: whether layers of an archive whose survivors are in few bits stay so (`FewBitLinear`); else they are
+            expanded, and packed in the dtype that they had.
 
     Raises:
         SppError: a tensor's shape differs from the configuration's, or a packed weight is damaged.
@@ -57,7 +67,7 @@ def load_packed(
         None,
         config=config,
         state_dict={name: _LazyTensor(checkpoint, name) for name in checkpoint.names},
-        quantization_config=PackOnLoad(WORTH_PACKING, dtype),
+        quantization_config=PackOnLoad(WORTH_PACKING, dtype, checkpoint if few_bits else None),
         **wanted,
     )
     # The folder of the model. transformers sets it itself when it reads a folder; PEFT uses it.
@@ -92,11 +102,12 @@ class PackOnLoad(QuantizationConfigMixin):
     Args:
         min_sparsity: least sparsity of a layer that is packed; see `spp.models.pack_model.pack_`.
         dtype: the checkpoint's dtype; packed values keep it if the model computes in a wider one.
+        few_bits: an archive whose weights in few bits are to stay so.
     """
 
-    def __init__(self, min_sparsity: float, dtype: torch.dtype) -> None:
+    def __init__(self, min_sparsity: float, dtype: torch.dtype, few_bits: Checkpoint | None = None) -> None:
         super().__init__(_METHOD)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        self.min_sparsity, self.dtype = min_sparsity, dtype
+        self.min_sparsity, self.dtype, self.few_bits = min_sparsity, dtype, few_bits
 
 
 class _Packer(HfQuantizer):
@@ -163,13 +174,19 @@ class _Pack(ConversionOps):
         fits = weight.shape == layer.get_parameter("weight").shape
         if not fits or zero_share(weight) < self._config.min_sparsity:
             return {key: weight}
-        packed = packed_layer(_with_weight(layer, weight))
-        packed.values = nn.Parameter(_narrowed(packed.values, self._config.dtype), requires_grad=False)
-        model.set_submodule(name, packed)
+        model.set_submodule(name, packed := self._packed(full_layer_name, layer, weight))
         missing_keys.discard(full_layer_name)
         for parameter in packed.parameters(recurse=False):
             parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
         return {}
+
+    def _packed(self, full_name: str, layer: nn.Module, weight: Tensor) -> nn.Module:
+        archive = self._config.few_bits
+        if archive and isinstance(found := archive.packed_weight(full_name), FewBitWeight):
+            return FewBitLinear(found, layer._parameters.get("bias")).train(layer.training)
+        packed = packed_layer(_with_weight(layer, weight))
+        packed.values = nn.Parameter(_narrowed(packed.values, self._config.dtype), requires_grad=False)
+        return packed
 
 
 def _with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:

@@ -1,1 +1,1 @@
-"""Pruning block by block: criteria, calibration, refinement, reconstruction."""
+"""Pruning block by block: criteria, calibration, refinement, reconstruction; packing what is left."""

@@ -58,7 +58,7 @@ def prune_blocks(
     pruner = BlockPruner(settings, matrices_to_prune(blocks.model, settings)[0], seed)
     batches: dict[int, Tensor] = {}
     if pruner.calibrates:
-        batches = _my_batches(windows, settings, blocks)
+        batches = my_batches(windows, f"the criterion {settings.criterion}", blocks)
     with torch.no_grad():
         walk = Walk(blocks, batches, journal, calibrates=pruner.calibrates)
         ratios = _survey(walk, pruner, settings) if settings.allocation == "owl" else None
@@ -130,10 +130,10 @@ def _all_matrices(model: PreTrainedModel) -> Iterator[Matrix]:
         yield from prunable_matrices(f"{prefix}.{index}", block)
 
 
-def _my_batches(windows: Tensor | None, settings: PruningSettings, blocks: Blocks) -> dict[int, Tensor]:
-    """This process's share of the calibration batches, by their number among all."""
+def my_batches(windows: Tensor | None, what: str, blocks: Blocks) -> dict[int, Tensor]:
+    """This process's share of the calibration batches that something needs, by their number among all."""
     if windows is None or not windows.numel():
-        raise UsageError(f"the criterion {settings.criterion} needs calibration text")
+        raise UsageError(f"{what} needs calibration text")
     vocabulary = blocks.model.get_input_embeddings().get_parameter("weight").shape[0]
     require_known_ids(windows.tolist(), vocabulary, "calibration text")
     numbered = enumerate(batched(windows.to(blocks.device)))

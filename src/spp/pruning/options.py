@@ -13,6 +13,7 @@ from spp.options import (
     Options,
     OutputOptions,
     PatternOption,
+    Samples,
     SeedSettings,
     TableSettings,
     WindowSettings,
@@ -82,7 +83,7 @@ class PruningSettings(Options):
         description="calibration text: a file or datasets id (default: spp run's training data, else python-stdlib)",
         json_schema_extra={"metavar": "DATA"} | NOT_OF_THE_RESULT,
     )
-    samples: int = Field(128, ge=1, description="calibration windows")
+    samples: Samples = 128
     min_expert_tokens: int = Field(
         64, ge=0, description="prune an expert by magnitude where fewer than N calibration tokens reach it"
     )

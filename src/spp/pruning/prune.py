@@ -28,14 +28,14 @@ from spp.checkpoints.hub import resolve_model
 from spp.checkpoints.json_files import write_json
 from spp.checkpoints.model_card import read_licence
 from spp.checkpoints.request import Request
-from spp.data.calibration import Calibration, calibration_windows
 from spp.errors import SppError, UsageError
 from spp.models.architecture import unreached_weights
 from spp.models.blockwise.journal import FolderJournal
 from spp.models.completeness import require_whole
-from spp.models.loading import context_window, load_tokenizer, skeleton
+from spp.models.loading import skeleton
 from spp.models.weight_map import Part
 from spp.patterns import Unstructured
+from spp.pruning.calibration_text import CalibrationFacts, read_calibration
 from spp.pruning.engine import matrices_to_prune, needs_calibration, prune_blocks, pruned_parameters
 from spp.pruning.options import BlockPart, PruneOptions, PruningSettings
 from spp.pruning.prune_block import BlockResult
@@ -64,18 +64,6 @@ class TensorSparsity:
 
     sparsity: float
     transposed: bool
-
-
-@dataclass(frozen=True)
-class CalibrationFacts:
-    """The calibration text; `kind` says how the windows were drawn, `sha256` is the hash of the token ids."""
-
-    source: str
-    samples: int
-    window: int
-    seed: int
-    sha256: str
-    kind: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,23 +186,7 @@ def _calibrate(
         if options.calibration:
             logger.info("no calibration is needed; %s is not read", options.calibration)
         return None, None
-    window = context_window(model.config, options.window)
-    tokenizer = load_tokenizer(folder, options)
-    calibration: Calibration = calibration_windows(
-        tokenizer,
-        options.calibration or _DEFAULT_TEXT,
-        samples=options.samples,
-        window=window,
-        seed=options.seed,
-        columns=options.column_names,
-    )
-    samples, window = calibration.windows.shape
-    facts = CalibrationFacts(calibration.source, samples, window, options.seed, calibration.sha256, calibration.kind)
-    logger.info(
-        "calibrating on %d windows of %d tokens from %s (%s, seed %d)",
-        samples, window, facts.source, facts.kind, facts.seed,
-    )  # fmt: skip
-    return calibration.windows, facts
+    return read_calibration(options, options.calibration or _DEFAULT_TEXT, folder, model)
 
 
 def _report(

@@ -125,7 +125,7 @@ class BlockPruner:
         _check_weights(matrices)
         statistics: dict[str, Statistics] = {}
         if self.kinds and reached:
-            statistics = collect_statistics(matrices, self.kinds, partial(_run_all, runs, block))
+            statistics = collect_statistics(matrices, self.kinds, partial(run_all, runs, block))
             all_reduce_statistics(statistics)
         left = _without_inputs(block, matrices, statistics) if self.kinds else {}
         matrices = [matrix for matrix in matrices if matrix.name not in left]
@@ -187,7 +187,7 @@ class BlockPruner:
     def _chosen(self, matrix: Matrix, statistics: Statistics, pattern: Pattern) -> Pruned:
         """What the steps make of a matrix."""
         for statistic in statistics.values():
-            _check_statistic(matrix.name, statistic)
+            check_statistic(matrix.name, statistic)
         try:
             pruned = self._steps.run(matrix.weight, statistics, pattern)
         except SppError as error:
@@ -197,7 +197,7 @@ class BlockPruner:
         return pruned
 
 
-def _run_all(runs: Runs, block: nn.Module) -> None:
+def run_all(runs: Runs, block: nn.Module) -> None:
     """Run a block over the calibration, for the statistics that hooks collect; outputs are discarded."""
     for run in runs.values():
         run(block)
@@ -232,7 +232,12 @@ def _check_weights(matrices: list[Matrix]) -> None:
     raise_problems([f"{name}: the weight holds NaN or infinity; the model is damaged" for name in bad], SppError)
 
 
-def _check_statistic(name: str, statistic: Statistic) -> None:
+def check_statistic(name: str, statistic: Statistic) -> None:
+    """Check a statistic of a layer's inputs.
+
+    Raises:
+        SppError: it has seen no token, or NaN or infinity.
+    """
     if not statistic.tokens:
         raise SppError(f"{name}: no calibration token reached this layer; calibrate with more samples")
     if not statistic.is_finite():

@@ -52,6 +52,15 @@ class StreamedBlocks:
         inside = [parts for name, parts in self._parts.items() if name.startswith(f"{self._prefix}.")]
         return {name for parts in inside for name in parts}
 
+    def stored_whole(self) -> dict[str, str]:
+        """Parameter -> the name in the files of the single tensor that holds it as it is."""
+        return {
+            name: stored
+            for name, parts in self._parts.items()
+            for stored, part in parts.items()
+            if len(parts) == 1 and not part.steps
+        }
+
     @contextmanager
     def surroundings(self) -> Iterator[None]:
         """Context manager in which modules outside of the blocks read their weights when they are first called."""
