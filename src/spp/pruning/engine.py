@@ -130,7 +130,7 @@ def _all_matrices(model: PreTrainedModel) -> Iterator[Matrix]:
         yield from prunable_matrices(f"{prefix}.{index}", block)
 
 
-def my_batches(windows: Tensor | None, what: str, blocks: Blocks) -> dict[int, Tensor]:
+def my_batches(windows: Tensor | None, what: str, blocks: BlocksToWalk) -> dict[int, Tensor]:
     """This process's share of the calibration batches that something needs, by their number among all."""
     if windows is None or not windows.numel():
         raise UsageError(f"{what} needs calibration text")

@@ -117,7 +117,7 @@ def _by_calibration(options: PackOptions, source: Checkpoint) -> Iterator[_Packi
         resumable_folder(options.out, request, overwrite=options.overwrite) as (folder, work),
         FolderJournal(work) as journal,
     ):
-        blocks = StreamedBlocks(model, source, device, lambda _: {})
+        blocks = StreamedBlocks(model, source, device)
         files = QuantizedFiles(work, journal, blocks.stored_whole())
         errors_of_outputs = quantize_blocks(
             blocks,

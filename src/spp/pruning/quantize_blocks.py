@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from spp.errors import SppError, UsageError
 from spp.models.architecture import Matrix, prunable_matrices
 from spp.models.blockwise.journal import Journal
-from spp.models.blockwise.walk import Walk
+from spp.models.blockwise.walk import BlocksToWalk, Walk
 from spp.ops.packed import zero_share
 from spp.pruning import least_squares
 from spp.pruning.calibration.input_hooks import Statistics, collect_statistics
 from spp.pruning.calibration.input_statistics import Gram
 from spp.pruning.criteria import sparsegpt
-from spp.pruning.engine import Blocks, my_batches
+from spp.pruning.engine import my_batches
 from spp.pruning.few_bits.descent import descended
 from spp.pruning.few_bits.quantize import Quantized, with_feedback
 from spp.pruning.prune_block import check_statistic, run_all
@@ -36,7 +36,7 @@ WALK = "quantize"
 
 
 def quantize_blocks(
-    blocks: Blocks,
+    blocks: BlocksToWalk,
     windows: Tensor,
     journal: Journal,
     finish: Finish,
