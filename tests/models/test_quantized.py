@@ -65,7 +65,7 @@ def test_a_quantization_that_loses_zeros_is_refused(sparse, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["spp", "full"])
-def test_moments_in_8_bits_train_and_resume_to_the_bit(tmp_path, tiny_checkpoint, tiny_model, stories, monkeypatch, method):
+def test_moments_in_8_bits_train_and_resume(tmp_path, tiny_checkpoint, tiny_model, stories, monkeypatch, method):
     tiny_model("llama", hidden_size=128, intermediate_size=128).save_pretrained(tiny_checkpoint)
     spp.prune(spp.PruneOptions.build({"model": str(tiny_checkpoint), "out": tmp_path / "pruned", "samples": 4}))
     values = {"model": str(tmp_path / "pruned"), "data": str(stories), "window": 48, "max_steps": 8, "save_steps": 3}
