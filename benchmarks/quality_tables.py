@@ -15,12 +15,16 @@ SPARSE_ADAPTERS = ("SPP", "HiRA", "masked LoRA", "LoRA*", "SPP, published", "SPP
 
 def pruned_table(rows: DataFrame) -> str:
     """One table per model: perplexity by method and pattern."""
-    patterns = rows["pattern"].unique()
     made = []
     for model, of_model in rows.groupby("model", sort=False):
         last = of_model.drop_duplicates(["method", "pattern"], keep="last")
         cells = last.pivot(index="method", columns="pattern", values="perplexity")
-        cells = cells.reindex(index=last["method"].unique(), columns=patterns).astype(object).fillna("").map(number)
+        cells = (
+            cells.reindex(index=last["method"].unique(), columns=of_model["pattern"].unique())
+            .astype(object)
+            .fillna("")
+            .map(number)
+        )
         case = of_model.iloc[-1]
         title = f"{model}, dense {number(case['dense'])} ({case['protocol']}):\n\n"
         made.append(title + markdown(cells.reset_index()))
