@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -214,6 +215,22 @@ def test_a_full_disk_is_one_error_and_the_work_goes_on(
     monkeypatch.setattr(StreamedBlocks, "loaded", lambda self, index: loaded.append(index) or load(self, index))
     assert abs(score(folder, text, stream=True).nll - score(folder, text, stream=False).nll) < 1e-6
     assert loaded == [0, 2]  # the first to see in what form it returns its output
+
+
+def test_too_small_a_disk_is_refused_before_any_work(
+    text: Path, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = predict_streaming(options(tiny_checkpoint, text, stream=True)).states_bytes
+    assert needed > 2 * 665 * 32 * 4  # in and out of a block; tokens; features; bytes of fp32
+    usage = shutil.disk_usage(tmp_path)
+    for free in (needed - 1, needed):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: usage._replace(free=free))
+        if free < needed:
+            with pytest.raises(UsageError, match="hidden states need .* GiB, and the disk of .*--stream-folder"):
+                score(tiny_checkpoint, text, stream=True)
+        else:
+            assert score(tiny_checkpoint, text, stream=True).streamed
+        assert not list(tmp_path.glob(".spp-eval*"))
 
 
 def test_a_model_that_does_not_fit_is_streamed_by_itself(

@@ -12,10 +12,12 @@ import errno
 import hashlib
 import logging
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -111,7 +113,10 @@ def stream_perplexities(subjects: Mapping[str, Subject], options: EvalOptions) -
             FolderJournal(folder) as journal,
             torch.no_grad(),
         ):
-            passes = [_Pass(model, journal, f"model{number}") for number, model in enumerate(models)]
+            walks = [f"model{number}" for number in range(len(models))]
+            if not any(map(journal.results, walks)):
+                _require_room(folder, models)
+            passes = [_Pass(model, journal, walk) for model, walk in zip(models, walks, strict=True)]
             most = max(one.blocks for one in passes)
             for index in track(range(most), "evaluating block by block"):
                 for one in passes:
@@ -124,6 +129,16 @@ def stream_perplexities(subjects: Mapping[str, Subject], options: EvalOptions) -
             f"no space is left on the disk of {options.stream_folder} ({error}); finished blocks are kept: make room, "
             "and repeat the command to go on, or name another folder with --stream-folder"
         ) from error
+
+
+def _require_room(folder: Path, models: Sequence[StreamedModel]) -> None:
+    """Refuse to begin what would end with a full disk, hours later."""
+    needed, free = sum(model.states_bytes for model in models), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UsageError(
+            f"hidden states need {needed / 2**30:.1f} GiB, and the disk of {folder.parent} has {free / 2**30:.1f} GiB "
+            "left; make room, name another folder with --stream-folder, or evaluate fewer models at once"
+        )
 
 
 @dataclass(frozen=True)
@@ -204,6 +219,12 @@ class StreamedModel:
     def vocabulary(self) -> int:
         """Number of different token ids."""
         return self.model.config.get_text_config().vocab_size
+
+    @property
+    def states_bytes(self) -> int:
+        """Bytes on disk of the hidden states that enter a block, and of those that leave it."""
+        tokens = sum(batch.ids.numel() for batch in self.batches.values())
+        return 2 * tokens * self.model.config.get_text_config().hidden_size * self.model.dtype.itemsize
 
     def digest(self) -> str:
         """What tells this model and text from others: the text itself, and what files say about their content.

@@ -49,7 +49,6 @@ def predict_streaming(options: EvalOptions) -> StreamingPrediction:
         raise UsageError("dry-run foretells the memory of --stream; pass --stream too")
     device = pick_device(options.device)
     models = {name: StreamedModel(subject, device) for name, subject in subjects_of(options).items()}
-    states = sum(2 * _states_bytes(model) for model in models.values())
     phases = {(name, phase): parts for name, model in models.items() for phase, parts in _phases(model, device).items()}
     (name, phase), parts = max(phases.items(), key=lambda item: sum(item[1].values()))
     return StreamingPrediction(
@@ -58,14 +57,8 @@ def predict_streaming(options: EvalOptions) -> StreamingPrediction:
         device=str(device),
         model=name,
         phase=phase,
-        states_bytes=states,
+        states_bytes=sum(model.states_bytes for model in models.values()),
     )
-
-
-def _states_bytes(model: StreamedModel) -> int:
-    """Bytes of the hidden states that enter a block."""
-    config = model.model.config.get_text_config()
-    return sum(batch.ids.numel() for batch in model.batches.values()) * config.hidden_size * model.model.dtype.itemsize
 
 
 def _phases(model: StreamedModel, device: torch.device) -> dict[str, dict[str, int]]:
