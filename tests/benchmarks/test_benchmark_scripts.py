@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from benchmarks import common, decode, layer, step, step_worker
+from benchmarks import common, decode, deploy, layer, step, step_worker
 from benchmarks.layer_methods import METHODS, Case, Layer
 from spp.models.packed_linear import PackedLinear
 
@@ -127,6 +127,44 @@ def test_decode_appends_rows(tmp_path):
     assert list(rows) == ["torch", "packed_50", "packed_75", "packed_90"]
     assert rows["torch"]["weight_bytes"] == str(64 * 96 * 2)
     assert int(rows["packed_90"]["weight_bytes"]) < int(rows["packed_50"]["weight_bytes"])
+
+
+DEPLOYED = [
+    *("q8_0", "q4_0", "q4_0_repacked", "q4_k", "q4_k_repacked", "q2_k_repacked", "torch_bf16", "packed_bf16_50"),
+    *("packed_8_50", "packed_4_50", "packed_8_75", "packed_4_75", "packed_4_32of64"),
+]
+
+
+def test_deploy_prints_one_object_with_null_for_what_is_missing(tmp_path, capsys):
+    (tmp_path / "no library.so").write_text("text")
+    command = ["--layer", "64x256", "--repeats", "2", "--threads", "1", "--ggml", str(tmp_path / "no library.so")]
+    threads = torch.get_num_threads()
+    try:
+        deploy.main([*command, "--json"])
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert sorted(found) == sorted(DEPLOYED)
+    assert {name for name in found if found[name] is None} == {name for name in DEPLOYED if name.startswith("q")}
+    assert all(found[name] > 0 for name in found if not name.startswith("q"))
+    assert "no library.so cannot be used as ggml's library" in printed.err
+
+
+def test_deploy_appends_rows(tmp_path):
+    path = tmp_path / "deploy.csv"
+    deploy.main(["--layer", "64x96", "--repeats", "2", "--csv", str(path), "--ggml", str(tmp_path / "none")])
+    rows = {row["method"]: row for row in common.read_rows(path)}
+    assert "packed_4_32of64" not in rows  # 96 columns
+    assert rows["torch_bf16"]["bits_per_weight"] == "16.0" and float(rows["packed_8_75"]["bits_per_weight"]) < 6
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_deployed_weights_keep_their_survivors(bits):
+    weight = common.sparse_weight(16, 200, 0.5, torch.bfloat16)
+    unpacked = deploy.few_bits(weight, bits).unpack()
+    assert (unpacked != 0).equal(weight != 0)
+    assert (unpacked - weight).abs().max() <= weight.abs().max() / (2**bits - 1) * 1.05
 
 
 def test_random_llama_is_sparse_packed_or_not():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spp.ops import autograd, native, packed, packed_matmul, reference
+from spp.ops.few_bit_matmul import few_bit_matmul as few_bit_matmul
 from spp.ops.packed import PackedWeight, Weight
 
 logger = logging.getLogger("spp")

@@ -152,8 +152,10 @@ struct FewBitRow {
     word = bits;
   }
 
-  // A place in the codes of the row after the next one, for fetching: a hint.
+  // What to fetch while this segment is multiplied, a hint: codes of 8 bits are read at an even pace, and others all at once
+  // when a row is decoded, so that it is the row after the next one.
   uintptr_t ahead() const {
+    if (weight.bits == 8) return reinterpret_cast<uintptr_t>(at) + 2048;
     const int64_t later = row + 2 < weight.out_features ? row + 2 : row;
     return reinterpret_cast<uintptr_t>(weight.codes) + static_cast<uintptr_t>(weight.row_offsets[later] * weight.bits / 8);
   }

@@ -8,19 +8,19 @@ namespace {
 inline uint64_t next_64(const uint32_t* word) {
   uint64_t mask;
   __builtin_memcpy(&mask, word, sizeof mask);
+  asm("" : "+r"(mask));
   return mask;
+}
+
+// Loads of 64 bytes are what there is least of, one in a cycle: keeps what is loaded in a register, and is no instruction.
+inline __m512i once(__m512i loaded) {
+  asm("" : "+v"(loaded));
+  return loaded;
 }
 
 // A hint, which may point anywhere.
 inline void fetch_soon(uintptr_t at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
-
-// Bits and scales of the segment after this row's.
-inline void fetch_next(const FewBitRow& row) {
-  const uintptr_t bits = reinterpret_cast<uintptr_t>(row.word) + (row.weight.in_features + 31) / 32 * 4;
-  for (int64_t i = 0; i < row.columns / 8; i += 64) fetch_soon(bits + i);
-  const int64_t scales = groups_of(row.weight, row.weight.in_features) * 2;
-  fetch_soon(reinterpret_cast<uintptr_t>(row.weight.scales) + (row.row + 2) * scales);
-}
+constexpr uintptr_t kBitsAhead = 1024;  // bytes
 
 template <int tokens>
 struct DotRows {
@@ -43,11 +43,9 @@ struct DotRows {
     const uint8_t* at[2] = {rows[0].at, rows[1].at};
     const int8_t* entries = x.entries + group * per_group * kColumns;
     const int32_t* starts = x.starts + group * 16;
-    // Decoding stops and goes, which no prefetcher follows: meanwhile, the codes of the rows to come are fetched.
+    // Decoding stops and goes, which no prefetcher follows; meanwhile, codes and bits of the rows to come are fetched.
     const uintptr_t ahead[2] = {rows[0].ahead(), rows[1].ahead()};
     const int64_t pace = rows[0].pace;
-    fetch_next(rows[0]);
-    fetch_next(rows[1]);
     uint64_t wrong = 0;
     V sums[2][tokens];
 #pragma GCC unroll 2
@@ -58,26 +56,31 @@ struct DotRows {
     for (int64_t g = 0; g < groups; ++g, entries += per_group * kColumns, starts += 16) {
       __m512i dots[2][tokens];
 #pragma GCC unroll 4
-      for (int t = 0; t < tokens; ++t) dots[0][t] = dots[1][t] = _mm512_loadu_si512(starts + t * x.groups * 16);
+      for (int t = 0; t < tokens; ++t) {
+        dots[0][t] = dots[1][t] = once(_mm512_loadu_si512(starts + t * x.groups * 16));
+      }
 #pragma GCC unroll 2
       for (int h = 0; h < per_group; ++h) {
+        __m512i w[2];
 #pragma GCC unroll 2
         for (int k = 0; k < 2; ++k) {
           const uint64_t mask = next_64(word[k] + (g * per_group + h) * 2);
           const int64_t bits = _mm_popcnt_u64(mask);
-          const __m512i w = _mm512_mask_expand_epi8(zeros, mask, _mm512_loadu_si512(at[k]));
+          w[k] = _mm512_mask_expand_epi8(zeros, mask, _mm512_loadu_si512(at[k]));
           at[k] += fixed ? per_word : bits;
           if (fixed) wrong |= bits ^ per_word;
+        }
 #pragma GCC unroll 4
-          for (int t = 0; t < tokens; ++t) {
-            const __m512i there = _mm512_loadu_si512(entries + t * x.columns + h * kColumns);
-            dots[k][t] = _mm512_dpbusd_epi32(dots[k][t], w, there);
-          }
+        for (int t = 0; t < tokens; ++t) {
+          const __m512i there = once(_mm512_loadu_si512(entries + t * x.columns + h * kColumns));
+          dots[0][t] = _mm512_dpbusd_epi32(dots[0][t], w[0], there);
+          dots[1][t] = _mm512_dpbusd_epi32(dots[1][t], w[1], there);
         }
       }
 #pragma GCC unroll 2
       for (int k = 0; k < 2; ++k) {
         fetch_soon(ahead[k] + g * pace);
+        fetch_soon(reinterpret_cast<uintptr_t>(word[k] + g * per_group * 2) + kBitsAhead);
 #pragma GCC unroll 4
         for (int t = 0; t < tokens; ++t) {
           sums[k][t] = fma(_mm512_cvtepi32_ps(dots[k][t]), broadcast(factors[k].of[t][g]), sums[k][t]);
