@@ -64,7 +64,9 @@ def bits_per_weight(model: PreTrainedModel, bits: int) -> float:
     return total / entries
 
 
-def quantized(model: PreTrainedModel, evaluated: EvaluatedModel, method: str, bits: int, seed: int) -> PreTrainedModel:
+def quantized(
+    model: PreTrainedModel, evaluated: EvaluatedModel, method: str, bits: int, samples: int, seed: int
+) -> PreTrainedModel:
     """A copy of the model, with fewer bits in its blocks, as floats."""
     model = copy.deepcopy(model)
     if method == "nearest":
@@ -74,7 +76,7 @@ def quantized(model: PreTrainedModel, evaluated: EvaluatedModel, method: str, bi
     windows = calibration_windows(
         AutoTokenizer.from_pretrained(evaluated.model),
         evaluated.calibration,
-        samples=SAMPLES,
+        samples=samples,
         window=evaluated.window,
         seed=seed,
     ).windows
@@ -91,7 +93,7 @@ def _weights(model: PreTrainedModel) -> Iterator[torch.Tensor]:
         yield from (matrix.weight for matrix in prunable_matrices(f"{prefix}.{index}", block))
 
 
-def _pruned(evaluated: EvaluatedModel, pattern: str, folder: Path, seed: int) -> str | None:
+def _pruned(evaluated: EvaluatedModel, pattern: str, folder: Path, samples: int, seed: int) -> str | None:
     """The folder of the model with a pattern; None where the model has no such pattern."""
     if pattern == DENSE:
         return evaluated.model
@@ -100,7 +102,7 @@ def _pruned(evaluated: EvaluatedModel, pattern: str, folder: Path, seed: int) ->
         "out": folder,
         "pattern": pattern,
         "calibration": evaluated.calibration,
-        "samples": SAMPLES,
+        "samples": samples,
         "window": evaluated.window,
         "seed": seed,
         "dtype": "float32",
@@ -116,16 +118,16 @@ def _pruned(evaluated: EvaluatedModel, pattern: str, folder: Path, seed: int) ->
 
 
 def measure(
-    evaluated: EvaluatedModel, pattern: str, cells: Sequence[tuple[str, int]], scratch: Path, seed: int
+    evaluated: EvaluatedModel, pattern: str, cells: Sequence[tuple[str, int]], scratch: Path, samples: int, seed: int
 ) -> Iterator[dict[str, Any]]:
     """The rows of a pattern: one for each method and number of bits; float and 16 for the weights as they are."""
-    if not cells or (folder := _pruned(evaluated, pattern, scratch / "pruned", seed)) is None:
+    if not cells or (folder := _pruned(evaluated, pattern, scratch / "pruned", samples, seed)) is None:
         return
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(evaluated.model)
     for method, bits in cells:
         with torch.no_grad():
-            changed = model if method == FLOAT else quantized(model, evaluated, method, bits, seed)
+            changed = model if method == FLOAT else quantized(model, evaluated, method, bits, samples, seed)
         out = scratch / "quantized"
         changed.save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -150,14 +152,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             models.append(_smollm2(args.smollm2, args.data, folder))
         for evaluated in models:
             machine = machine_columns("cpu")
-            case = {"model": evaluated.name, "protocol": evaluated.protocol, "samples": SAMPLES, "seed": args.seed}
+            case = {"model": evaluated.name, "protocol": evaluated.protocol, "samples": args.samples, "seed": args.seed}
             for pattern in args.pattern or PATTERNS:
                 wanted = [(FLOAT, _FLOAT_BITS)]
                 for bits in args.bits or BITS.get(pattern, BITS["sparse"]):
                     wanted += [(method, bits) for method in args.method or METHODS]
                 done = _done(args.csv, case | {"pattern": pattern})
                 cells = [cell for cell in wanted if cell not in done]
-                for row in measure(evaluated, pattern, cells, folder, args.seed):
+                for row in measure(evaluated, pattern, cells, folder, args.samples, args.seed):
                     append_rows(args.csv, [machine | case | {"group": GROUP} | row])
                     print(evaluated.name, *row.values(), flush=True)
 
@@ -185,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(parser, PATTERNS, METHODS, "bits.csv")
     parser.add_argument("--bits", type=int, action="extend", nargs="+", help="default: 8 6 5 4 3 (dense: 8 6 4 3 2)")
     parser.add_argument("--smollm2", type=Path, metavar="FOLDER", help="the model SmolLM2-135M; it needs --data")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration windows (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration windows (default: %(default)s)")
     return parser
 

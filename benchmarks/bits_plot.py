@@ -23,9 +23,10 @@ from benchmarks.table_cells import read_frame
 
 
 def draw(rows: DataFrame, out: Path) -> None:
-    """A line per pattern through what error feedback reaches; dense is black."""
+    """A line per pattern through what error feedback reaches; dense is black. Models with one pattern are left out."""
     matplotlib.use("svg")
-    models, patterns = list(rows["model"].unique()), list(rows["pattern"].unique())
+    fed = rows[rows["method"] == "feedback"].groupby("model", sort=False)["pattern"].nunique()
+    models, patterns = list(fed[fed > 1].index), list(rows["pattern"].unique())
     with matplotlib.rc_context(STYLE):
         figure, panels = pyplot.subplots(1, len(models), squeeze=False, figsize=(3.6 * len(models) + 1.5, 3.4))
         for panel, model in zip(panels[0], models, strict=True):

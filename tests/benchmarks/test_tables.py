@@ -145,13 +145,15 @@ def test_the_table_of_bits_marks_what_nothing_smaller_reaches(data):
         ("2:4", "feedback", 4, 3.25, 0, 99.0),
         ("2:4", "feedback", 4, 3.25, 0, 11.5),
         ("50%", "feedback", 8, 5.25, 0, 14.0),
+        ("dense", "feedback", 8, 8.25, 0, 10.0),
     ):
         row = {"seed": seed, "pattern": pattern, "method": method, "bits": bits}
         common.append_rows(data / "bits.csv", [case | row | {"bits_per_weight": size, "perplexity": perplexity}])
     made = tables.tables(data)["bits"]
     assert made.startswith("small (a text):")
     assert cells(made)[2:] == [
-        ["16.00", "dense", "bf16", "**10**", "+0.0%"],
+        ["16.00", "dense", "bf16", "10.0", "+0.0%"],
+        ["8.25", "dense", "8 bit, error feedback", "**10**", "+0.0%"],
         ["5.25", "50%", "8 bit, error feedback", "14.0", "+40.0%"],
         ["4.25", "dense", "4 bit, nearest", "12.0", "+20.0%"],
         ["3.25", "2:4", "4 bit, error feedback", "**11.5**", "+15.0%"],

@@ -91,7 +91,7 @@ def round_to_nearest(weight: Tensor, bits: int, group: int, importance: Tensor |
     """
     require_finite(weight)
     importance = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance
-    levels = fitted_levels(weight.float(), importance, bits, group)
+    levels = fitted_levels(weight, importance, bits, group)
     found = torch.empty_like(weight, dtype=torch.uint8)
     scales = torch.empty(len(weight), -(-weight.shape[1] // group), dtype=torch.float16, device=weight.device)
     for part in row_parts(weight):
@@ -117,7 +117,7 @@ def with_feedback(weight: Tensor, inverse: Inverse, importance: Tensor, bits: in
         SppError: NaN or infinity in the weight or after an update, or a weight that is too large.
     """
     require_finite(weight)
-    levels = fitted_levels(weight.float(), importance, bits, group)
+    levels = fitted_levels(weight, importance, bits, group)
     work = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     mask = work != 0
     found, scales = torch.empty_like(work, dtype=torch.uint8), []

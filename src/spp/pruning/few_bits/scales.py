@@ -113,13 +113,13 @@ def fitted_levels(weight: Tensor, importance: Tensor, bits: int, group: int) -> 
     For 8 bits they are the integers up to 127.
 
     Args:
-        weight: (O, I) fp32.
+        weight: (O, I), any float dtype.
         importance: (I,) of each column.
         bits: of a code.
         group: C.
     """
     levels = usual_levels(bits).to(weight.device)
-    magnitudes = weight[:: max(weight.numel() // _SAMPLE, 1)].abs()
+    magnitudes = weight[:: max(weight.numel() // _SAMPLE, 1)].float().abs()
     present = magnitudes != 0
     if bits == BYTE or not bool(present.any()):
         return levels
