@@ -36,7 +36,7 @@ def require_sharding(settings: TrainingSettings) -> None:
             "torchrun --nproc-per-node N -m spp train, or leave out --sharding"
         )
     if settings.sharding == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        raise UsageError('sharding zero3 needs DeepSpeed: pip install "spp[deepspeed]"; fsdp needs nothing more')
+        raise UsageError('sharding zero3 needs DeepSpeed: pip install "spp-llm[deepspeed]"; fsdp needs nothing more')
 
 
 def sharding_arguments(settings: TrainingSettings, dtype: torch.dtype) -> dict[str, Any]:
