@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from scripts import make_synthetic_model
 from spp.checkpoints.options import PackOptions
-from spp.checkpoints.pack import pack
 from spp.errors import SppError, UsageError
 from spp.evaluation.comparison import Comparison
 from spp.evaluation.evaluate import evaluate
@@ -32,6 +31,7 @@ from spp.evaluation.streaming_memory import predict_streaming
 from spp.models.blockwise.hidden_states import FolderStates
 from spp.models.blockwise.journal import FolderJournal
 from spp.models.blockwise.streamed_blocks import StreamedBlocks
+from spp.pruning.pack import pack
 
 MakeModel = Callable[..., PreTrainedModel]
 MIB = 2**20

@@ -195,6 +195,7 @@ class Verification(_Part):
         matrices_checked: matrices that were checked against the pattern, each expert by itself.
         matrices_dense: tensors with matrices that need not obey it.
         matrices_because: how it was known which have to obey.
+        in_few_bits: tensors of the merged model whose survivors are stored in few bits.
         base_sha256, other_sha256: fingerprints of the tensors of either side.
     """
 
@@ -211,6 +212,7 @@ class Verification(_Part):
     matrices_checked: Count | None = None
     matrices_dense: list[str] = []
     matrices_because: str | None = None
+    in_few_bits: Count | None = None
     base_sha256: str | None = None
     other_sha256: str | None = None
 
