@@ -34,7 +34,7 @@ from spp.models.quantized import quantize_
 from spp.runtime import distributed
 from spp.runtime.devices import pick_device, training_dtype
 from spp.runtime.files import writing
-from spp.runtime.memory import peak_memory_bytes, return_freed_memory
+from spp.runtime.memory import freed_memory_kept, peak_memory_bytes, return_freed_memory
 from spp.training.checks import check_settings
 from spp.training.learning_rate import learning_rate
 from spp.training.memory_estimate import needs_checkpointing
@@ -126,8 +126,9 @@ def train(options: TrainOptions) -> TrainReport:
         new_run = partial(
             TrainingRun, trained, items, held_out, teacher, device=device, gradient_checkpointing=checkpointing
         )
-        rate, tried = learning_rate(options, trained, len(items), new_run, work)
-        result = new_run(options, rate, folder=work).run()
+        with freed_memory_kept(device.type == "cpu" and not checkpointing):
+            rate, tried = learning_rate(options, trained, len(items), new_run, work)
+            result = new_run(options, rate, folder=work).run()
         report = _report(options, data, targets, share_of_zeros, result, rate, tried)
         layers = whole_layers(model, result.trained) if in_full else {}
         if is_first and isinstance(trained, PeftModel):
