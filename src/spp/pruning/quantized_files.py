@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from spp.checkpoints.fingerprint import file_digest
 from spp.checkpoints.json_files import sync
 from spp.checkpoints.pack import PackWeight
 from spp.checkpoints.safetensors_file import save_tensors
@@ -48,7 +48,7 @@ class QuantizedFiles:
             },
         )
         sync(path)
-        return {"file": path.name, "sha256": _digest(path), "names": list(names.values())}
+        return {"file": path.name, "sha256": file_digest(path), "names": list(names.values())}
 
     def packing(self, others: PackWeight, bits: int, group: int) -> PackWeight:
         """Packs the weights that were quantized, and all others as `others` does.
@@ -61,7 +61,7 @@ class QuantizedFiles:
             file = block["finished"]
             path = self._work / file["file"]
             with going_on_from(path):
-                if _digest(path) != file["sha256"]:
+                if file_digest(path) != file["sha256"]:
                     raise DamagedWork(f"{path} is not as it was written")
             places |= dict.fromkeys(file["names"], path)
 
@@ -76,8 +76,3 @@ class QuantizedFiles:
             return found
 
         return pack_weight
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

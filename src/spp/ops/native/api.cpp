@@ -185,7 +185,7 @@ SPP_API void spp_gather(int level, int threads, const Weight* weight, const int3
   });
 }
 
-// Entries [0, count) of two tensors; `parts` has room for ceil(count / spp::kMostCompared), and `found` is their sum.
+// What spp_matvec_few needs for its rounded x.
 SPP_API int64_t spp_rounded_bytes(int level, const FewBitWeight* weight, int64_t tokens) {
   return kernels(level)->rounded_bytes(*weight, tokens);
 }
@@ -209,6 +209,7 @@ SPP_API int spp_expand_few(int level, int threads, const FewBitWeight* weight, v
   });
 }
 
+// Entries [0, count) of two tensors; `parts` has room for ceil(count / spp::kMostCompared), and `found` is their sum.
 SPP_API void spp_compare(int level, int threads, const void* base, Dtype base_dtype, const void* other,
                          Dtype other_dtype, int64_t count, Comparison* parts, Comparison* found) {
   const Kernels* k = kernels(level);
